@@ -1,0 +1,1 @@
+"""The vocabulary every room speaks: quantities, units, options, candidates, errors. No torch."""

@@ -1,0 +1,157 @@
+"""Options and candidates: what is done to each unit; canonical, hashable, readable. No torch.
+
+An *option* is an ordered tuple of *steps*, each an operator's name with its arguments; the empty
+option leaves the unit dense. A *candidate* maps every unit to an option and carries the
+distillation settings of a trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from autocomp.core.hashing import content_key
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, order=True)
+class Step:
+    """One operator applied with `args` (name, value) pairs, sorted by name."""
+
+    operator: str
+    args: tuple[tuple[str, Scalar], ...] = ()
+
+    @classmethod
+    def of(cls, operator: str, **args: Scalar) -> Step:
+        """`Step.of("heads", keep=6)`."""
+        return cls(operator, tuple(sorted(args.items())))
+
+    def __getitem__(self, name: str) -> Any:
+        for key, value in self.args:
+            if key == name:
+                return value
+        raise KeyError(name)
+
+    def label(self) -> str:
+        """Short text for tables: `heads keep=6`."""
+        return " ".join([self.operator, *(f"{key}={value}" for key, value in self.args)])
+
+
+@dataclass(frozen=True, order=True)
+class Option:
+    """The steps done to one unit, in the order they are applied. `Option()` is dense."""
+
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is done."""
+        return not self.steps
+
+    def step(self, operator: str) -> Step | None:
+        """The step of this operator, or `None`."""
+        return next((step for step in self.steps if step.operator == operator), None)
+
+    def to_json(self) -> dict[str, dict[str, Scalar]]:
+        """`{"heads": {"keep": 6}, "gptq": {"weights": 4}}`; `{}` is dense."""
+        return {step.operator: dict(step.args) for step in self.steps}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Mapping[str, Scalar]]) -> Option:
+        """Inverse of `to_json`; the mapping's order is the order of the steps."""
+        return cls(tuple(Step.of(name, **args) for name, args in data.items()))
+
+    @cached_property
+    def key(self) -> str:
+        """Content hash; the order of the steps counts."""
+        return content_key([[step.operator, dict(step.args)] for step in self.steps])
+
+    def label(self) -> str:
+        """Short text for tables."""
+        return " + ".join(step.label() for step in self.steps) or "dense"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Distillation settings of a trial. `tokens == 0` means no training.
+
+    `temperature` softens teacher and student (Hinton et al., 2015); `lr` is AdamW's peak rate;
+    `tokens` counts real (unpadded) tokens seen.
+    """
+
+    tokens: int = 0
+    lr: float = 1e-4
+    temperature: float = 2.0
+    loss: str = "logits"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mapping; `tokens` alone when untrained, so that equal trials hash equal."""
+        if self.tokens == 0:
+            return {"tokens": 0}
+        return {
+            "tokens": self.tokens,
+            "lr": self.lr,
+            "temperature": self.temperature,
+            "loss": self.loss,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Distillation:
+        """Inverse of `to_json`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Unit name → option, in model order, with the distillation settings."""
+
+    options: tuple[tuple[str, Option], ...]
+    distillation: Distillation = field(default_factory=Distillation)
+
+    @classmethod
+    def of(
+        cls, options: Mapping[str, Option], distillation: Distillation | None = None
+    ) -> Candidate:
+        """From a mapping in model order."""
+        return cls(tuple(options.items()), distillation or Distillation())
+
+    def __getitem__(self, unit: str) -> Option:
+        return self.by_unit[unit]
+
+    def __iter__(self) -> Iterator[tuple[str, Option]]:
+        return iter(self.options)
+
+    @cached_property
+    def by_unit(self) -> dict[str, Option]:
+        """The options as a dictionary."""
+        return dict(self.options)
+
+    @cached_property
+    def key(self) -> str:
+        """Content hash of options and distillation settings."""
+        return content_key(self.to_json())
+
+    @cached_property
+    def stitch_key(self) -> str:
+        """Content hash of the options alone: equal for candidates that stitch to the same model."""
+        return content_key(self.to_json()["units"])
+
+    def with_distillation(self, distillation: Distillation) -> Candidate:
+        """The same options under other distillation settings."""
+        return replace(self, distillation=distillation)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"units": {unit: option}, "distillation": {...}}`."""
+        return {
+            "units": {unit: option.to_json() for unit, option in self.options},
+            "distillation": self.distillation.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Candidate:
+        """Inverse of `to_json`."""
+        options = {unit: Option.from_json(option) for unit, option in data["units"].items()}
+        return cls.of(options, Distillation.from_json(data.get("distillation", {})))

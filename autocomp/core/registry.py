@@ -1,0 +1,71 @@
+"""Registries of extensions: lazy, typed, open to other packages through entry points.
+
+A built-in is registered as `name → "module:attribute"` and imported at first use, so that listing
+names never imports torch. Another package adds its own under the entry-point group
+`autocomp.<kind>` (for example `autocomp.operators`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar, cast
+
+from autocomp.core.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names of one kind of extension, each resolved to its instance at first use."""
+
+    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+        """`kind` is plural ("operators"); `builtin` maps a name to `module:attribute`."""
+        self.kind = kind
+        self._paths = dict(builtin)
+        self._loaded: dict[str, T] = {}
+        self._scanned = False
+
+    def _scan(self) -> None:
+        if not self._scanned:
+            for entry in entry_points(group=f"autocomp.{self.kind}"):
+                self._paths.setdefault(entry.name, entry.value)
+            self._scanned = True
+
+    def register(self, name: str, value: T) -> None:
+        """Add an extension by hand (tests, notebooks). Raises UserError if the name is taken."""
+        self._scan()
+        if name in self._paths or name in self._loaded:
+            raise UserError(f"{self.kind}: {name!r} is already registered")
+        self._loaded[name] = value
+
+    def names(self) -> list[str]:
+        """Every known name, sorted."""
+        self._scan()
+        return sorted({*self._paths, *self._loaded})
+
+    def get(self, name: str) -> T:
+        """The extension of this name.
+
+        Raises:
+            UserError: for an unknown name, with the closest known one and the whole list.
+        """
+        self._scan()
+        if name not in self._loaded:
+            if name not in self._paths:
+                raise UserError(
+                    f"unknown {self.kind.removesuffix('s')} {name!r}."
+                    f"{did_you_mean(name, self.names())} Available: {', '.join(self.names())}. "
+                    f"See: autocomp ls {self.kind}"
+                )
+            module, _, attribute = self._paths[name].partition(":")
+            self._loaded[name] = cast(T, getattr(importlib.import_module(module), attribute))
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._paths or name in self._loaded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())

@@ -1,0 +1,124 @@
+"""Units and their sites: the compressible places of a model, described by shape alone. No torch.
+
+A *unit* is an attention or feed-forward sublayer, an embedding or a head. Its *sites* are the
+linear layers and embedding tables inside it, each named by its module path in the task model.
+A *format* says what an option leaves at a site: shape, weight bits, grouping, activation bits.
+Formats are all that a size estimate or a cost table needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+UnitKind = Literal["attention", "ffn", "embedding", "head"]
+Role = Literal["query", "key", "value", "output", "gate", "up", "down", "embedding", "head"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer, weight `(rows, columns)` = `(out, in)`, or a table `(vocabulary, width)`."""
+
+    name: str
+    role: Role
+    rows: int
+    columns: int
+    bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases."""
+        return self.rows * self.columns + (self.rows if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A compressible place of a model.
+
+    `name` is layout-independent (`layers.3.attention`, `layers.3.ffn`, `embeddings`, `head`).
+    `layer` is the index of its block, `None` outside the blocks. `heads`, `kv_heads` and
+    `head_dim` are set for attention; `width` (the inner width) for a feed-forward sublayer.
+    `tied_to` names the unit whose weight this one shares, if any.
+    """
+
+    name: str
+    kind: UnitKind
+    sites: tuple[Site, ...]
+    layer: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    width: int | None = None
+    skippable: bool = False
+    tied_to: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases in all sites."""
+        return sum(site.parameters for site in self.sites)
+
+    def macs(self, sequence: int) -> int:
+        """Multiply-accumulates for one example of `sequence` tokens, attention scores included."""
+        if self.kind == "embedding":
+            return 0
+        linear = sequence * sum(site.rows * site.columns for site in self.sites)
+        if self.kind != "attention" or self.heads is None or self.head_dim is None:
+            return linear
+        return linear + 2 * sequence * sequence * self.heads * self.head_dim
+
+    def site(self, role: Role) -> Site | None:
+        """The site of this role, or `None`."""
+        return next((site for site in self.sites if site.role == role), None)
+
+    def signature(self) -> tuple[object, ...]:
+        """Equal for units that cost the same under the same option: shapes without names."""
+        shapes = tuple((s.role, s.rows, s.columns, s.bias) for s in self.sites)
+        return (self.kind, shapes, self.heads, self.kv_heads, self.head_dim, self.width)
+
+
+@dataclass(frozen=True)
+class SiteFormat:
+    """What an option leaves at one site.
+
+    Attributes:
+        rows, columns: the shape of the weight that remains, `(out, in)`.
+        bias: whether a bias is added.
+        embedding: True for a table that is gathered from, False for a linear layer.
+        weight_bits: 32 (dense), 8 or 4.
+        group: columns that share one scale; `None` is one scale per row. Unused when dense.
+        activation_bits: 32 (float) or 8 (quantised at run time, per tensor or per block).
+    """
+
+    rows: int
+    columns: int
+    bias: bool
+    embedding: bool = False
+    weight_bits: int = 32
+    group: int | None = None
+    activation_bits: int = 32
+
+
+UnitFormat = Mapping[str, SiteFormat]
+"""Site name → format. An empty mapping is a skipped unit."""
+
+
+def dense_format(unit: Unit) -> dict[str, SiteFormat]:
+    """The format of a unit nothing was done to."""
+    return {
+        site.name: SiteFormat(
+            site.rows, site.columns, site.bias, embedding=site.role == "embedding"
+        )
+        for site in unit.sites
+    }
+
+
+def resized(
+    format: SiteFormat, *, rows: int | None = None, columns: int | None = None
+) -> SiteFormat:
+    """The same format with another shape."""
+    return replace(
+        format,
+        rows=format.rows if rows is None else rows,
+        columns=format.columns if columns is None else columns,
+    )

@@ -1,0 +1,120 @@
+"""What an operator is: the protocol, and the state it works on.
+
+An operator lives in one file, is registered by name, and does three things: it says which steps it
+offers for a unit (`options`), what a step leaves there in shapes and precision (`formats`), and it
+carries a step out on weights (`apply`). The first two are torch-free, so that checking a spec and
+estimating costs need no torch; a module that defines an operator imports torch inside `apply` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from autocomp.core.candidate import Step
+from autocomp.core.unit import SiteFormat, Unit
+
+if TYPE_CHECKING:
+    import torch
+
+Stage = Literal["structure", "sparsity", "bits"]
+STAGES: tuple[Stage, ...] = ("structure", "sparsity", "bits")
+"""Steps of an option are applied in this order."""
+
+
+@dataclass
+class SiteState:
+    """The weights at one site while operators work on it.
+
+    Attributes:
+        weight: float32 `(rows, columns)`; equals the dequantised codes once quantised.
+        bias: float32 `(rows,)` or `None`.
+        format: shape and precision of what is there now.
+        codes: int8 `(rows, columns)`, symmetric, once quantised; `weight == codes * scale`.
+        scales: float32 `(rows, groups)`, `groups == ceil(columns / group)`, once quantised.
+        kept_columns: indices of the original input columns that remain; `None` is all of them.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    format: SiteFormat
+    codes: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    kept_columns: torch.Tensor | None = None
+
+
+UnitState = dict[str, SiteState]
+"""Site name → state. An empty dictionary is a skipped unit."""
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """Calibration statistics at one site.
+
+    Attributes:
+        gram: float32 `(columns, columns)`, the sum of x xᵀ over `count` real tokens.
+        mean: float32 `(columns,)`, mean input.
+        count: tokens seen.
+    """
+
+    gram: torch.Tensor
+    mean: torch.Tensor
+    count: int
+
+
+UnitStats = Mapping[str, SiteStats]
+"""Site name → statistics; embeddings have none."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The part of a spec's space rule that operators read; one entry per axis.
+
+    `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
+    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`.
+    """
+
+    structure: Mapping[str, Any] = field(default_factory=dict)
+    bits: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Operator(Protocol):
+    """A compression method. Attributes are class-level constants.
+
+    Attributes:
+        name: as written in a spec and listed by `autocomp ls operators`.
+        summary: one sentence.
+        paper: author, year, title or arXiv number; empty when there is none.
+        stage: when it is applied; see `STAGES`.
+        version: raised when the weights it produces change, so that stored items are rebuilt.
+        speeds_up, shrinks: names of the targets that turn it into speed, into bytes.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    stage: Stage
+    version: int
+    speeds_up: tuple[str, ...]
+    shrinks: tuple[str, ...]
+
+    def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
+        """The steps this rule asks of this operator at `unit`; `None` stands for leaving it out.
+
+        Empty when the operator does not apply there. Deterministic order, no duplicates.
+
+        Raises:
+            UserError: for a choice that makes no sense, naming what is allowed.
+        """
+        ...
+
+    def formats(
+        self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
+    ) -> dict[str, SiteFormat]:
+        """What `step` makes of `formats`; empty when the unit is skipped."""
+        ...
+
+    def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
+        """Carry `step` out. Does not modify `state`. Same input, same result, bit for bit."""
+        ...

@@ -1,0 +1,1 @@
+"""Structured pruning: heads, feed-forward width, whole sublayers."""

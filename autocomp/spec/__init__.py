@@ -1,0 +1,1 @@
+"""The spec: what the user wrote, as one YAML file. Schema, loader, JSON schema. No torch."""

@@ -1,0 +1,223 @@
+"""The schema of a spec file. Unknown keys are errors; every default is written here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from autocomp.core.budget import RelativeBudget
+from autocomp.core.errors import UserError
+from autocomp.core.hashing import content_key
+from autocomp.core.quantities import Dimension, parse_limit
+
+TASKS = ("text-classification", "image-classification", "language-modeling")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _limit(dimension: Dimension) -> Any:
+    def check(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            parse_limit(value, dimension)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    return BeforeValidator(check)
+
+
+class ModelSection(_Section):
+    """Where the model comes from."""
+
+    source: str = Field(
+        description="A hub id, a local directory, or package:NAME/path for a model shipped in an "
+        "installed package. Safetensors only."
+    )
+    revision: str | None = Field(None, description="Hub revision; pins what is downloaded.")
+    trust_remote_code: bool = Field(False, description="Run code shipped with the model.")
+
+
+class DataSection(_Section):
+    """Where the examples come from and how they are split."""
+
+    source: str = Field(
+        description="A hub dataset id, a local file or directory, or package:NAME/path."
+    )
+    format: Literal["auto", "hub", "csv", "jsonl", "parquet", "npz", "text", "text-folders"] = (
+        Field(
+            "auto",
+            description="auto goes by the file's ending. text-folders: a folder per label, a text "
+            "file per example. text: running text for language modelling.",
+        )
+    )
+    subset: str | None = Field(None, description="Hub dataset configuration.")
+    split: str = Field("train", description="Hub dataset split to read.")
+    text: str = Field("text", description="Column (or npz array) with the text.")
+    image: str = Field("image", description="Column (or npz array) with the image.")
+    label: str = Field("label", description="Column (or npz array) with the label.")
+    lines: int | None = Field(
+        None, gt=0, description="Keep only this many first lines of a text (1: the headline)."
+    )
+    unique: bool = Field(
+        True, description="Drop examples whose full text or image was seen before."
+    )
+    calibrate: int = Field(128, gt=0, description="Examples for activation statistics.")
+    distil: int = Field(1000, gt=0, description="Examples for teacher fitting and distillation.")
+    search: int = Field(300, gt=0, description="Examples the search is steered by.")
+    report: int = Field(500, gt=0, description="Examples looked at once, after selection.")
+
+
+class TeacherSection(_Section):
+    """How the teacher is made from the source model."""
+
+    fit: Literal["none", "head", "full"] = Field(
+        "none",
+        description="none: the model is the teacher. head: fit a new head on the distil split. "
+        "full: fit head and encoder.",
+    )
+    epochs: int = Field(4, gt=0)
+    lr: float = Field(1e-4, gt=0)
+    batch: int = Field(32, gt=0)
+
+
+class TaskSection(_Section):
+    """What the model is for."""
+
+    name: str = Field(description=f"One of {', '.join(TASKS)}, or a registered task.")
+    data: DataSection
+    teacher: TeacherSection = TeacherSection()
+
+
+class WorkloadSection(_Section):
+    """The shape latency is measured at."""
+
+    batch: int = Field(1, gt=0)
+    sequence: int = Field(128, gt=0, description="Tokens per example (text).")
+    image: int | None = Field(None, gt=0, description="Image side in pixels (vision).")
+    threads: int = Field(1, gt=0, description="Intra-op threads of the runtime.")
+
+
+class TargetSection(_Section):
+    """Device, runtime, workload."""
+
+    device: str = "cpu"
+    runtime: str = "onnxruntime"
+    workload: WorkloadSection = WorkloadSection()
+
+
+class BudgetSection(_Section):
+    """Hard upper limits, absolute ("4 ms") or relative to dense ("25%")."""
+
+    latency: Annotated[str | None, _limit("latency")] = None
+    size: Annotated[str | None, _limit("size")] = None
+    peak_memory: Annotated[str | None, _limit("peak_memory")] = None
+    quality: float | None = Field(None, description="Floor on the task metric, optional.")
+
+    def limits(self) -> RelativeBudget:
+        """The parsed limits."""
+        return RelativeBudget(
+            latency=None if self.latency is None else parse_limit(self.latency, "latency"),
+            size=None if self.size is None else parse_limit(self.size, "size"),
+            peak_memory=(
+                None if self.peak_memory is None else parse_limit(self.peak_memory, "peak_memory")
+            ),
+            quality=self.quality,
+        )
+
+
+class StructureSection(_Section):
+    """Structural choices; fractions of the unit's heads or inner width that are kept."""
+
+    heads: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="Fractions of attention heads (of key-value groups under GQA) kept."
+    )
+    width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="Fractions of the feed-forward width kept."
+    )
+    skip: bool = Field(False, description="Also offer dropping the sublayer.")
+
+
+class BitsSection(_Section):
+    """Precision choices."""
+
+    method: str | list[str] = Field("gptq", description="Quantisation operator(s).")
+    weights: list[Literal["dense"] | int] = Field(
+        ["dense"], description="Weight bits; dense is the target's own."
+    )
+    activations: list[Literal["dense"] | int] = Field(["dense"], description="Activation bits.")
+    group: int = Field(32, description="Columns that share a scale, where weights are 4-bit.")
+
+
+class RuleSection(_Section):
+    """Which units, and what may be done to them. The last rule that matches a unit holds."""
+
+    match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
+    structure: StructureSection = StructureSection()
+    bits: BitsSection = BitsSection()
+
+
+class FloatRange(_Section):
+    """A range to search."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FloatRange:
+        if not self.low <= self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError("a log range must be above zero")
+        return self
+
+
+class DistilSection(_Section):
+    """Distillation settings: dimensions of the study."""
+
+    loss: list[str] = Field(default_factory=lambda: ["logits"])
+    temperature: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=lambda: [1.0, 2.0, 4.0]
+    )
+    lr: FloatRange = FloatRange(low=1e-4, high=1e-3, log=True)
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0, 100_000])
+    batch: int = Field(32, gt=0, description="Examples per step.")
+
+
+class SearchSection(_Section):
+    """How long to search."""
+
+    screen: int = Field(1000, ge=0, description="Candidates screened without training.")
+    trials: int = Field(12, gt=0, description="Full trials proposed by the search.")
+    seed: int = 0
+
+
+class Spec(_Section):
+    """A whole spec file."""
+
+    version: Literal[1]
+    model: ModelSection
+    task: TaskSection
+    target: TargetSection = TargetSection()
+    budget: BudgetSection
+    objectives: list[Literal["quality", "latency", "size", "peak_memory"]] = [
+        "quality",
+        "latency",
+        "size",
+    ]
+    space: list[RuleSection] = Field(min_length=1)
+    distill: DistilSection = DistilSection()
+    search: SearchSection = SearchSection()
+
+    @property
+    def key(self) -> str:
+        """Content hash of everything that defines the study (the amount of search does not)."""
+        data = self.model_dump(mode="json")
+        for name in ("trials", "screen"):
+            data["search"].pop(name)
+        return content_key(data)
