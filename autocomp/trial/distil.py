@@ -1,0 +1,151 @@
+"""Logit distillation of a stitched student, through its quantisation.
+
+The student's quantised layers are trained with straight-through gradients on the grid they were
+given, so that what is exported afterwards is what was trained. Embedding tables stay fixed: they
+hold most of a small model's bytes and move little within the tokens a trial can afford.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autocomp.core.candidate import Distillation
+from autocomp.core.errors import InternalError
+from autocomp.core.gate import Gate
+from autocomp.models.modules import QuantEmbedding
+from autocomp.tasks.protocol import Task
+
+WARM_UP = 0.1
+MAX_GRAD_NORM = 1.0
+
+
+class DivergedError(InternalError):
+    """Training left the finite numbers; the trial fails with this as its cause."""
+
+
+@dataclass(frozen=True)
+class DistillationResult:
+    """What training did: real tokens and steps seen, first and last mean loss (nats)."""
+
+    tokens: int
+    steps: int
+    first_loss: float
+    last_loss: float
+
+
+def logit_loss(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Temperature-scaled KL(teacher ‖ student), times τ² (Hinton et al., 2015, section 2.1).
+
+    Args:
+        student, teacher: logits `(..., C)`.
+        temperature: τ, softens both.
+        mask: bool `(...)`, positions that count; all when `None`.
+
+    Returns:
+        Mean over the positions, a scalar in nats.
+    """
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    log_q = torch.log_softmax(student / temperature, dim=-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    if mask is not None:
+        divergence = divergence[mask]
+    return divergence.mean() * temperature**2
+
+
+def trainable_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """Every parameter except embedding tables; the tables are frozen."""
+    frozen: set[int] = set()
+    for module in student.modules():
+        if isinstance(module, nn.Embedding | QuantEmbedding):
+            frozen.update(id(parameter) for parameter in module.parameters())
+    chosen = []
+    for parameter in student.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen and parameter.is_floating_point())
+        if parameter.requires_grad:
+            chosen.append(parameter)
+    return chosen
+
+
+def _unshare(student: nn.Module) -> None:
+    """Give the student its own storage: a stitched model shares what it did not replace."""
+    for module in student.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer.detach().clone(), name not in
+                                   module._non_persistent_buffers_set)
+
+
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    settings: Distillation,
+    *,
+    batch: int,
+    seed: int,
+    gate: Gate,
+    progress: Callable[[int, int], None] | None = None,
+) -> DistillationResult:
+    """Train `student` in place on the distil split until `settings.tokens` real tokens were seen.
+
+    AdamW, linear warm-up over the first tenth, cosine decay to zero, gradients clipped to norm 1.
+    The learning rate follows tokens, not steps, so that batches of short texts weigh as little as
+    they hold. Each step holds the gate shared, so that a measurement can come between two steps.
+
+    Raises:
+        DivergedError: when the loss is no longer finite.
+    """
+    if settings.tokens == 0:
+        return DistillationResult(0, 0, 0.0, 0.0)
+    _unshare(student)
+    parameters = trainable_parameters(student)
+    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    student.train()
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    seen, step, epoch = 0, 0, 0
+    losses: list[float] = []
+    while seen < settings.tokens:
+        for inputs in task.batches("distil", batch, seed=seed + epoch):
+            with gate.working():
+                done = seen / settings.tokens
+                rate = min(1.0, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
+                for group in optimiser.param_groups:
+                    group["lr"] = settings.lr * rate
+                with torch.no_grad():
+                    target = task.logits(teacher, inputs)
+                loss = logit_loss(
+                    task.logits(student, inputs), target, settings.temperature, task.mask(inputs)
+                )
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise DivergedError(
+                        f"distillation diverged at step {step} (loss {value}) with learning rate "
+                        f"{settings.lr:g}"
+                    )
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                optimiser.step()
+            losses.append(value)
+            seen += task.tokens(inputs)
+            step += 1
+            if progress is not None:
+                progress(min(seen, settings.tokens), settings.tokens)
+            if seen >= settings.tokens:
+                break
+        epoch += 1
+    student.eval()
+    tenth = max(1, len(losses) // 10)
+    return DistillationResult(
+        seen, step, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    )

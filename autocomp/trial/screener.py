@@ -1,0 +1,63 @@
+"""Screening: the divergence of stitched, untrained candidates from the teacher. Resident in a worker.
+
+A screened candidate costs one stitch and one forward pass over the screening examples. The teacher's
+logits on them are computed once. Screening examples are the first of the distil split: neither the
+search split, which ranks trials, nor the report split is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from autocomp.core.candidate import Candidate
+from autocomp.library.stitch import stitch
+from autocomp.library.store import Library
+from autocomp.models.load import load_model
+from autocomp.tasks import load_task
+from autocomp.tasks.divergence import kl_divergence
+from autocomp.trial.context import TrialContext
+
+BATCH = 32
+
+
+class Screener:
+    """Holds teacher, library and examples; `evaluate` scores a batch of candidates."""
+
+    def __init__(self, context: TrialContext) -> None:
+        torch.set_num_threads(1)
+        self.context = context
+        self.task = load_task(context.spec, context.model_path)
+        self.teacher = load_model(context.teacher_path, self.task.name)
+        self.library = Library(context.library_path)
+        self.batches = self.task.first_batches("distil", context.spec.search.screen_examples, BATCH)
+        with torch.no_grad():
+            self.reference = [self.task.logits(self.teacher, inputs) for inputs in self.batches]
+
+    def evaluate(self, candidates: Sequence[dict[str, Any]]) -> list[float]:
+        """Mean KL(teacher ‖ candidate) per candidate, in nats; `inf` where it is not finite.
+
+        `candidates` are `Candidate.to_json()` mappings.
+        """
+        return [self.divergence(Candidate.from_json(data)) for data in candidates]
+
+    @torch.no_grad()
+    def divergence(self, candidate: Candidate) -> float:
+        """Mean KL(teacher ‖ candidate) over the screening examples, in nats."""
+        with self.context.gate.working():
+            student = stitch(
+                self.teacher, self.context.units, self.library, self.context.items, candidate
+            )
+        total, weight = 0.0, 0
+        for inputs, reference in zip(self.batches, self.reference, strict=True):
+            with self.context.gate.working():
+                mask = self.task.mask(inputs)
+                value = kl_divergence(reference, self.task.logits(student, inputs), mask)
+                positions = int(mask.sum()) if mask is not None else len(reference)
+            total += float(value) * positions
+            weight += positions
+        mean = total / weight
+        return mean if math.isfinite(mean) else math.inf
