@@ -1,0 +1,10 @@
+"""The directory a user takes away, one file per format, each verified by reloading what was written."""
+
+from __future__ import annotations
+
+from autocomp.core.registry import Registry
+from autocomp.export.protocol import Exporter
+
+EXPORTERS: Registry[Exporter] = Registry("exporters", {"onnx": "autocomp.export.onnx:EXPORTER"})
+"""Export formats by name; other packages add theirs under the entry-point group
+`autocomp.exporters`."""

@@ -1,0 +1,88 @@
+"""What an exporter is: it writes the model of a trial in one format and verifies it by reload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from autocomp.core.measurement import Measurement
+from autocomp.spec.schema import Spec
+from autocomp.study.records import TrialRecord
+from autocomp.targets.protocol import Target
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Attributes:
+        spec: the study's spec.
+        record: the chosen trial, complete, with its artifact.
+        artifact: directory of the trial's exported model.
+        source: directory of tokenizer or processor files.
+        label_names: classes in the order of the logits; empty for language models.
+        inputs: named example inputs of the workload's shape, for verification.
+        report: results on the report split, if it was opened (`quality`, `teacher_quality`).
+        dense: the dense model's measurement, for the card.
+    """
+
+    spec: Spec
+    record: TrialRecord
+    artifact: Path
+    source: Path
+    label_names: tuple[str, ...]
+    inputs: Mapping[str, np.ndarray]
+    report: Mapping[str, Any] | None
+    dense: Measurement | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reloading showed: largest difference from the trial's own outputs, size, cost again."""
+
+    max_difference: float
+    size_bytes: int
+    measured: Measurement
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mapping."""
+        return {
+            "max_difference": self.max_difference,
+            "size_bytes": self.size_bytes,
+            "measured": self.measured.to_json(),
+        }
+
+
+class Exporter(Protocol):
+    """An export format.
+
+    Call sequence: `supports` → `write` → `verify`. `write` leaves a whole directory or nothing.
+    """
+
+    name: str
+    summary: str
+
+    def supports(self, record: TrialRecord) -> str | None:
+        """`None` if this format can express the trial's candidate, else the reason it cannot."""
+        ...
+
+    def write(self, request: ExportRequest, directory: Path) -> None:
+        """Write the model, tokenizer or processor, `candidate.yaml` and the card.
+
+        Raises:
+            UserError: if `directory` exists and is not empty.
+            StorageError: if the disk is full.
+        """
+        ...
+
+    def verify(self, request: ExportRequest, directory: Path, target: Target) -> Verification:
+        """Reload from `directory`, compare outputs with the trial's artifact, measure again.
+
+        Raises:
+            InternalError: if outputs differ or the size on disk is not the measured one.
+        """
+        ...
