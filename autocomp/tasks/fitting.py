@@ -29,7 +29,7 @@ def fit_full(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Train every weight: AdamW, linear warm-up and decay, clipped gradients, dropout as configured.
+    """Train every weight: AdamW, linear warm-up and decay, clipped gradients, its own dropout.
 
     In place; `settings` gives epochs, learning rate and batch. The same seed gives the same weights
     on the same machine. Loshchilov & Hutter 2017, arXiv 1711.05101.
@@ -37,7 +37,7 @@ def fit_full(
     steps = settings.epochs * math.ceil(len(task.splits["distil"]) / settings.batch)
     warm_up = max(1, round(_WARM_UP * steps))
     optimiser = torch.optim.AdamW(
-        _parameter_groups(model), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8
+        _parameter_groups(model), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
