@@ -1,0 +1,66 @@
+"""Divergence of a model from its teacher: KL(teacher ‖ student), in nats.
+
+Two implementations of one formula: numpy (float64, for artifacts and records) and torch (for
+screening and as a distillation loss). Hinton, Vinyals & Dean 2015, arXiv 1503.02531.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Log-probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def kl_per_example(
+    teacher_logits: npt.NDArray[Any],
+    student_logits: npt.NDArray[Any],
+    mask: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[np.float64]:
+    """KL(teacher ‖ student) of each example, nats.
+
+    Logits are `(N, C)`, or `(N, T, V)` with an optional `mask` `(N, T)`: then each example is the
+    mean over its real positions. Returns `(N,)`.
+    """
+    teacher = log_softmax(teacher_logits)
+    divergence = (np.exp(teacher) * (teacher - log_softmax(student_logits))).sum(axis=-1)
+    if divergence.ndim == 1:
+        return divergence
+    if mask is None:
+        return divergence.mean(axis=1)
+    weight = mask.astype(np.float64)
+    return (divergence * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1.0)
+
+
+def teacher_kl(
+    teacher_logits: torch.Tensor,
+    student_logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """KL(teacher ‖ student) as a differentiable scalar, nats.
+
+    Logits are `(B, C)`, or `(B, T, V)` with an optional `mask` `(B, T)`. The mean is over examples,
+    or over real positions. Both sides are divided by `temperature`; the T² of a distillation loss
+    is left to the caller.
+    """
+    from torch.nn import functional as F
+
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
+    if mask is None:
+        return divergence.mean()
+    weight = mask.to(divergence.dtype)
+    return (divergence * weight).sum() / weight.sum().clamp_min(1.0)

@@ -1,0 +1,271 @@
+"""Readers: a data section to raw records, one function per format. No torch.
+
+Tables (csv, jsonl, parquet, hub) go through `datasets`; npz through numpy, never unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autocomp.core.errors import DataError, ModelError, did_you_mean
+from autocomp.models.sources import resolve_package_path
+from autocomp.spec.schema import DataSection
+
+_BY_ENDING = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".npz": "npz",
+    ".txt": "text",
+}
+_BUILDERS = {"csv": "csv", "jsonl": "json", "parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a reader found, nothing interpreted yet.
+
+    Attributes:
+        contents: text, or images (an array `(N, H, W[, C])`, or a sequence of encoded images).
+        labels: as stored, or `None` when no label was asked for.
+        class_names: names of integer labels, where the source declares them.
+        locate: position → how a person finds the example ("row 17", a path).
+    """
+
+    contents: Sequence[Any]
+    labels: Sequence[Any] | None
+    class_names: tuple[str, ...] | None
+    locate: Callable[[int], str]
+
+
+def locate_source(data: DataSection) -> tuple[str, Path | None]:
+    """The format, and the local path unless it is a hub dataset.
+
+    Raises:
+        DataError: for a missing file, or a format that cannot be told from the name.
+    """
+    source = data.source
+    if source.startswith("package:"):
+        try:
+            path = resolve_package_path(source)
+        except ModelError as error:
+            raise DataError(f"task.data.source: {error}") from error
+    else:
+        path = Path(source).expanduser()
+    if path.exists():
+        return (_format_of(path) if data.format in ("auto", "hub") else data.format), path
+    looks_local = (
+        source.startswith(("package:", "/", "./", "../", "~"))
+        or path.suffix.lower() in _BY_ENDING
+        or source.count("/") > 1
+    )
+    if data.format not in ("auto", "hub") or looks_local:
+        raise DataError(
+            f"task.data.source: no file or directory {path}. Give an existing path, package:NAME/"
+            f"path for data in an installed package, or a hub dataset id (format: hub)"
+        )
+    return "hub", None
+
+
+def _format_of(path: Path) -> str:
+    if path.is_dir():
+        if any(path.glob("*/*.txt")):
+            return "text-folders"
+        for ending, name in ((".txt", "text"), (".parquet", "parquet")):
+            if any(path.glob(f"*{ending}")):
+                return name
+        raise DataError(
+            f"task.data.source: {path} holds neither folders of *.txt, nor *.txt, nor *.parquet. "
+            f"Name a file, or set task.data.format"
+        )
+    try:
+        return _BY_ENDING[path.suffix.lower()]
+    except KeyError:
+        raise DataError(
+            f"task.data.source: cannot tell the format of {path.name} from its ending. Set "
+            f"task.data.format to one of csv, jsonl, parquet, npz, text"
+        ) from None
+
+
+def read_records(data: DataSection, content: str, label: str | None) -> Records:
+    """Read the `content` column and, if asked for, the `label` column.
+
+    Raises:
+        DataError: for a missing file or column, or a file that cannot be read.
+    """
+    form, path = locate_source(data)
+    if form == "text-folders":
+        assert path is not None
+        return _read_folders(path)
+    if form == "text":
+        assert path is not None
+        if label is not None:
+            raise DataError(
+                f"task.data: {path} is running text, without labels. Classification needs "
+                f"text-folders, csv, jsonl, parquet, npz or a hub dataset"
+            )
+        return _read_text(path)
+    if form == "npz":
+        assert path is not None
+        return _read_npz(path, content, label)
+    return _read_table(data, form, path, content, label)
+
+
+def read_text_file(path: Path) -> str:
+    """A text file, UTF-8 or else Windows-1252 / Latin-1.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"task.data: cannot read {path}: {error.strerror}") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _read_folders(path: Path) -> Records:
+    files = [
+        (folder.name, file)
+        for folder in sorted(entry for entry in path.iterdir() if entry.is_dir())
+        for file in sorted(folder.glob("*.txt"))
+    ]
+    if not files:
+        raise DataError(f"task.data.source: {path} has no folders with *.txt files, one per label")
+    return Records(
+        contents=[read_text_file(file) for _, file in files],
+        labels=[name for name, _ in files],
+        class_names=None,
+        locate=lambda i: str(files[i][1]),
+    )
+
+
+def _read_text(path: Path) -> Records:
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    return Records([read_text_file(file) for file in files], None, None, lambda i: str(files[i]))
+
+
+def _read_npz(path: Path, content: str, label: str | None) -> Records:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = list(archive.files)
+            wanted = [name for name in (content, label) if name is not None]
+            for name in wanted:
+                _check_column(name, names, str(path), "array")
+            arrays = {name: archive[name] for name in wanted}
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"task.data: cannot read {path} as npz: {error}") from error
+    contents = arrays[content]
+    labels = None if label is None else arrays[label]
+    if labels is not None and labels.shape != (len(contents),):
+        raise DataError(
+            f"{path}: array {label!r} has shape {labels.shape}, but {content!r} has "
+            f"{len(contents)} examples; expected ({len(contents)},)"
+        )
+    if contents.dtype.kind == "U":
+        contents = contents.tolist()
+    return Records(
+        contents,
+        None if labels is None else labels.tolist(),
+        None,
+        lambda i: f"{path.name} row {i}",
+    )
+
+
+def _read_table(
+    data: DataSection, form: str, path: Path | None, content: str, label: str | None
+) -> Records:
+    import datasets
+
+    datasets.disable_progress_bars()
+    origin = data.source
+    try:
+        if path is None:
+            table = datasets.load_dataset(data.source, data.subset, split=data.split)
+        else:
+            files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
+            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+            table = datasets.load_dataset(
+                _BUILDERS[form], data_files=files, split="train", **options
+            )
+    except Exception as error:  # datasets raises anything from OSError to its own classes
+        cause = str(error.__cause__ or error).strip().splitlines()
+        raise DataError(
+            f"task.data: cannot read {origin!r} as {form}: {cause[0] if cause else error!r}. "
+            f"Check the path or dataset id, task.data.format, .subset and .split"
+        ) from error
+    for name in (content, label):
+        if name is not None:
+            _check_column(name, table.column_names, origin, "column")
+    class_names = None
+    if label is not None and isinstance(table.features[label], datasets.ClassLabel):
+        class_names = tuple(table.features[label].names)
+    contents: Sequence[Any]
+    if isinstance(table.features[content], datasets.Image):
+        table = table.cast_column(content, datasets.Image(decode=False))
+        contents = EncodedImages(table[content])
+    else:
+        contents = table[content][:]
+        if contents and isinstance(contents[0], dict | bytes):
+            contents = EncodedImages(contents)
+    return Records(
+        contents,
+        None if label is None else table[label][:],
+        class_names,
+        lambda i: f"{origin} row {i}",
+    )
+
+
+def _check_column(name: str, names: Sequence[str], origin: str, what: str) -> None:
+    if name not in names:
+        raise DataError(
+            f"{origin} has no {what} {name!r}.{did_you_mean(name, names)} Its {what}s: "
+            f"{', '.join(names)}. Set task.data.text, .image or .label to the one that is meant"
+        )
+
+
+class EncodedImages(Sequence[Any]):
+    """Images as stored (PNG, JPEG…), decoded one at a time to uint8 RGB `(H, W, 3)`."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        """`rows`: bytes, or `{"bytes": …, "path": …}` as `datasets` stores images."""
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def stored(self, index: int) -> bytes:
+        """The bytes of one image file.
+
+        Raises:
+            DataError: if the image is missing.
+        """
+        row = self._rows[index]
+        if isinstance(row, dict):
+            raw, path = row.get("bytes"), row.get("path")
+            if raw is None and path is not None and Path(path).exists():
+                raw = Path(path).read_bytes()
+            row = raw
+        if not isinstance(row, bytes):
+            raise DataError(f"task.data: image {index} is missing")
+        return row
+
+    def __getitem__(self, index: Any) -> Any:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(io.BytesIO(self.stored(index))) as image:
+                return np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(f"task.data: image {index} cannot be decoded: {error}") from error
