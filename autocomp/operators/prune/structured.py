@@ -156,14 +156,14 @@ def keep_groups(
     order = derived(
         stats[site].gram,
         ("order", id(here.weight), here.weight._version, group, here.bias is not None),
-        lambda: (here.weight, RemovalOrder(here.weight, second_moment(), group)),
+        lambda: (here.weight, RemovalOrder(here.weight, second_moment, group)),
     )[1]
     gone = torch.zeros(groups, dtype=torch.bool)
     gone[order.first(groups - keep)] = True
     kept_groups = (~gone).nonzero().flatten()
     kept = _members(kept_groups, group)
     result = dict(state)
-    weight = compensate(here.weight, second_moment(), kept)
+    weight = compensate(here.weight, second_moment, kept)
     bias = here.bias
     if bias is not None:
         mean = stats[site].mean
@@ -180,13 +180,11 @@ def keep_groups(
     return result
 
 
-def _moment(stats: SiteStats, *, centred: bool):  # type: ignore[no-untyped-def]
+def _moment(stats: SiteStats, *, centred: bool) -> Tensor:
     def make() -> Tensor:
-        if not centred:
-            return stats.gram
         return stats.gram - stats.count * torch.outer(stats.mean, stats.mean)
 
-    return lambda: derived(stats.gram, ("moment", centred), make)
+    return derived(stats.gram, ("moment", centred), make) if centred else stats.gram
 
 
 def _cut_rows(state: SiteState, kept_groups: Tensor, size: int, groups: int) -> SiteState:

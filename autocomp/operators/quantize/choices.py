@@ -49,12 +49,12 @@ def quantised_formats(formats: Mapping[str, SiteFormat], step: Step) -> dict[str
     """The formats with the precision of `step`."""
     return {
         name: replace(
-            format,
+            before,
             weight_bits=step["weights"],
             group=step["group"] or None,
             activation_bits=step["activations"],
         )
-        for name, format in formats.items()
+        for name, before in formats.items()
     }
 
 

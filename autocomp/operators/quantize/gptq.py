@@ -19,9 +19,7 @@ class Gptq:
     """GPTQ with activation order and static, error-minimising scales."""
 
     name = "gptq"
-    summary = (
-        "Round weights to 8 or 4 bits so that the layer's output on real inputs changes least."
-    )
+    summary = "Round weights to 8 or 4 bits; outputs on real inputs change least."
     paper = "Frantar et al., 2022, GPTQ, arXiv:2210.17323"
     stage: Stage = "bits"
     version = 1
@@ -69,9 +67,9 @@ class Gptq:
         for names in together.values():
             factor = factor_of(stats[names[0]].gram, state[names[0]].kept_columns)
             weight = torch.cat([state[name].weight for name in names])
-            format = formats[names[0]]
-            scales = search_scales(weight, format)
-            codes = solve_columns(weight, scales, factor, format)
+            like = formats[names[0]]
+            scales = search_scales(weight, like)
+            codes = solve_columns(weight, scales, factor, like)
             start = 0
             for name in names:
                 rows = slice(start, start + state[name].weight.shape[0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autocomp.core.unit import SiteFormat
+from autocomp.models.modules import CODE_RANGE, dequantise, group_size, quantise
 from autocomp.operators.protocol import SiteState
 
 SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
@@ -19,24 +20,14 @@ SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
 _TINY = 1e-30
 
 
-def code_range(format: SiteFormat) -> tuple[int, int]:
-    """Smallest and largest code."""
-    return (-127, 127) if format.weight_bits == 8 else (-8, 7)
-
-
-def group_size(format: SiteFormat, columns: int) -> int:
-    """Columns that share a scale."""
-    return format.group or columns
-
-
 def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
     """Scales `(rows, groups)` for `weight (rows, columns)`.
 
     8 bits: the largest weight over 127. 4 bits: the fraction of the largest weight that minimises
     the squared rounding error of the group. A group of zeros gets scale 1.
     """
-    low, high = code_range(format)
-    grouped = _grouped(weight, group_size(format, weight.shape[1]))  # (rows, groups, group)
+    low, high = CODE_RANGE[format.weight_bits]
+    grouped = _grouped(weight, group_size(format))  # (rows, groups, group)
     largest = grouped.abs().amax(dim=2)
     full = largest / high
     live = full > _TINY
@@ -58,22 +49,7 @@ def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
 
 def round_to_grid(weight: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     """Nearest codes, int8 `(rows, columns)`."""
-    low, high = code_range(format)
-    rows, columns = weight.shape
-    grouped = _grouped(weight, group_size(format, columns))
-    codes = (grouped / scales.unsqueeze(2)).round_().clamp_(low, high)
-    return codes.reshape(rows, -1)[:, :columns].to(torch.int8).contiguous()
-
-
-def dequantise(codes: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
-    """`codes * scale`, float32 `(rows, columns)`."""
-    rows, columns = codes.shape
-    if scales.shape[1] == 1:
-        return codes * scales
-    size = group_size(format, columns)
-    if columns % size == 0:
-        return (codes.view(rows, -1, size) * scales.unsqueeze(2)).view(rows, columns)
-    return codes * scales.repeat_interleave(size, dim=1)[:, :columns]
+    return quantise(weight, scales, format).to(torch.int8)
 
 
 def quantised_site(site: SiteState, codes: Tensor, scales: Tensor, format: SiteFormat) -> SiteState:

@@ -1,4 +1,4 @@
-"""RTN: round every weight to the nearest level. Needs no calibration; the only one for embeddings."""
+"""RTN: round every weight to the nearest level. Needs no calibration; all that embeddings take."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from autocomp.core.unit import SiteFormat
+from autocomp.models.modules import CODE_RANGE, group_size
 from autocomp.operators.gram import Factor
-from autocomp.operators.quantize.grid import code_range, group_size
 
 BLOCK = 128
 
@@ -22,9 +22,9 @@ def solve_columns(weight: Tensor, scales: Tensor, factor: Factor, format: SiteFo
 
     Columns are taken in `factor.order`; those without input (`factor.dead`) become zero.
     """
-    low, high = code_range(format)
+    low, high = CODE_RANGE[format.weight_bits]
     rows, columns = weight.shape
-    group = torch.div(factor.order, group_size(format, columns), rounding_mode="floor")
+    group = torch.div(factor.order, group_size(format), rounding_mode="floor")
     pending = weight.t()[factor.order].contiguous()  # (columns, rows), corrected as we go
     pending[factor.dead[factor.order]] = 0.0
     step = scales.t().contiguous()  # (groups, rows)
