@@ -250,7 +250,7 @@ def layout_of(model_type: str, parts: str = "") -> Layout:
     if model_type not in LAYOUTS:
         raise ModelError(
             f"no layout for model_type {model_type!r}.{did_you_mean(model_type, LAYOUTS)} "
-            f"Known: {', '.join(sorted(LAYOUTS))}. To add one, describe it by one Layout(...) entry "
-            f"in autocomp/models/layouts.py.{parts}"
+            f"Known: {', '.join(sorted(LAYOUTS))}. To add one, describe it by one Layout(...) "
+            f"entry in autocomp/models/layouts.py.{parts}"
         )
     return LAYOUTS[model_type]

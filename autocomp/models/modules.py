@@ -192,10 +192,10 @@ class _Quantised(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and precision."""
-        format = self.format
+        kind = self.format
         return (
-            f"rows={format.rows}, columns={format.columns}, weight_bits={format.weight_bits}, "
-            f"group={format.group}, activation_bits={format.activation_bits}"
+            f"rows={kind.rows}, columns={kind.columns}, weight_bits={kind.weight_bits}, "
+            f"group={kind.group}, activation_bits={kind.activation_bits}"
         )
 
 
