@@ -1,1 +1,19 @@
 """Compression operators, one file per method, and the product of their steps at a unit."""
+
+from autocomp.operators.options import (
+    OPERATORS,
+    apply_option,
+    apply_step,
+    option_formats,
+    rule_of,
+    unit_options,
+)
+
+__all__ = [
+    "OPERATORS",
+    "apply_option",
+    "apply_step",
+    "option_formats",
+    "rule_of",
+    "unit_options",
+]

@@ -12,11 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from autocomp.calibrate.stats import SiteStats, UnitStats
 from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "STAGES",
+    "Operator",
+    "Rule",
+    "SiteState",
+    "SiteStats",
+    "Stage",
+    "UnitState",
+    "UnitStats",
+]
 
 Stage = Literal["structure", "sparsity", "bits"]
 STAGES: tuple[Stage, ...] = ("structure", "sparsity", "bits")
@@ -46,25 +58,6 @@ class SiteState:
 
 UnitState = dict[str, SiteState]
 """Site name → state. An empty dictionary is a skipped unit."""
-
-
-@dataclass(frozen=True)
-class SiteStats:
-    """Calibration statistics at one site.
-
-    Attributes:
-        gram: float32 `(columns, columns)`, the sum of x xᵀ over `count` real tokens.
-        mean: float32 `(columns,)`, mean input.
-        count: tokens seen.
-    """
-
-    gram: torch.Tensor
-    mean: torch.Tensor
-    count: int
-
-
-UnitStats = Mapping[str, SiteStats]
-"""Site name → statistics; embeddings have none."""
 
 
 @dataclass(frozen=True)

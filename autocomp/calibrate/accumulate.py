@@ -1,0 +1,121 @@
+"""Gram accumulation: hooks on the sites of a unit, real tokens only, shared inputs once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocomp.calibrate.stats import SiteStats
+from autocomp.core.errors import ModelError
+
+
+class _Sum:
+    """Running Σ x xᵀ, Σ x and the number of rows."""
+
+    def __init__(self, columns: int) -> None:
+        self.gram = torch.zeros(columns, columns)
+        self.total = torch.zeros(columns, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """`rows (N, columns)`."""
+        rows = rows.float()
+        self.gram.addmm_(rows.t(), rows)
+        self.total += rows.sum(dim=0, dtype=torch.float64)
+        self.count += rows.shape[0]
+
+    def stats(self) -> SiteStats:
+        mean = (self.total / max(self.count, 1)).float()
+        return SiteStats(gram=self.gram, mean=mean, count=self.count)
+
+
+class Accumulator:
+    """Collects the statistics of some sites of a model while it runs.
+
+    Sites that are called with the very same tensor share one sum. Use as
+
+        with accumulator.watching(mask):
+            block(hidden)
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        """`modules`: site name → linear layer."""
+        self._modules = modules
+        self._sums: dict[str, _Sum] = {}
+        self._leaders: dict[str, str] = {}
+
+    @contextmanager
+    def watching(self, mask: Tensor | None) -> Iterator[None]:
+        """Add what the sites see meanwhile; `mask (B, T)` is True at real tokens."""
+        seen: list[tuple[str, Tensor]] = []
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else kwargs["input"]
+                leader = self._leaders.get(name)
+                if leader is None:
+                    leader = next((other for other, tensor in seen if _same(tensor, x)), name)
+                    self._leaders[name] = leader
+                seen.append((name, x))
+                if leader == name:
+                    rows = _real_rows(x, mask)
+                    self._sums.setdefault(name, _Sum(x.shape[-1])).add(rows)
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(watch(name), with_kwargs=True)
+            for name, module in self._modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def stats(self, sites: Sequence[str]) -> dict[str, SiteStats]:
+        """Statistics of these sites; those with a shared input share the object.
+
+        Raises:
+            ModelError: if a site was never called, or saw values that are not finite.
+        """
+        result: dict[str, SiteStats] = {}
+        made: dict[str, SiteStats] = {}
+        for name in sites:
+            leader = self._leaders.get(name)
+            if leader is None or self._sums[leader].count == 0:
+                raise ModelError(
+                    f"{name} saw no input during calibration: the calibration examples are empty, "
+                    f"or this layer takes no part in the model's forward pass"
+                )
+            if leader not in made:
+                made[leader] = self._sums[leader].stats()
+                if not torch.isfinite(made[leader].gram.diagonal()).all():
+                    raise ModelError(
+                        f"the input of {name} is not finite on the calibration examples: the model "
+                        f"overflows or its weights hold NaN"
+                    )
+            result[name] = made[leader]
+        return result
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two live tensors are the same memory, read the same way, not written in between."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one._version == other._version
+    )
+
+
+def _real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`(..., columns)` → `(N, columns)`; padding dropped where `x` has one row per token."""
+    x = x.detach()
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])

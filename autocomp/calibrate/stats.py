@@ -1,0 +1,90 @@
+"""Calibration statistics of a unit: what operators read, and the file they are kept in.
+
+One safetensors file per unit. Sites that see the same input (query, key, value) share one Gram
+matrix, in the file and in memory: `load_stats` gives them the same tensor object, so that whatever
+is derived from it (a factorisation) can be shared too. Imports torch inside functions only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autocomp.core.errors import InternalError
+from autocomp.core.files import write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """Calibration statistics at one site.
+
+    Attributes:
+        gram: float32 `(columns, columns)`, the sum of x xᵀ over `count` real tokens.
+        mean: float32 `(columns,)`, mean input.
+        count: tokens seen.
+    """
+
+    gram: torch.Tensor
+    mean: torch.Tensor
+    count: int
+
+
+UnitStats = Mapping[str, SiteStats]
+"""Site name → statistics; embeddings have none."""
+
+
+def save_stats(path: Path, stats: UnitStats) -> None:
+    """Write the statistics of one unit, atomically; shared Gram matrices once.
+
+    Raises:
+        StorageError: if the disk is full or refuses.
+    """
+    from safetensors.torch import save
+
+    slots: dict[int, int] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    sites: dict[str, dict[str, int]] = {}
+    for name, site in stats.items():
+        slot = slots.setdefault(id(site.gram), len(slots))
+        tensors[f"gram.{slot}"] = site.gram.contiguous()
+        tensors[f"mean.{slot}"] = site.mean.contiguous()
+        sites[name] = {"slot": slot, "count": site.count}
+    data = save(tensors, metadata={"sites": json.dumps(sites)})
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomic(path, write)
+
+
+def load_stats(path: Path) -> dict[str, SiteStats]:
+    """Read what `save_stats` wrote; memory-mapped.
+
+    Raises:
+        InternalError: if the file is missing or damaged; calibration has to run again.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            sites = json.loads(file.metadata()["sites"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InternalError(
+            f"calibration statistics {path} cannot be read ({error}); delete the file and start "
+            f"the same command again"
+        ) from error
+    return {
+        name: SiteStats(
+            gram=tensors[f"gram.{entry['slot']}"],
+            mean=tensors[f"mean.{entry['slot']}"],
+            count=entry["count"],
+        )
+        for name, entry in sites.items()
+    }

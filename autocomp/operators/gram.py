@@ -1,0 +1,146 @@
+"""Numerics on Gram matrices: damping, the factor GPTQ walks along, removal order, compensation.
+
+A layer's output error on calibration inputs is quadratic in its weight: for weights W and Ŵ it is
+tr((W−Ŵ) G (W−Ŵ)ᵀ), G = Σ x xᵀ. Everything here minimises that. Results that several options need
+(8 and 4 bits; three widths) are kept with the Gram matrix they derive from and die with it. Needs
+torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from autocomp.core.errors import InternalError
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to it."""
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def derived(gram: Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """`make()`, computed once per (Gram matrix, key) and forgotten with the matrix."""
+    memory = cast(dict[Any, Any], _derived.setdefault(gram, {}))
+    full_key = (gram._version, *key)
+    if full_key not in memory:
+        memory[full_key] = make()
+    return cast(T, memory[full_key])
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What GPTQ needs of a Gram matrix H (damped, columns permuted by `order`).
+
+    Attributes:
+        upper: float32 `(n, n)` upper triangular U with H⁻¹ = Uᵀ U.
+        order: int64 `(n,)`, columns by falling input energy ("activation order").
+        dead: bool `(n,)`, in the original order: columns that never saw input.
+    """
+
+    upper: Tensor
+    order: Tensor
+    dead: Tensor
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """G + λI in G's precision, λ = `damping` × mean diagonal; a copy, positive definite.
+
+    Columns without input get a diagonal of one mean; an all-zero matrix becomes the identity.
+    """
+    diagonal = gram.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise InternalError("a Gram matrix is not finite: calibrate again")
+    live = diagonal > 0
+    mean = diagonal[live].mean() if bool(live.any()) else gram.new_ones(())
+    result = gram.clone()
+    result.diagonal().add_(torch.where(live, damping * mean, mean))
+    return result
+
+
+def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
+    """The factor of `gram (n, n)`.
+
+    H = R Rᵀ with R upper triangular (a Cholesky factorisation from the last column up) gives
+    U = R⁻¹ with one factorisation and one triangular inverse. In float32; should that fail, in
+    float64, then with ten times the damping, again and again.
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal <= 0
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    permuted = gram[order][:, order]
+    precision, attempt = torch.float32, damping
+    while True:
+        flipped = damped(permuted, attempt).to(precision).flip(0, 1)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
+        if not failed.item():
+            root = lower.flip(0, 1)  # upper triangular, H = root rootᵀ
+            identity = torch.eye(len(root), dtype=precision)
+            upper = torch.linalg.solve_triangular(root, identity, upper=True)
+            if torch.isfinite(upper).all() and bool((upper.diagonal() > 0).all()):
+                return Factor(upper.float().contiguous(), order, dead)
+        if precision == torch.float64:
+            attempt *= 10
+        precision = torch.float64
+        if attempt > 1e6:
+            raise InternalError("a Gram matrix cannot be factorised: calibrate again")
+        logger.debug("factorising a Gram matrix again, damping %g", attempt)
+
+
+def factor_of(gram: Tensor, kept: Tensor | None = None) -> Factor:
+    """`factorise` on the kept columns, remembered."""
+    key = ("factor", None if kept is None else kept.numpy().tobytes())
+    return derived(gram, key, lambda: factorise(_sub(gram, kept)))
+
+
+def inverse(gram: Tensor) -> Tensor:
+    """H⁻¹ of an already damped matrix, in its precision; float64 when float32 fails."""
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if failed.item():
+        lower = torch.linalg.cholesky(gram.double())
+    return torch.cholesky_inverse(lower).to(gram.dtype)
+
+
+def compensate(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = DAMPING) -> Tensor:
+    """Least-squares weight `(rows, len(kept))` on the kept columns of `weight (rows, columns)`.
+
+    Minimises the output error plus λ‖Ŵ − W_K‖²: W_K + W_R G_RK (G_KK + λI)⁻¹, in float64. Drawn
+    towards the weight that was there, so that keeping everything changes nothing.
+    """
+    mask = torch.ones(weight.shape[1], dtype=torch.bool)
+    mask[kept] = False
+    removed = mask.nonzero().flatten()
+    if len(removed) == 0:
+        return weight[:, kept].clone()
+    matrix = gram.double()
+    live = matrix.diagonal()[matrix.diagonal() > 0]
+    ridge = damping * live.mean() if len(live) else matrix.new_ones(())
+    system = matrix[kept][:, kept]
+    system.diagonal().add_(ridge)
+    # Columns without input have no covariance either: a unit diagonal leaves them as they are.
+    system.diagonal()[system.diagonal() <= 0] = 1.0
+    target = weight[:, removed].double() @ matrix[removed][:, kept]  # W_R G_RK
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if failed.item():
+        change = torch.linalg.lstsq(system, target.t(), driver="gelsd").solution
+    else:
+        change = torch.cholesky_solve(target.t(), lower)
+    return (weight[:, kept].double() + change.t()).to(weight.dtype)
+
+
+def output_error(difference: Tensor, gram: Tensor) -> float:
+    """tr(D G Dᵀ) for `difference (rows, columns)`."""
+    return float(((difference @ gram) * difference).sum(dtype=torch.float64))
+
+
+def _sub(gram: Tensor, kept: Tensor | None) -> Tensor:
+    return gram if kept is None else gram[kept][:, kept]

@@ -1,0 +1,117 @@
+"""From a rule of the spec to the options of a unit, and from an option to formats and weights.
+
+An option takes at most one step per stage (structure, then sparsity, then bits). Within a stage the
+operators named by the rule are alternatives; leaving a stage out is offered when every operator
+that has a choice there allows it. Torch is imported only when an option is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+from autocomp.core.candidate import Option, Step
+from autocomp.core.errors import UserError
+from autocomp.core.registry import Registry
+from autocomp.core.unit import SiteFormat, Unit, dense_format
+from autocomp.operators.protocol import STAGES, Operator, Rule, Stage, UnitState, UnitStats
+from autocomp.spec.schema import RuleSection
+
+OPERATORS: Registry[Operator] = Registry(
+    "operators",
+    {
+        "heads": "autocomp.operators.prune.heads:OPERATOR",
+        "width": "autocomp.operators.prune.width:OPERATOR",
+        "skip": "autocomp.operators.prune.skip:OPERATOR",
+        "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
+        "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
+    },
+)
+
+
+def rule_of(section: RuleSection) -> Rule:
+    """The part of a spec's rule that operators read; axes that were not asked for are dropped."""
+    structure = {
+        name: value
+        for name, value in section.structure.model_dump().items()
+        if value is not None and value is not False
+    }
+    return Rule(structure=structure, bits=section.bits.model_dump())
+
+
+def unit_options(unit: Unit, rule: Rule) -> list[Option]:
+    """Every option `rule` asks for at `unit`: dense first if offered, no duplicates.
+
+    Raises:
+        UserError: for an unknown operator or a choice that makes no sense at this unit.
+    """
+    choices = [_stage_choices(unit, rule, stage) for stage in STAGES]
+    options: dict[Option, None] = {}
+    for steps in product(*choices):
+        options[_canonical(unit, [step for step in steps if step is not None])] = None
+    return sorted(options, key=lambda option: not option.dense)
+
+
+def option_formats(unit: Unit, option: Option) -> dict[str, SiteFormat]:
+    """Shape and precision `option` leaves at every site; empty when the unit is skipped."""
+    formats = dense_format(unit)
+    for step in option.steps:
+        formats = OPERATORS.get(step.operator).formats(unit, formats, step)
+    return formats
+
+
+def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats) -> UnitState:
+    """Carry out every step of `option`, in order. Does not modify `state`."""
+    for step in option.steps:
+        state = apply_step(unit, state, step, stats)
+    return state
+
+
+def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
+    """Carry out one step. Does not modify `state`."""
+    return OPERATORS.get(step.operator).apply(unit, state, step, stats)
+
+
+def _stage_choices(unit: Unit, rule: Rule, stage: Stage) -> list[Step | None]:
+    steps: dict[Step, None] = {}
+    may_leave_out = True
+    for name in _named(rule, stage):
+        operator = OPERATORS.get(name)
+        if operator.stage != stage:
+            allowed = [known for known in OPERATORS if OPERATORS.get(known).stage == stage]
+            raise UserError(
+                f"operator {name!r} belongs to {operator.stage}, not to {stage}. "
+                f"Allowed in {stage}: {', '.join(allowed)}. See: autocomp ls operators"
+            )
+        offered = list(operator.options(unit, rule))
+        may_leave_out &= not offered or None in offered
+        steps.update((step, None) for step in offered if step is not None)
+    return [*([None] if may_leave_out else []), *steps]
+
+
+def _named(rule: Rule, stage: Stage) -> list[str]:
+    """Names of the operators the rule mentions in this stage."""
+    if stage == "structure":
+        return list(rule.structure)
+    if stage == "bits":
+        return _as_list(rule.bits.get("method", [])) if rule.bits else []
+    return []
+
+
+def _as_list(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, Iterable) else [value]
+
+
+def _canonical(unit: Unit, steps: list[Step]) -> Option:
+    """Drop what comes after a step that skips the unit: it has nothing to work on."""
+    kept: list[Step] = []
+    formats = dense_format(unit)
+    for step in steps:
+        formats = OPERATORS.get(step.operator).formats(unit, formats, step)
+        kept.append(step)
+        if not formats:
+            return Option((step,))
+    return Option(tuple(kept))

@@ -1,0 +1,83 @@
+"""GPTQ: round column by column, spreading each column's error over those still to come.
+
+Sites that see the same input (query, key, value) are solved together: they share the factorised
+Gram matrix and, rows being independent, one pass over the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autocomp.core.candidate import Step
+from autocomp.core.errors import InternalError, UserError
+from autocomp.core.unit import SiteFormat, Unit
+from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.quantize.choices import asks_for_bits, bit_steps, quantised_formats
+
+
+class Gptq:
+    """GPTQ with activation order and static, error-minimising scales."""
+
+    name = "gptq"
+    summary = "Round weights to 8 or 4 bits; outputs on real inputs change least."
+    paper = "Frantar et al., 2022, GPTQ, arXiv:2210.17323"
+    stage: Stage = "bits"
+    version = 1
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+
+    def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
+        """Every combination of weight and activation bits the rule asks for.
+
+        Raises:
+            UserError: at an embedding, unless the rule also names `rtn` for it.
+        """
+        if unit.kind == "embedding" and asks_for_bits(rule.bits):
+            method = rule.bits.get("method")
+            if not isinstance(method, str) and method is not None and "rtn" in method:
+                return []
+            raise UserError(
+                f"gptq at {unit.name}: an embedding has no input to calibrate on. Allowed there: "
+                f"rtn. Write bits: {{method: rtn, weights: [dense, 8, 4]}} in its rule"
+            )
+        return bit_steps(self.name, unit, rule.bits)
+
+    def formats(
+        self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
+    ) -> dict[str, SiteFormat]:
+        """Same shapes, fewer bits."""
+        return quantised_formats(formats, step)
+
+    def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
+        """Solve every group of sites that share an input."""
+        import torch
+
+        from autocomp.operators.gram import factor_of
+        from autocomp.operators.quantize.grid import quantised_site, search_scales
+        from autocomp.operators.quantize.solve import solve_columns
+
+        formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
+        together: dict[tuple[object, ...], list[str]] = {}
+        for name, site in state.items():
+            if name not in stats:
+                raise InternalError(f"gptq at {unit.name}: no calibration statistics for {name}")
+            kept = None if site.kept_columns is None else tuple(site.kept_columns.tolist())
+            together.setdefault((id(stats[name].gram), kept), []).append(name)
+        result: UnitState = dict(state)
+        for names in together.values():
+            factor = factor_of(stats[names[0]].gram, state[names[0]].kept_columns)
+            weight = torch.cat([state[name].weight for name in names])
+            like = formats[names[0]]
+            scales = search_scales(weight, like)
+            codes = solve_columns(weight, scales, factor, like)
+            start = 0
+            for name in names:
+                rows = slice(start, start + state[name].weight.shape[0])
+                result[name] = quantised_site(
+                    state[name], codes[rows].clone(), scales[rows].clone(), formats[name]
+                )
+                start = rows.stop
+        return result
+
+
+OPERATOR = Gptq()

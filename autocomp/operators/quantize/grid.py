@@ -1,0 +1,72 @@
+"""The quantisation grid: symmetric integer codes times a scale per row or per group of columns.
+
+8-bit codes run −127…127, 4-bit codes −8…7. Needs torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from autocomp.core.unit import SiteFormat
+from autocomp.models.modules import CODE_RANGE, dequantise, group_size, quantise
+from autocomp.operators.protocol import SiteState
+
+SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
+"""Fractions of the largest weight that a 4-bit scale is tried at."""
+
+_TINY = 1e-30
+
+
+def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
+    """Scales `(rows, groups)` for `weight (rows, columns)`.
+
+    8 bits: the largest weight over 127. 4 bits: the fraction of the largest weight that minimises
+    the squared rounding error of the group. A group of zeros gets scale 1.
+    """
+    low, high = CODE_RANGE[format.weight_bits]
+    grouped = _grouped(weight, group_size(format))  # (rows, groups, group)
+    largest = grouped.abs().amax(dim=2)
+    full = largest / high
+    live = full > _TINY
+    full = torch.where(live, full, torch.ones_like(full))
+    if format.weight_bits == 8:
+        return full
+    best = full
+    best_error = torch.full_like(full, float("inf"))
+    for shrink in SHRINK:
+        scales = full * shrink
+        inverse = scales.reciprocal().unsqueeze(2)
+        rounded = (grouped * inverse).round_().clamp_(low, high)
+        error = rounded.mul_(scales.unsqueeze(2)).sub_(grouped).square_().sum(dim=2)
+        better = error < best_error
+        best = torch.where(better, scales, best)
+        best_error = torch.where(better, error, best_error)
+    return torch.where(live, best, torch.ones_like(best))
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
+    """Nearest codes, int8 `(rows, columns)`."""
+    return quantise(weight, scales, format).to(torch.int8)
+
+
+def quantised_site(site: SiteState, codes: Tensor, scales: Tensor, format: SiteFormat) -> SiteState:
+    """`site` with its weight replaced by `codes` times `scales`."""
+    return replace(
+        site,
+        weight=dequantise(codes, scales, format),
+        codes=codes,
+        scales=scales,
+        format=format,
+    )
+
+
+def _grouped(weight: Tensor, size: int) -> Tensor:
+    """`(rows, columns)` → `(rows, groups, size)`, the last group padded with zeros."""
+    rows, columns = weight.shape
+    missing = -columns % size
+    if missing:
+        weight = torch.nn.functional.pad(weight, (0, missing))
+    return weight.reshape(rows, -1, size)
