@@ -133,7 +133,7 @@ class LiveView(SearchState):
             yield Group(*parts)
 
     def _header(self, width: int, ascii_only: bool, roomy: bool) -> list[Text]:
-        title = Text("autocomp", style="bold")
+        title = Text.assemble(("autocomp", "bold"))
         if self.study:
             title.append(f"  {self.study}", style="cyan")
         times = f"elapsed {format_seconds(self.elapsed_s())}"
@@ -216,7 +216,7 @@ class LiveView(SearchState):
             label="size, MB" if by_size else "latency, ms",
             ascii_only=ascii_only,
         )
-        legend = Text("quality  ", style="dim")
+        legend = Text.assemble(("quality  ", "dim"))
         for name, word in _LEGEND:
             symbol, style, _ = marks[name]
             legend.append(f"{symbol} ", style=style)
@@ -311,7 +311,7 @@ def _fit(text: Text, width: int) -> Text:
 
 def _bar(phase: PhaseState, now_s: float, width: int, ascii_only: bool) -> Text:
     """`▸ library ━━━━━━────── 214/600  36%  ETA 1m10s`."""
-    line = Text(f"{'>' if ascii_only else '▸'} {phase.name} ", style="bold cyan")
+    line = Text.assemble((f"{'>' if ascii_only else '▸'} {phase.name} ", "bold cyan"))
     if phase.total:
         share = min(1.0, phase.done / phase.total)
         eta_s = phase.eta_s(now_s)
@@ -321,7 +321,7 @@ def _bar(phase: PhaseState, now_s: float, width: int, ascii_only: bool) -> Text:
         on, off = ("#", ".") if ascii_only else ("━", "─")
         line.append(on * full, style="cyan")
         line.append(off * (room - full), style="dim")
-        line.append(tail, style="")
+        line.append(tail)
     else:
         line.append(f" {format_seconds(phase.seconds(now_s))}", style="dim")
     return _fit(line, width)

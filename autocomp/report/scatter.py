@@ -61,7 +61,7 @@ def draw_scatter(
     labels = _row_labels(y_range, height)
     lines = []
     for index, row in enumerate(cells):
-        text = Text(labels.get(index, "").rjust(_GUTTER - 1) + " ", style="dim")
+        text = Text.assemble((labels.get(index, "").rjust(_GUTTER - 1) + " ", "dim"))
         text.append(wall if index in labels else ("|" if ascii_only else "│"), style="dim")
         for symbol, style in row:
             text.append(symbol, style=style)
