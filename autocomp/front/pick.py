@@ -1,0 +1,157 @@
+"""The front of a study's trials, and the choice of one under a budget.
+
+A trial ranks only if it is complete and its quality and costs are measured and finite. An
+estimate, a NaN or a missing figure never ranks, on no front and under no budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from autocomp.core.budget import Budget
+from autocomp.core.errors import InfeasibleError
+from autocomp.core.quantities import format_bytes, format_ms
+from autocomp.front.dominance import Sense, non_dominated
+from autocomp.study.records import TrialRecord
+
+Objective = Literal["quality", "latency", "size", "peak_memory"]
+OBJECTIVES: tuple[Objective, ...] = ("quality", "latency", "size")
+
+_FIELDS = {
+    "latency": "latency_ms",
+    "size": "size_bytes",
+    "peak_memory": "peak_memory_bytes",
+}
+_NAMES = {
+    "latency_ms": "latency",
+    "size_bytes": "size",
+    "peak_memory_bytes": "peak memory",
+    "quality": "quality",
+}
+
+
+class NothingFitsError(InfeasibleError):
+    """No measured trial meets the budget.
+
+    Attributes:
+        nearest: the trial whose worst overshoot is smallest, or `None` if none ranks.
+        binding: the limit it misses by most, or `None`.
+    """
+
+    def __init__(self, message: str, nearest: TrialRecord | None, binding: str | None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+        self.binding = binding
+
+
+def objective(record: TrialRecord, name: Objective) -> float | None:
+    """A trial's measured figure, or `None` if it is missing, estimated or not finite."""
+    value: float | None
+    if name == "quality":
+        value = record.quality
+    elif record.measured is None or record.measured.provenance != "measured":
+        value = None
+    else:
+        value = getattr(record.measured, _FIELDS[name])
+    return value if value is not None and math.isfinite(value) else None
+
+
+def rankable(record: TrialRecord, objectives: Sequence[Objective] = OBJECTIVES) -> bool:
+    """Whether the trial is complete and every objective is measured and finite."""
+    return record.state == "complete" and all(
+        objective(record, name) is not None for name in objectives
+    )
+
+
+def senses(objectives: Sequence[Objective]) -> list[Sense]:
+    """Quality is maximised, costs are minimised."""
+    return ["max" if name == "quality" else "min" for name in objectives]
+
+
+def feasible(record: TrialRecord, budget: Budget) -> bool:
+    """Whether the trial ranks and its measured figures meet every limit."""
+    return (
+        rankable(record)
+        and record.measured is not None
+        and budget.feasible(record.measured, record.quality)
+    )
+
+
+def front(
+    records: Sequence[TrialRecord], objectives: Sequence[Objective] = OBJECTIVES
+) -> list[TrialRecord]:
+    """The non-dominated trials, in the order given. Trials with equal figures stay together."""
+    ranked = [record for record in records if rankable(record, objectives)]
+    points = [[objective(record, name) for name in objectives] for record in ranked]
+    flags = non_dominated(points, senses(objectives))
+    return [record for record, flag in zip(ranked, flags, strict=True) if flag]
+
+
+def _preference(record: TrialRecord) -> tuple[Any, ...]:
+    """Best quality first, then the cheapest: latency, size, id."""
+    return (
+        -(objective(record, "quality") or 0.0),
+        objective(record, "latency"),
+        objective(record, "size"),
+        record.id,
+    )
+
+
+def pick(records: Sequence[TrialRecord], budget: Budget) -> TrialRecord:
+    """The feasible trial of highest quality; among equals the cheapest.
+
+    `budget` is absolute: the caller resolves limits that are relative to dense.
+
+    Raises:
+        NothingFitsError: naming the nearest trial, the limit that binds and what to relax.
+    """
+    fitting = [record for record in records if feasible(record, budget)]
+    if fitting:
+        return min(fitting, key=_preference)
+    ranked = [record for record in records if rankable(record)]
+    if not ranked:
+        raise NothingFitsError(
+            f"No trial of this study is complete and measured, so none can meet "
+            f"{budget.describe()}. Run more trials: autocomp search with a higher --trials",
+            None,
+            None,
+        )
+    nearest = min(ranked, key=lambda record: (_worst(record, budget)[1], _preference(record)))
+    binding, excess = _worst(nearest, budget)
+    raise NothingFitsError(_message(nearest, budget, binding, excess), nearest, binding)
+
+
+def _worst(record: TrialRecord, budget: Budget) -> tuple[str, float]:
+    """The limit missed by most and by how much; NaN counts as infinite."""
+    assert record.measured is not None
+    excess = budget.excess(record.measured, record.quality)
+    finite = {name: math.inf if math.isnan(value) else value for name, value in excess.items()}
+    name = max(finite, key=lambda key: finite[key])
+    return name, finite[name]
+
+
+def _message(record: TrialRecord, budget: Budget, binding: str, excess: float) -> str:
+    assert record.measured is not None
+    cost = record.measured
+    figures = {
+        "quality": f"quality {record.quality:.4g}",
+        "latency_ms": f"latency {format_ms(cost.latency_ms)}",
+        "size_bytes": f"size {format_bytes(cost.size_bytes)}",
+    }
+    if budget.peak_memory_bytes is not None:
+        figures["peak_memory_bytes"] = f"peak memory {format_bytes(cost.peak_memory_bytes)}"
+    name = _NAMES[binding]
+    if not math.isfinite(excess):
+        why, relax = f"its {name} was not measured", f"drop the {name} limit"
+    elif binding == "quality":
+        why = f"quality is {excess:.4g} below the floor"
+        relax = f"lower the floor to {record.quality:.4g}"
+    else:
+        why = f"{name} is {excess:.1%} over and binds"
+        relax = f"raise the limit to {figures[binding]}"
+    return (
+        f"No measured trial meets {budget.describe()}. Nearest: {record.id} "
+        f"({', '.join(figures.values())}): {why}. Next: {relax}, or search on with more trials"
+    )

@@ -1,0 +1,111 @@
+"""The front as JSON: the machine-readable shape of `autocomp front --json`, stable.
+
+Hypervolume convention: quality is taken as it is, costs are divided by the dense model's, and the
+reference point is (quality 0, latency 1.0, size 1.0, peak memory 1.0). A model no cheaper than
+dense adds nothing; a perfect, free model would reach 1.0 for a quality in [0, 1]. So the figure
+can be compared among studies of one task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autocomp.core.budget import Budget
+from autocomp.core.measurement import Measurement
+from autocomp.front.dominance import hypervolume
+from autocomp.front.pick import (
+    OBJECTIVES,
+    NothingFitsError,
+    Objective,
+    feasible,
+    front,
+    objective,
+    pick,
+    rankable,
+    senses,
+)
+from autocomp.study.records import TrialRecord
+
+
+def study_hypervolume(
+    records: Sequence[TrialRecord],
+    dense: TrialRecord | None,
+    objectives: Sequence[Objective] = OBJECTIVES,
+) -> float | None:
+    """Hypervolume of all trials that rank, normalised by dense; `None` until dense is measured."""
+    if dense is None or not rankable(dense, objectives):
+        return None
+    scales = [1.0 if name == "quality" else objective(dense, name) or 1.0 for name in objectives]
+    points = [
+        [(objective(record, name) or 0.0) / s for name, s in zip(objectives, scales, strict=True)]
+        for record in records
+        if rankable(record, objectives)
+    ]
+    reference = [0.0 if name == "quality" else 1.0 for name in objectives]
+    return hypervolume(points, reference, senses(objectives))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _costs(cost: Measurement | None) -> dict[str, float | None]:
+    return {
+        name: None if cost is None else _finite(getattr(cost, name))
+        for name in ("latency_ms", "size_bytes", "peak_memory_bytes")
+    }
+
+
+def trial_json(record: TrialRecord, budget: Budget, on_front: bool) -> dict[str, Any]:
+    """One trial in the stable shape. Costs are measured ones or null; estimates stay apart."""
+    measured = record.measured if objective(record, "latency") is not None else None
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "proposed_by": record.proposed_by,
+        "state": record.state,
+        "on_front": on_front,
+        "feasible": feasible(record, budget),
+        "quality": _finite(record.quality),
+        "teacher_kl": _finite(record.teacher_kl),
+        **_costs(measured),
+        "measured": measured is not None,
+        "estimated": _costs(record.estimated),
+        "candidate": record.candidate.to_json(),
+    }
+
+
+def front_json(
+    study: str,
+    target: Mapping[str, Any],
+    budget: Budget,
+    records: Sequence[TrialRecord],
+    objectives: Sequence[Objective] = OBJECTIVES,
+) -> dict[str, Any]:
+    """The whole study, JSON-ready: no NaN, no infinity.
+
+    Args:
+        study: name or path of the study.
+        target: the target's description.
+        budget: absolute limits.
+        records: every finished trial, in the ledger's order.
+        objectives: what the front is drawn over.
+    """
+    dense = next((record for record in records if record.kind == "dense"), None)
+    on_front = {record.id for record in front(records, objectives)}
+    try:
+        chosen: str | None = pick(records, budget).id
+    except NothingFitsError:
+        chosen = None
+    limits = budget.to_json()
+    return {
+        "study": study,
+        "target": dict(target),
+        "budget": {name: limits[name] for name in _costs(None)},
+        "dense": None if dense is None else dense.id,
+        "chosen": chosen,
+        "hypervolume": study_hypervolume(records, dense, objectives),
+        "trials": [trial_json(record, budget, record.id in on_front) for record in records],
+    }

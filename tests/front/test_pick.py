@@ -1,0 +1,158 @@
+"""The front and the choice under a budget, with two bugs of other systems as regressions."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from autocomp.core.budget import Budget
+from autocomp.core.candidate import Candidate, Option, Step
+from autocomp.core.errors import InfeasibleError
+from autocomp.core.measurement import Measurement
+from autocomp.front import NothingFitsError, front, front_json, pick, study_hypervolume
+from autocomp.study.records import TrialRecord
+
+
+def record(
+    id: str, quality: float | None, latency: float | None, size: int | None, **changes: Any
+) -> TrialRecord:
+    made = TrialRecord(
+        id=id,
+        kind="search",
+        proposed_by="milp",
+        state="complete",
+        candidate=Candidate.of({"head": Option((Step.of("rtn", weights=8, name=id),))}),
+        quality=quality,
+        measured=Measurement("measured", latency, size),
+        estimated=Measurement("estimated", 1.0, 10),
+    )
+    return replace(made, **changes)
+
+
+DENSE = record("dense", 0.90, 10.0, 100, kind="dense", proposed_by="baseline")
+GOOD = record("good", 0.88, 4.0, 30)
+SMALL = record("small", 0.80, 3.0, 20)
+WORSE = record("worse", 0.79, 4.5, 35)
+
+
+def test_front_is_the_non_dominated_measured_trials() -> None:
+    assert [r.id for r in front([DENSE, GOOD, WORSE, SMALL])] == ["dense", "good", "small"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        record("x", 0.99, None, 1),
+        record("x", 0.99, math.nan, 1),
+        record("x", 0.99, 0.1, None),
+        record("x", None, 0.1, 1),
+        record("x", math.nan, 0.1, 1),
+        record("x", math.inf, 0.1, 1),
+        record("x", 0.99, 0.1, 1, state="failed"),
+        record("x", 0.99, 0.1, 1, state="pruned"),
+        record("x", 0.99, 0.1, 1, measured=None),
+        record("x", 0.99, 0.1, 1, measured=Measurement("estimated", 0.1, 1)),
+    ],
+)
+def test_a_trial_that_lacks_a_figure_never_ranks(broken: TrialRecord) -> None:
+    """Elsewhere a trial without its lower-is-better metric ranked best."""
+    assert [r.id for r in front([broken, GOOD])] == ["good"]
+    assert pick([broken, GOOD], Budget(latency_ms=5.0)).id == "good"
+    assert pick([broken, GOOD], Budget()).id == "good"
+    with pytest.raises(NothingFitsError):
+        pick([broken], Budget())
+
+
+def test_absolute_limits_do_not_vanish() -> None:
+    """Elsewhere every goal vanished silently when all of them were absolute thresholds."""
+    budget = Budget(latency_ms=3.5, size_bytes=25, quality=0.75)
+    assert pick([DENSE, GOOD, SMALL], budget).id == "small"
+    with pytest.raises(NothingFitsError):
+        pick([DENSE, GOOD, WORSE], budget)
+    for alone in (Budget(latency_ms=3.5), Budget(size_bytes=25)):
+        assert pick([DENSE, GOOD, SMALL], alone).id == "small"
+    assert pick([DENSE, GOOD, SMALL], Budget(quality=0.89)).id == "dense"
+
+
+def test_an_unmeasured_limited_cost_is_infeasible() -> None:
+    with pytest.raises(NothingFitsError, match="peak memory was not measured"):
+        pick([GOOD], Budget(peak_memory_bytes=1e9))
+
+
+def test_pick_prefers_quality_then_the_cheapest() -> None:
+    tie = record("tie", 0.88, 3.9, 31)
+    assert pick([GOOD, tie, SMALL], Budget(latency_ms=5.0)).id == "tie"
+    assert pick([GOOD, replace(GOOD, id="aaa")], Budget()).id == "aaa"
+
+
+def test_a_limit_is_met_when_equal() -> None:
+    assert pick([GOOD], Budget(latency_ms=4.0, size_bytes=30)).id == "good"
+
+
+def test_nothing_fits_names_the_nearest_and_what_binds() -> None:
+    with pytest.raises(NothingFitsError) as caught:
+        pick([DENSE, GOOD, SMALL], Budget(latency_ms=2.0, size_bytes=25))
+    assert caught.value.nearest is SMALL
+    assert caught.value.binding == "latency_ms"
+    assert "small" in str(caught.value)
+    assert "50.0% over" in str(caught.value)
+    assert "raise the limit to latency 3 ms" in str(caught.value)
+    assert isinstance(caught.value, InfeasibleError)
+    assert caught.value.exit_status == 3
+
+
+def test_the_quality_floor_can_bind() -> None:
+    with pytest.raises(NothingFitsError, match=r"lower the floor to 0\.9"):
+        pick([DENSE, GOOD], Budget(quality=0.99))
+
+
+def test_hypervolume_is_normalised_by_dense() -> None:
+    assert study_hypervolume([DENSE], DENSE) == pytest.approx(0.0)
+    expected = 0.88 * (1 - 0.4) * (1 - 0.3)
+    assert study_hypervolume([DENSE, GOOD], DENSE) == pytest.approx(expected)
+    assert study_hypervolume([GOOD], None) is None
+
+
+def test_front_json_has_exactly_the_stable_shape() -> None:
+    broken = record("nan", math.nan, math.nan, 1, state="failed")
+    budget = Budget(latency_ms=5.0, size_bytes=50)
+    data = front_json("runs/x", {"name": "t"}, budget, [DENSE, GOOD, broken])
+    json.dumps(data, allow_nan=False)
+    assert list(data) == ["study", "target", "budget", "dense", "chosen", "hypervolume", "trials"]
+    assert data["budget"] == {"latency_ms": 5.0, "size_bytes": 50, "peak_memory_bytes": None}
+    assert (data["dense"], data["chosen"]) == ("dense", "good")
+    good = data["trials"][1]
+    assert list(good) == [
+        "id",
+        "kind",
+        "proposed_by",
+        "state",
+        "on_front",
+        "feasible",
+        "quality",
+        "teacher_kl",
+        "latency_ms",
+        "size_bytes",
+        "peak_memory_bytes",
+        "measured",
+        "estimated",
+        "candidate",
+    ]
+    assert good["on_front"] is good["feasible"] is good["measured"] is True
+    assert good["latency_ms"] == 4.0
+    assert good["estimated"] == {"latency_ms": 1.0, "size_bytes": 10, "peak_memory_bytes": None}
+    assert data["trials"][0]["feasible"] is False
+    nan = data["trials"][2]
+    assert nan["measured"] is nan["feasible"] is nan["on_front"] is False
+    assert nan["latency_ms"] is None
+    assert nan["size_bytes"] is None
+
+
+def test_front_json_without_a_feasible_trial_chooses_none() -> None:
+    data = front_json("s", {}, Budget(latency_ms=0.1), [DENSE])
+    assert data["chosen"] is None
+    assert front_json("s", {}, Budget(), [])["dense"] is None
