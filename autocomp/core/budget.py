@@ -6,6 +6,7 @@ has been measured. Unmeasured means infeasible: a missing figure never meets a l
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,14 +24,20 @@ class Budget:
     quality: float | None = None
 
     def excess(self, cost: Measurement, quality: float | None = None) -> dict[str, float]:
-        """Relative overshoot per limited dimension: ≤ 0 meets it, `inf` when unmeasured."""
+        """Overshoot per limited dimension: ≤ 0 meets it, `inf` when unmeasured (or NaN).
+
+        Relative to the limit for costs, absolute for quality.
+        """
         excess: dict[str, float] = {}
         for name in ("latency_ms", "size_bytes", "peak_memory_bytes"):
             limit, value = getattr(self, name), getattr(cost, name)
             if limit is not None:
-                excess[name] = float("inf") if value is None else value / limit - 1.0
+                excess[name] = math.inf if _unmeasured(value) else value / limit - 1.0
         if self.quality is not None:
-            excess["quality"] = float("inf") if quality is None else self.quality - quality
+            if quality is None or math.isnan(quality):
+                excess["quality"] = math.inf
+            else:
+                excess["quality"] = self.quality - quality
         return excess
 
     def feasible(self, cost: Measurement, quality: float | None = None) -> bool:
@@ -53,6 +60,10 @@ class Budget:
     def to_json(self) -> dict[str, Any]:
         """Plain mapping."""
         return asdict(self)
+
+
+def _unmeasured(value: float | None) -> bool:
+    return value is None or math.isnan(value)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ distillation settings of a trial.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import yaml
+
+from autocomp.core.errors import UserError
 from autocomp.core.hashing import content_key
 
 Scalar = str | int | float | bool
@@ -25,7 +29,7 @@ class Step:
     args: tuple[tuple[str, Scalar], ...] = ()
 
     @classmethod
-    def of(cls, operator: str, **args: Scalar) -> Step:
+    def of(cls, operator: str, /, **args: Scalar) -> Step:
         """`Step.of("heads", keep=6)`."""
         return cls(operator, tuple(sorted(args.items())))
 
@@ -45,6 +49,11 @@ class Option:
     """The steps done to one unit, in the order they are applied. `Option()` is dense."""
 
     steps: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [step.operator for step in self.steps]
+        if len(names) != len(set(names)):
+            raise ValueError(f"an operator appears twice in an option: {', '.join(names)}")
 
     @property
     def dense(self) -> bool:
@@ -132,12 +141,16 @@ class Candidate:
     @cached_property
     def key(self) -> str:
         """Content hash of options and distillation settings."""
-        return content_key(self.to_json())
+        return content_key([self._option_keys, self.distillation.to_json()])
 
     @cached_property
     def stitch_key(self) -> str:
         """Content hash of the options alone: equal for candidates that stitch to the same model."""
-        return content_key(self.to_json()["units"])
+        return content_key(self._option_keys)
+
+    @property
+    def _option_keys(self) -> dict[str, str]:
+        return {unit: option.key for unit, option in self.options}
 
     def with_distillation(self, distillation: Distillation) -> Candidate:
         """The same options under other distillation settings."""
@@ -155,3 +168,31 @@ class Candidate:
         """Inverse of `to_json`."""
         options = {unit: Option.from_json(option) for unit, option in data["units"].items()}
         return cls.of(options, Distillation.from_json(data.get("distillation", {})))
+
+    def to_yaml(self) -> str:
+        """A line per unit: `layers.0.attention: {heads: {keep: 6}, gptq: {weights: 4}}`."""
+        lines = ["units:"]
+        lines += [f"  {unit}: {_flow(option.to_json())}" for unit, option in self.options]
+        return "\n".join([*lines, f"distillation: {_flow(self.distillation.to_json())}", ""])
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Candidate:
+        """Inverse of `to_yaml`.
+
+        Raises:
+            UserError: if the text is not a candidate.
+        """
+        try:
+            return cls.from_json(yaml.safe_load(text))
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"not a candidate ({error}). Expected 'units:', a mapping of unit names to "
+                f"{{operator: {{argument: value}}}}, and optionally 'distillation:'"
+            ) from error
+
+
+def _flow(data: Mapping[str, Any]) -> str:
+    """`data` as one line of YAML."""
+    return yaml.safe_dump(
+        data, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
+    ).strip()

@@ -61,5 +61,6 @@ class StorageError(InternalError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    by_fold = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), by_fold, n=1)
+    return f" Did you mean {by_fold[close[0]]!r}?" if close else ""

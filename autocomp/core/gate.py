@@ -2,21 +2,34 @@
 
 A reader/writer lock on a file. Work is done in short pieces under `working()` (shared); a
 measurement runs under `measuring()` (exclusive). CPU affinity alone is not enough: neighbours
-share caches and memory bandwidth. A process that dies releases its lock.
+share caches and memory bandwidth. A process that dies releases its locks.
+
+flock alone would let a stream of readers starve a measurement, so everyone passes a turnstile, a
+second file that is locked on the way in. A waiting measurement keeps the turnstile: newcomers queue
+behind it, those inside finish.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from autocomp.core.errors import InternalError
+
+_held = threading.local()
+"""`_held.modes`: resolved gate path → lock mode this thread holds it in."""
+
 
 class Gate:
-    """A reader/writer gate on `path`; picklable, each process opens its own descriptor."""
+    """A reader/writer gate on `path`; picklable, each entry opens its own descriptor.
+
+    Entering again in the same thread is free, except that `measuring()` inside `working()` is
+    refused: it would wait for itself.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -25,42 +38,48 @@ class Gate:
     def working(self) -> Iterator[None]:
         """Hold the gate shared. Keep the piece of work short (about 0.3 s): measuring waits for it.
 
-        A waiting measurement goes first: flock alone would let a stream of readers starve it.
+        A waiting measurement goes first.
         """
-        while self._waiting.exists() and self._fresh():
-            time.sleep(0.005)
-        with self._locked(fcntl.LOCK_SH):
+        with self._entered(fcntl.LOCK_SH):
             yield
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Hold the gate alone."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._waiting.touch()
-        try:
-            with self._locked(fcntl.LOCK_EX):
-                self._waiting.unlink(missing_ok=True)
-                yield
-        finally:
-            self._waiting.unlink(missing_ok=True)
+        """Hold the gate alone.
 
-    @property
-    def _waiting(self) -> Path:
-        return self.path.with_suffix(".waiting")
-
-    def _fresh(self) -> bool:
-        """A waiting mark older than 10 s was left by a process that died."""
-        try:
-            return time.time() - self._waiting.stat().st_mtime < 10.0
-        except FileNotFoundError:
-            return False
+        Raises:
+            InternalError: inside this thread's own `working()`.
+        """
+        with self._entered(fcntl.LOCK_EX):
+            yield
 
     @contextmanager
-    def _locked(self, mode: int) -> Iterator[None]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, mode)
+    def _entered(self, mode: int) -> Iterator[None]:
+        modes: dict[str, int] = _held.__dict__.setdefault("modes", {})
+        key = os.path.realpath(self.path)
+        if key in modes:
+            if mode == fcntl.LOCK_EX and modes[key] == fcntl.LOCK_SH:
+                raise InternalError(f"measuring() inside working() on the gate {self.path}")
             yield
-        finally:
-            os.close(descriptor)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        turn = self.path.with_name(self.path.name + ".turn")
+        with _locked(turn, fcntl.LOCK_EX) as turnstile, _locked(self.path, mode):
+            if mode == fcntl.LOCK_SH:
+                fcntl.flock(turnstile, fcntl.LOCK_UN)
+            modes[key] = mode
+            try:
+                yield
+            finally:
+                del modes[key]
+
+
+@contextmanager
+def _locked(path: Path, mode: int) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, mode)
+        yield descriptor
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for copies a forked child may hold
+        os.close(descriptor)

@@ -9,10 +9,24 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> str:
-    """JSON, keys sorted, no spaces, floats by repr. Raises TypeError on anything else."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
+    """JSON, keys sorted, no spaces, floats by repr, whole floats as integers (equal, so equal).
+
+    Raises:
+        TypeError: for anything but plain data (a key that is no string included).
+        ValueError: for NaN and infinities.
+    """
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be text to be hashed, got {key!r}")
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def content_key(value: Any, length: int = 16) -> str:

@@ -6,6 +6,7 @@ dense model measured on the same target.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ from autocomp.core.errors import UserError
 
 Dimension = Literal["latency", "size", "peak_memory"]
 
-_TO_MS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+_TO_MS = {"us": 1e-3, "\u00b5s": 1e-3, "\u03bcs": 1e-3, "ms": 1.0, "s": 1e3}  # micro sign, Greek mu
 _TO_BYTES = {
     "B": 1,
     "kB": 10**3,
@@ -25,7 +26,9 @@ _TO_BYTES = {
     "MiB": 2**20,
     "GiB": 2**30,
 }
-_PATTERN = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ%]*)\s*$")
+_PATTERN = re.compile(
+    r"^\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z\u00b5\u03bc%]*)\s*$"
+)
 _EXAMPLE = {
     "latency": "'4 ms', '800 us' or '25%' of dense",
     "size": "'12 MB', '8 MiB' or '25%' of dense",
@@ -54,10 +57,12 @@ def parse_limit(text: str | int | float, dimension: Dimension) -> Limit:
     match = _PATTERN.match(text) if isinstance(text, str) else None
     units = _TO_MS if dimension == "latency" else _TO_BYTES
     if match is None or match.group(2) not in (*units, "%"):
-        raise UserError(f"{text!r} is no {dimension}: write {_EXAMPLE[dimension]}")
+        raise UserError(
+            f"{text!r} is no {dimension.replace('_', ' ')}: write {_EXAMPLE[dimension]}"
+        )
     number, unit = float(match.group(1)), match.group(2)
-    if number <= 0:
-        raise UserError(f"{text!r}: a {dimension} limit must be above zero")
+    if not 0 < number < math.inf:
+        raise UserError(f"{text!r}: a {dimension} limit must be above zero and finite")
     if unit == "%":
         return Limit(number / 100, relative=True)
     return Limit(number * units[unit], relative=False)
@@ -75,7 +80,7 @@ def format_bytes(value: float | None) -> str:
     if value is None:
         return "–"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= scale:
+        if abs(value) >= 0.9995 * scale:
             scaled = value / scale
             return f"{scaled:.3g} {unit}" if scaled < 100 else f"{scaled:.0f} {unit}"
     return f"{value:.0f} B"

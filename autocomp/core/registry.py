@@ -8,13 +8,16 @@ names never imports torch. Another package adds its own under the entry-point gr
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
+from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
-from autocomp.core.errors import UserError, did_you_mean
+from autocomp.core.errors import InternalError, UserError, did_you_mean
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class Registry(Generic[T]):
@@ -30,7 +33,12 @@ class Registry(Generic[T]):
     def _scan(self) -> None:
         if not self._scanned:
             for entry in entry_points(group=f"autocomp.{self.kind}"):
-                self._paths.setdefault(entry.name, entry.value)
+                if entry.name in self._paths:
+                    logger.warning(
+                        "%s: %r (%s) is ignored: taken", self.kind, entry.name, entry.value
+                    )
+                else:
+                    self._paths[entry.name] = f"{entry.module}:{entry.attr}"
             self._scanned = True
 
     def register(self, name: str, value: T) -> None:
@@ -59,9 +67,18 @@ class Registry(Generic[T]):
                     f"{did_you_mean(name, self.names())} Available: {', '.join(self.names())}. "
                     f"See: autocomp ls {self.kind}"
                 )
-            module, _, attribute = self._paths[name].partition(":")
-            self._loaded[name] = cast(T, getattr(importlib.import_module(module), attribute))
+            self._loaded[name] = self._import(name)
         return self._loaded[name]
+
+    def _import(self, name: str) -> T:
+        module, _, attribute = self._paths[name].partition(":")
+        try:
+            return cast(T, attrgetter(attribute)(importlib.import_module(module)))
+        except (ImportError, AttributeError) as error:
+            raise InternalError(
+                f"{self.kind}: {name!r} ({self._paths[name]}) cannot be loaded: {error}. "
+                f"Reinstall or remove the package that provides it"
+            ) from error
 
     def __contains__(self, name: object) -> bool:
         self._scan()
