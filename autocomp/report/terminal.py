@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from autocomp.core.budget import Budget
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.report.figures import COSTS, format_cost, format_quality, format_share
+
+
+def print_front(console: Console, view: Mapping[str, Any], *, estimated: bool = False) -> None:
+    """`front_table`, then what to do next; commands stay on one line, ready to paste."""
+    console.print(front_table(view, estimated=estimated))
+    console.print()
+    for line in next_steps(view):
+        console.print(line, soft_wrap=True)
 
 
 def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> RenderableType:
@@ -28,10 +36,11 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     shown = sorted((t for t in trials if t["state"] != "failed"), key=_order)
     parts: list[RenderableType] = [_heading(view), Text(), _measured(view, shown, dense)]
     if failed:
-        parts.append(Text(f"{len(failed)} failed; see log.txt in the study.", style="red"))
+        word = "trial" if len(failed) == 1 else "trials"
+        parts.append(Text(f"{len(failed)} {word} failed.", style="red"))
+    parts.append(Text("▸ chosen  ● on the front  memory: peak, of a process that only runs it", "dim"))
     if estimated:
         parts += [Text(), _estimated(shown)]
-    parts += [Text(), *_closing(view, shown)]
     return Group(*parts)
 
 
@@ -68,7 +77,7 @@ def describe_target(target: Mapping[str, Any]) -> str:
 def _measured(
     view: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], dense: Mapping[str, Any] | None
 ) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     memory = any(trial["peak_memory_bytes"] is not None for trial in trials)
     table.add_column("", no_wrap=True)
     table.add_column("id", no_wrap=True)
@@ -76,10 +85,10 @@ def _measured(
     for name in ("quality", "latency", "", "size", "", *(("memory",) if memory else ())):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("budget", no_wrap=True)
-    table.add_column("front", no_wrap=True)
     for trial in trials:
         chosen = trial["id"] == view.get("chosen")
-        cells = ["▸" if chosen else "", str(trial["id"]), str(trial["proposed_by"])]
+        mark = "▸" if chosen else "●" if trial["on_front"] else ""
+        cells = [mark, str(trial["id"]), str(trial["proposed_by"])]
         cells.append(format_quality(trial["quality"]))
         for name in COSTS[:2]:
             cells.append(format_cost(name, trial[name]))
@@ -88,57 +97,64 @@ def _measured(
             cells.append(format_cost("peak_memory_bytes", trial["peak_memory_bytes"]))
         verdict = "" if trial["kind"] == "dense" else "met" if trial["feasible"] else "over"
         if not trial["measured"]:
-            verdict = "unmeasured"
+            verdict = "–"
         style = "bold green" if chosen else "" if trial["on_front"] else "dim"
-        table.add_row(*cells, verdict, "front" if trial["on_front"] else "", style=style)
+        table.add_row(*cells, verdict, style=style)
     return table
 
 
 def _estimated(trials: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         box=None,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
         header_style="dim",
         pad_edge=False,
-        title="Predicted by the cost table, before measuring",
+        title="Predicted by the cost table; error against measured",
         title_justify="left",
         title_style="",
     )
     table.add_column("id", no_wrap=True)
-    for name in ("latency", "measured was", "size", "measured was"):
+    for name in ("latency", "error", "size", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for trial in trials:
         figures = trial.get("estimated") or {}
-        if not figures:
+        if not any(figures.values()):
             continue
         row = [str(trial["id"])]
         for name in COSTS[:2]:
             value, truth = figures.get(name), trial[name]
-            gap = "" if not value or not truth else f"{100 * (truth / value - 1):+.1f}%"
+            gap = "" if not value or not truth else f"{100 * (value / truth - 1):+.1f}%"
             row += [format_cost(name, value), gap]
         table.add_row(*row)
     return table
 
 
-def _closing(view: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> list[Text]:
+def next_steps(view: Mapping[str, Any]) -> list[Text]:
     """What to do next, as a command to paste."""
     study = str(view["study"])
     if view.get("chosen") is not None:
         return [
-            Text("▸ is the best that meets the budget. Export it:", style="dim"),
+            Text(f"{view['chosen']} is the best that meets the budget. Export it:", style="dim"),
             Text(f"  autocomp pick {study} --export out/", style="bold"),
         ]
-    measured = [t for t in trials if t["measured"] and t["kind"] != "dense"]
+    measured = [t for t in view["trials"] if t["measured"] and t["kind"] != "dense"]
+    nearest = min(measured, key=lambda t: _overshoot(view["budget"], t), default=None)
     lines = [Text("No measured model meets the budget.", style="red")]
-    smallest = min(measured, key=lambda t: _overshoot(view["budget"], t), default=None)
-    if smallest is None:
-        return [*lines, Text("  autocomp search SPEC continues the study.", style="bold")]
-    limits = f'--latency "{format_ms(smallest["latency_ms"])}"'
-    limits += f' --size "{format_bytes(smallest["size_bytes"])}"'
+    if nearest is None:
+        return lines
+    flags = "".join(
+        f' --{name} "{write(1.005 * nearest[key])}"'
+        for name, key, write in (
+            ("latency", "latency_ms", format_ms),
+            ("size", "size_bytes", format_bytes),
+            ("peak-memory", "peak_memory_bytes", format_bytes),
+        )
+        if view["budget"].get(key) is not None and nearest[key] is not None
+    )
     return [
         *lines,
-        Text(f"The nearest is {smallest['id']}. Search longer, or relax the budget:", style="dim"),
-        Text(f"  autocomp pick {study} --latency … --size … --export out/", style="bold"),
+        Text(f"Nearest: {nearest['id']}. Search on with more --trials, or accept it:", style="dim"),
+        Text(f"  autocomp pick {study}{flags} --export out/", style="bold"),
     ]
 
 

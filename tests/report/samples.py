@@ -10,6 +10,7 @@ from typing import Any
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
 from autocomp.core.measurement import Measurement
+from autocomp.front.view import front_json
 from autocomp.study.records import TrialRecord
 
 BUDGET = Budget(latency_ms=1.3, size_bytes=10.1e6)
@@ -114,53 +115,11 @@ def records(count: int = 12) -> list[TrialRecord]:
     return [*baselines(), *(record(seed) for seed in range(count)), failed(99)]
 
 
-def view(trials: list[TrialRecord] | None = None) -> dict[str, Any]:
-    """The `front --json` shape of these records, worked out by brute force."""
-    trials = records() if trials is None else trials
-
-    def cost(trial: TrialRecord) -> tuple[float, ...] | None:
-        if trial.measured is None or trial.quality is None:
-            return None
-        return (-trial.quality, trial.measured.latency_ms or 0, trial.measured.size_bytes or 0)
-
-    costs = {trial.id: cost(trial) for trial in trials}
-
-    def on_front(trial: TrialRecord) -> bool:
-        mine = costs[trial.id]
-        return mine is not None and not any(
-            other is not None and other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
-            for other in costs.values()
-        )
-
-    rows = []
-    for trial in trials:
-        measured = trial.measured
-        rows.append(
-            {
-                "id": trial.id,
-                "kind": trial.kind,
-                "proposed_by": trial.proposed_by,
-                "state": trial.state,
-                "on_front": on_front(trial),
-                "feasible": measured is not None and BUDGET.feasible(measured, trial.quality),
-                "quality": trial.quality,
-                "teacher_kl": trial.teacher_kl,
-                "latency_ms": measured.latency_ms if measured else None,
-                "size_bytes": measured.size_bytes if measured else None,
-                "peak_memory_bytes": measured.peak_memory_bytes if measured else None,
-                "measured": measured is not None,
-                "estimated": trial.estimated.to_json() if trial.estimated else {},
-                "candidate": trial.candidate.to_json(),
-            }
-        )
-    feasible = [row for row in rows if row["feasible"]]
-    chosen = max(feasible, key=lambda row: row["quality"])["id"] if feasible else None
-    return {
-        "study": "runs/quickstart",
-        "target": {"name": "onnxruntime-cpu", "workload": {"batch": 1, "sequence": 32, "threads": 1}},
-        "budget": {"latency_ms": 1.3, "size_bytes": 10.1e6, "peak_memory_bytes": None},
-        "dense": "dense",
-        "chosen": chosen,
-        "hypervolume": 0.734,
-        "trials": rows,
-    }
+def view(trials: list[TrialRecord] | None = None, budget: Budget = BUDGET) -> dict[str, Any]:
+    """The `front --json` shape of these records."""
+    return front_json(
+        "runs/quickstart",
+        {"name": "onnxruntime-cpu", "workload": {"batch": 1, "sequence": 32, "threads": 1}},
+        budget,
+        records() if trials is None else trials,
+    )
