@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from autocomp.core.budget import RelativeBudget
 from autocomp.core.errors import UserError
@@ -15,7 +15,7 @@ TASKS = ("text-classification", "image-classification", "language-modeling")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _limit(dimension: Dimension) -> Any:
@@ -134,10 +134,12 @@ class StructureSection(_Section):
     """Structural choices; fractions of the unit's heads or inner width that are kept."""
 
     heads: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, description="Fractions of attention heads (of key-value groups under GQA) kept."
+        None,
+        min_length=1,
+        description="Fractions of attention heads (of key-value groups under GQA) kept.",
     )
     width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, description="Fractions of the feed-forward width kept."
+        None, min_length=1, description="Fractions of the feed-forward width kept."
     )
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
 
@@ -147,10 +149,14 @@ class BitsSection(_Section):
 
     method: str | list[str] = Field("gptq", description="Quantisation operator(s).")
     weights: list[Literal["dense"] | int] = Field(
-        ["dense"], description="Weight bits; dense is the target's own."
+        ["dense"], min_length=1, description="Weight bits; dense is the target's own."
     )
-    activations: list[Literal["dense"] | int] = Field(["dense"], description="Activation bits.")
-    group: int = Field(32, description="Columns that share a scale, where weights are 4-bit.")
+    activations: list[Literal["dense"] | int] = Field(
+        ["dense"], min_length=1, description="Activation bits; dense is the target's own."
+    )
+    group: int = Field(
+        32, ge=0, description="Columns that share a scale, where weights are 4-bit. 0: a whole row."
+    )
 
 
 class RuleSection(_Section):
@@ -180,13 +186,26 @@ class FloatRange(_Section):
 class DistilSection(_Section):
     """Distillation settings: dimensions of the study."""
 
-    loss: list[str] = Field(default_factory=lambda: ["logits"])
-    temperature: list[Annotated[float, Field(gt=0)]] = Field(
-        default_factory=lambda: [1.0, 2.0, 4.0]
+    loss: list[str] = Field(
+        ["logits"], min_length=1, description="What the student learns from the teacher."
     )
-    lr: FloatRange = FloatRange(low=1e-4, high=1e-3, log=True)
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0, 100_000])
+    temperature: list[Annotated[float, Field(gt=0)]] = Field(
+        [1.0, 2.0, 4.0], min_length=1, description="Softens teacher and student."
+    )
+    lr: FloatRange = Field(
+        FloatRange(low=1e-4, high=1e-3, log=True), description="Peak learning rate (AdamW)."
+    )
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 100_000], min_length=1, description="Real (unpadded) tokens seen; 0 is no training."
+    )
     batch: int = Field(32, gt=0, description="Examples per step.")
+
+    @field_validator("lr")
+    @classmethod
+    def _positive(cls, lr: FloatRange) -> FloatRange:
+        if lr.low <= 0:
+            raise ValueError(f"low ({lr.low}) must be above zero")
+        return lr
 
 
 class SearchSection(_Section):
@@ -194,13 +213,13 @@ class SearchSection(_Section):
 
     screen: int = Field(1000, ge=0, description="Candidates screened without training.")
     trials: int = Field(12, gt=0, description="Full trials proposed by the search.")
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="Of everything random: splits, proposals, training.")
 
 
 class Spec(_Section):
     """A whole spec file."""
 
-    version: Literal[1]
+    version: Literal[1] = Field(description="Of the spec's format: 1.")
     model: ModelSection
     task: TaskSection
     target: TargetSection = TargetSection()
@@ -210,9 +229,22 @@ class Spec(_Section):
         "latency",
         "size",
     ]
-    space: list[RuleSection] = Field(min_length=1)
+    space: list[RuleSection] = Field(
+        min_length=1,
+        description="Rules: which units, and what may be done to them. The last rule that matches "
+        "a unit holds; a unit no rule matches stays dense.",
+    )
     distill: DistilSection = DistilSection()
     search: SearchSection = SearchSection()
+
+    @field_validator("objectives")
+    @classmethod
+    def _worth_trading(cls, objectives: list[str]) -> list[str]:
+        if len(set(objectives)) != len(objectives):
+            raise ValueError("each objective at most once")
+        if "quality" not in objectives or len(objectives) < 2:
+            raise ValueError("needs quality and at least one of latency, size, peak_memory")
+        return objectives
 
     @property
     def key(self) -> str:

@@ -1,0 +1,110 @@
+"""Reads a spec file: YAML, overrides, schema, local paths. Reports every problem it finds at once.
+
+Paths: a local `model.source` or `task.data.source` in the file is relative to the *file's*
+directory, one given as an override to the working directory; the spec holds it absolute. A value
+counts as local if it begins with `.`, `/` or `~`, ends like a data file, or exists. Anything else
+is a hub id, and that and `package:NAME/path` stay as written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from autocomp.core.errors import SpecError, did_you_mean
+from autocomp.spec.problems import schema_problems
+from autocomp.spec.schema import Spec
+from autocomp.spec.source import Parts, SpecSource, parse_scalar
+
+_SOURCES: tuple[Parts, ...] = (("model", "source"), ("task", "data", "source"))
+_DATA_ENDINGS = {".csv", ".json", ".jsonl", ".npz", ".parquet", ".tsv", ".txt"}
+
+
+class LoadedSpec(NamedTuple):
+    """A spec and the file it came from; `source.error_at` complains at a line of that file."""
+
+    spec: Spec
+    source: SpecSource
+
+
+def load_spec(
+    path: Path | str, overrides: Mapping[str, Any] | None = None, *, check_files: bool = True
+) -> LoadedSpec:
+    """Read and check a spec file.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted path → value, put over the file's (`{"search.trials": 3}`).
+        check_files: whether local sources must exist. A study's own copy is read without.
+
+    Raises:
+        SpecError: `file:line dotted.path: problem`, one line for each problem.
+    """
+    source = SpecSource.read(path)
+    if source.data is not None and not isinstance(source.data, dict):
+        raise source.error_at((), "a spec is a mapping with the keys version, model, task, …")
+    source.override(overrides or {})
+    problems = [*source.problems, *_resolve_sources(source, check_files)]
+    try:
+        spec = Spec.model_validate(source.data or {}, strict=True)
+    except ValidationError as error:
+        raise source.error([*problems, *schema_problems(error.errors(), source.data)]) from None
+    if problems:
+        raise source.error(problems)
+    return LoadedSpec(spec, source)
+
+
+def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
+    """`["search.trials=3", "budget.latency=25%"]`, as after `--set`, as overrides.
+
+    Raises:
+        SpecError: for a setting without `=`, or with a value that is not YAML.
+    """
+    overrides = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise SpecError(f"--set {setting}: write it like --set search.trials=3")
+        overrides[name.strip()] = parse_scalar(value)
+    return overrides
+
+
+def _resolve_sources(source: SpecSource, check_files: bool) -> list[tuple[Parts, str]]:
+    """Make local sources absolute, in place; the problems are those that do not exist."""
+    problems: list[tuple[Parts, str]] = []
+    for place in _SOURCES:
+        section = source.data or {}
+        for part in place[:-1]:
+            section = section.get(part) if isinstance(section, dict) else None
+        value = section.get("source") if isinstance(section, dict) else None
+        if not isinstance(section, dict) or not isinstance(value, str):
+            continue
+        base = Path() if source.is_overridden(place) else source.file.parent
+        local = _local_path(value, base, data=place[0] == "task")
+        if local is None:
+            continue
+        section["source"] = str(local)
+        if check_files and not local.exists():
+            problems.append((place, _missing(local, ".".join(map(str, place)))))
+    return problems
+
+
+def _local_path(value: str, base: Path, *, data: bool) -> Path | None:
+    if not value or value.startswith("package:"):
+        return None
+    path = base / Path(value).expanduser() if value.startswith("~") else base / value
+    like_file = data and Path(value).suffix.lower() in _DATA_ENDINGS
+    if value[0] in "./~" or like_file or path.exists():
+        return path.resolve()
+    return None
+
+
+def _missing(path: Path, name: str) -> str:
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return (
+        f"no such file or directory: {path}.{did_you_mean(path.name, beside)} "
+        f"Put it there, or give yours with --set {name}=PATH"
+    )
