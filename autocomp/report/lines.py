@@ -89,7 +89,9 @@ class LineView(SearchState):
             current = self.current
             super().end_phase()
             if current is not None:
-                self._print(f"{current.name}: done in {format_seconds(current.seconds(self.clock()))}")
+                self._print(
+                    f"{current.name}: done in {format_seconds(current.seconds(self.clock()))}"
+                )
 
     def advance(self, done: int, total: int | None = None) -> None:
         """See `SearchProgress`."""
@@ -102,7 +104,9 @@ class LineView(SearchState):
             if current.total:
                 share = 100 * current.done / current.total
                 eta = format_seconds(current.eta_s(now_s))
-                self._print(f"{current.name}: {current.done}/{current.total} ({share:.0f}%), ETA {eta}")
+                self._print(
+                    f"{current.name}: {current.done}/{current.total} ({share:.0f}%), ETA {eta}"
+                )
             else:
                 self._print(f"{current.name}: {current.done}")
 

@@ -261,8 +261,8 @@ class LiveView(SearchState):
             return []
         now_s = self.clock()
         texts = [
-            f"{id} ({by}, {format_seconds(now_s - since_s)})"
-            for id, (by, since_s) in self.running.items()
+            f"{name} ({by}, {format_seconds(now_s - since_s)})"
+            for name, (by, since_s) in self.running.items()
         ]
         return [_fit(Text("running  " + "  ".join(texts), style="dim"), width)]
 

@@ -15,7 +15,7 @@ _GUTTER = 8
 
 @dataclass(frozen=True)
 class Point:
-    """`cost` > 0 in the axis's unit. Of points in one cell, the one with the highest `order` shows."""
+    """`cost` > 0 in the axis's unit. Of points in one cell, the highest `order` shows."""
 
     cost: float
     quality: float

@@ -162,7 +162,11 @@ class SearchState:
 
     def funnel_counts(self) -> list[tuple[str, int]]:
         """The known stages in order, with readable names."""
-        return [(_STAGES.get(name, name.replace("_", " ")), self.counts[name]) for name in FUNNEL if name in self.counts]
+        return [
+            (_STAGES.get(name, name.replace("_", " ")), self.counts[name])
+            for name in FUNNEL
+            if name in self.counts
+        ]
 
     def measured(self) -> list[TrialRecord]:
         """Finished trials with a quality and a measured cost."""

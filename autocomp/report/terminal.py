@@ -38,7 +38,9 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     if failed:
         word = "trial" if len(failed) == 1 else "trials"
         parts.append(Text(f"{len(failed)} {word} failed.", style="red"))
-    parts.append(Text("▸ chosen  ● on the front  memory: peak, of a process that only runs it", "dim"))
+    parts.append(
+        Text("▸ chosen  ● on the front  memory: peak, of a process that only runs it", "dim")
+    )
     if estimated:
         parts += [Text(), _estimated(shown)]
     return Group(*parts)

@@ -77,11 +77,11 @@ def baselines() -> list[TrialRecord]:
         ("uniform-width-25%", "uniform", 0.31, 3.7, 59.0e6),
     ]
     records = []
-    for index, (id, kind, quality, latency_ms, size_bytes) in enumerate(rows):
+    for index, (name, kind, quality, latency_ms, size_bytes) in enumerate(rows):
         records.append(
             record(
                 1000 + index,
-                id=id,
+                id=name,
                 kind=kind,
                 proposed_by="baseline",
                 candidate=candidate(index, dense=kind == "dense", tokens=0),
