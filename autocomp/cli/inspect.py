@@ -1,0 +1,77 @@
+"""`autocomp check`, `profile`, `ls`: look at a spec, a target, what is available."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autocomp.cli.output import print_json, stderr_console, stdout_console
+from autocomp.cli.values import Setting
+
+KINDS = ("operators", "targets", "tasks", "exporters")
+
+_SPEC = click.argument("spec", type=click.Path(path_type=Path))
+_SET = click.option(
+    "--set", "settings", type=Setting(), multiple=True, help="Replace a setting of the spec."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@_SPEC
+@_SET
+@_JSON
+def check(spec: Path, settings: tuple[tuple[str, Any], ...], as_json: bool) -> int:
+    """Check SPEC: units matched, size of the space, whether the budget is within reach.
+
+    Takes seconds and runs no model. Exit status 2 if the spec has problems.
+    """
+    from autocomp import api
+
+    report = api.check(spec, dict(settings)).to_json()
+    if as_json:
+        print_json(report)
+    else:
+        from autocomp.report.tables import print_check
+
+        print_check(stdout_console(), report, str(spec))
+    return 2 if report.get("problems") else 0
+
+
+@click.command()
+@_SPEC
+@_SET
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@_JSON
+def profile(spec: Path, settings: tuple[tuple[str, Any], ...], quiet: bool, as_json: bool) -> None:
+    """Measure the target of SPEC: what each option costs, and how well costs add up."""
+    from autocomp.report.live import open_view
+
+    with open_view(stderr_console(), quiet=quiet, study=str(spec)) as progress:
+        from autocomp import api
+
+        table = api.profile(spec, overrides=dict(settings), progress=progress)
+    if as_json:
+        print_json(table)
+    else:
+        from autocomp.report.tables import print_mapping
+
+        print_mapping(stdout_console(), table)
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(KINDS))
+@_JSON
+def ls(kind: str, as_json: bool) -> None:
+    """List operators, targets, tasks or exporters, also those of other packages."""
+    from autocomp import api
+
+    rows = api.list_kind(kind)
+    if as_json:
+        print_json(rows)
+    else:
+        from autocomp.report.tables import print_kind
+
+        print_kind(stdout_console(), rows)

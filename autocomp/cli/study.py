@@ -1,0 +1,110 @@
+"""`autocomp front`, `pick`, `dashboard`: commands on an existing study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from autocomp.cli.output import print_json, stderr_console, stdout_console
+from autocomp.cli.values import Quantity
+from autocomp.core.files import write_text_atomic
+
+_STUDY = click.argument("study", type=click.Path(path_type=Path))
+
+
+@click.command()
+@_STUDY
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a web page to FILE."
+)
+@click.option("--estimated", is_flag=True, help="Also show what the cost table predicted.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def front(study: Path, html: Path | None, estimated: bool, as_json: bool) -> None:
+    """Show the front of STUDY: its measured trials and the one chosen."""
+    from autocomp import api
+
+    view = api.open_study(study).front()
+    if html is not None:
+        from autocomp.report.html import front_html
+
+        write_text_atomic(html, front_html(view))
+        stderr_console().print(f"Wrote {html}", markup=False)
+    if as_json:
+        print_json(view)
+    elif html is None or estimated:
+        from autocomp.report.terminal import print_front
+
+        print_front(stdout_console(), view, estimated=estimated)
+
+
+@click.command()
+@_STUDY
+@click.option("--latency", type=Quantity("latency"), help='Upper limit: "4 ms" or "25%" of dense.')
+@click.option("--size", type=Quantity("size"), help='Upper limit: "12 MB" or "25%" of dense.')
+@click.option("--peak-memory", type=Quantity("peak_memory"), help='Upper limit: "200 MB", "50%".')
+@click.option("--quality", type=float, help="Lower limit on the task's metric.")
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the model, its tokenizer and its card to DIR, and verify it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def pick(
+    study: Path,
+    latency: str | None,
+    size: str | None,
+    peak_memory: str | None,
+    quality: float | None,
+    export: Path | None,
+    as_json: bool,
+) -> None:
+    """Choose the best trial of STUDY within a budget; without limits, within the study's own.
+
+    Answers from what was measured; runs no new trial.
+    """
+    from autocomp import api
+
+    opened = api.open_study(study)
+    picked = opened.pick(latency=latency, size=size, peak_memory=peak_memory, quality=quality)
+    exported = None if export is None else picked.export(export)
+    if as_json:
+        print_json({**picked.to_json(), "export": exported})
+        return
+    from autocomp.report.tables import print_picked
+
+    command = f"autocomp pick {study}"
+    for flag, value in (
+        ("--latency", latency),
+        ("--size", size),
+        ("--peak-memory", peak_memory),
+        ("--quality", quality),
+    ):
+        if value is not None:
+            command += f' {flag} "{value}"'
+    dense = next((t for t in opened.front()["trials"] if t["kind"] == "dense"), None)
+    print_picked(stdout_console(), picked.to_json(), dense, exported, f"{command} --export out/")
+
+
+@click.command()
+@_STUDY
+@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the address as JSON, then serve.")
+def dashboard(study: Path, port: int, as_json: bool) -> None:
+    """Serve the MLflow pages of STUDY on this machine and print the address of its front.
+
+    Listens on 127.0.0.1 only, until stopped with Ctrl-C. A port of 0 takes a free one.
+    """
+    from autocomp.report.dashboard import Dashboard
+
+    with Dashboard.open(study, port) as served:
+        if as_json:
+            print_json({"url": served.url, "tracking_uri": served.tracking_uri})
+        else:
+            console = stdout_console()
+            console.print(f"The front of {study}:", markup=False)
+            console.print(f"  {served.url}", markup=False, soft_wrap=True)
+            if served.serving:
+                console.print("Stop with Ctrl-C.")
+        served.wait()

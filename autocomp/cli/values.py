@@ -1,0 +1,69 @@
+"""Values on the command line: durations, quantities, settings."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+import yaml
+
+from autocomp.core.errors import UserError
+from autocomp.core.quantities import Dimension, parse_limit
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+
+class Duration(click.ParamType):
+    """`20m`, `1h30m`, `90s`, `90` (seconds) → seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Seconds, above zero."""
+        if isinstance(value, int | float):
+            return float(value)
+        match = _DURATION.fullmatch(value.strip().lower().replace(" ", ""))
+        parts = [float(part or 0) for part in match.groups()] if match else [0.0]
+        seconds = sum(part * scale for part, scale in zip(parts, (3600, 60, 1), strict=False))
+        if seconds <= 0:
+            self.fail(f"{value!r} is no duration: write 90s, 20m or 1h30m", param, ctx)
+        return seconds
+
+
+class Quantity(click.ParamType):
+    """A budget entry; checked here, passed on as written."""
+
+    def __init__(self, dimension: Dimension) -> None:
+        self.dimension = dimension
+        self.name = dimension
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, if it parses."""
+        try:
+            parse_limit(value, self.dimension)
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+class Setting(click.ParamType):
+    """`search.trials=4` → `("search.trials", 4)`; the value is read as YAML."""
+
+    name = "key=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """The dotted key and the value."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not equals or not key.strip():
+            self.fail(f"{value!r}: write key=value, for example search.trials=4", param, ctx)
+        try:
+            return key.strip(), yaml.safe_load(text)
+        except yaml.YAMLError:
+            self.fail(f"{value!r}: what follows '=' must be a YAML value", param, ctx)

@@ -1,0 +1,72 @@
+"""How figures are written in tables: a value with its share of dense, one spelling everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from autocomp.core.quantities import format_bytes, format_ms
+
+COSTS = ("latency_ms", "size_bytes", "peak_memory_bytes")
+COST_NAMES = {
+    "latency_ms": "latency",
+    "size_bytes": "size",
+    "peak_memory_bytes": "peak memory",
+    "quality": "quality",
+}
+
+
+def format_cost(name: str, value: float | None) -> str:
+    """A latency in ms, a size in bytes; `–` for `None`."""
+    return format_ms(value) if name == "latency_ms" else format_bytes(value)
+
+
+def format_share(value: float | None, dense: float | None) -> str:
+    """`18%`, `3.2%`; empty when either is missing."""
+    if value is None or not dense:
+        return ""
+    percent = 100 * value / dense
+    return f"{percent:.1f}%" if percent < 10 else f"{percent:.0f}%"
+
+
+def format_quality(value: float | None) -> str:
+    """Three decimals, four significant digits for small values; `–` for `None`."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def format_excess(excess: Mapping[str, float]) -> str:
+    """`latency +12%, size ×2.3, quality −0.02`; `unmeasured` where the overshoot is infinite."""
+    parts = []
+    for name, value in excess.items():
+        if value == float("inf"):
+            parts.append(f"{COST_NAMES[name]} unmeasured")
+        elif name == "quality":
+            parts.append(f"quality −{value:.3g}")
+        else:
+            over = f"+{max(100 * value, 0.1):.2g}%" if value < 0.995 else f"×{1 + value:.2g}"
+            parts.append(f"{COST_NAMES[name]} {over}")
+    return ", ".join(parts)
+
+
+def summarise_option(option: Mapping[str, Mapping[str, Any]]) -> str:
+    """`heads 6 + gptq w4 a8 g32`, `skip`, `dense`: one unit's option, short."""
+    parts = []
+    for operator, args in option.items():
+        words = [operator]
+        for name, value in args.items():
+            if name == "weights":
+                words.append(f"w{value}")
+            elif name == "activations":
+                if value not in (32, "dense"):
+                    words.append(f"a{value}")
+            elif name == "group":
+                if value:
+                    words.append(f"g{value}")
+            elif name == "keep":
+                words.append(str(value))
+            else:
+                words.append(f"{name}={value}")
+        parts.append(" ".join(words))
+    return " + ".join(parts) or "dense"

@@ -1,0 +1,131 @@
+"""The front as one web page: inline SVG, a little plain JavaScript, nothing from the network.
+
+Works from a file, by mail and in MLflow's sandboxed artifact frame. The page's text, style and
+script are in `front_page.html` beside this file; here the data is prepared: figures are formatted
+once, in Python, and the script only places them, as text nodes.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from autocomp.core.budget import Budget
+from autocomp.report.axes import cost_range, linear_ticks, log_ticks, quality_range
+from autocomp.report.figures import (
+    COST_NAMES,
+    COSTS,
+    format_cost,
+    format_quality,
+    format_share,
+    summarise_option,
+)
+from autocomp.report.summary import candidate_figures, figures_text
+from autocomp.report.terminal import describe_target
+
+
+def front_html(view: Mapping[str, Any]) -> str:
+    """A self-contained page for the `front --json` mapping."""
+    page = files("autocomp.report").joinpath("front_page.html").read_text(encoding="utf-8")
+    title = html.escape(f"{view['study']}: front")
+    data = json.dumps(_page_data(view), ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return page.replace("__TITLE__", title, 1).replace('"__DATA__"', data, 1)
+
+
+def _page_data(view: Mapping[str, Any]) -> dict[str, Any]:
+    dense = next((t for t in view["trials"] if t["id"] == view.get("dense")), None)
+    trials = [_trial(trial, dense, view.get("chosen")) for trial in view["trials"]]
+    drawn = [trial for trial in view["trials"] if _drawable(trial)]
+    limits = {name: view["budget"].get(name) for name in COSTS}
+    hypervolume = view.get("hypervolume")
+    return {
+        "study": str(view["study"]),
+        "target": describe_target(view.get("target") or {}),
+        "budget": Budget(**limits).describe(),
+        "hypervolume": None if hypervolume is None else f"{hypervolume:.4g}",
+        "failed": sum(trial["state"] == "failed" for trial in view["trials"]),
+        "trials": trials,
+        "quality": _quality_axis(drawn),
+        "costs": [_cost_axis(name, drawn, limits[name]) for name in COSTS[:2]],
+    }
+
+
+def _drawable(trial: Mapping[str, Any]) -> bool:
+    return bool(
+        trial["measured"]
+        and trial["quality"] is not None
+        and trial["latency_ms"]
+        and trial["size_bytes"]
+    )
+
+
+def _quality_axis(drawn: list[Mapping[str, Any]]) -> dict[str, Any]:
+    if not drawn:
+        return {"low": 0.0, "high": 1.0, "ticks": []}
+    axis = quality_range([trial["quality"] for trial in drawn])
+    ticks = linear_ticks(axis.low, axis.high, about=6)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.1
+    digits = max(0, min(6, len(f"{step:.6f}".rstrip("0").partition(".")[2])))
+    return {
+        "low": axis.low,
+        "high": axis.high,
+        "clipped": axis.clipped,
+        "ticks": [[tick, f"{tick:.{digits}f}"] for tick in ticks],
+    }
+
+
+def _cost_axis(
+    name: str, drawn: list[Mapping[str, Any]], limit: float | None
+) -> dict[str, Any]:
+    values = [trial[name] for trial in drawn] + ([limit] if limit else []) or [1.0, 10.0]
+    axis = cost_range(values)
+    unit, scale = ("ms", 1.0) if name == "latency_ms" else ("MB", 1e6)
+    return {
+        "name": name,
+        "title": f"{COST_NAMES[name]}, {unit}",
+        "low": axis.low,
+        "high": axis.high,
+        "limit": limit,
+        "limitText": None if limit is None else f"budget {format_cost(name, limit)}",
+        "ticks": [
+            [tick * scale, f"{tick:.4g}"] for tick in log_ticks(axis.low / scale, axis.high / scale)
+        ],
+    }
+
+
+def _trial(
+    trial: Mapping[str, Any], dense: Mapping[str, Any] | None, chosen: str | None
+) -> dict[str, Any]:
+    """What the script needs of one trial; every figure also as text."""
+    predicted = trial.get("estimated") or {}
+    text = {"quality": format_quality(trial["quality"])}
+    kl = trial.get("teacher_kl")
+    text["teacher_kl"] = "–" if kl is None else f"{kl:.3g}"
+    for name in COSTS:
+        share = format_share(trial[name], None if dense is None else dense[name])
+        text[name] = format_cost(name, trial[name])
+        text[f"{name}_share"] = share
+        text[f"{name}_predicted"] = format_cost(name, predicted.get(name))
+    return {
+        "id": str(trial["id"]),
+        "kind": trial["kind"],
+        "by": str(trial["proposed_by"]),
+        "state": trial["state"],
+        "drawn": _drawable(trial),
+        "front": trial["on_front"],
+        "feasible": trial["feasible"],
+        "chosen": trial["id"] == chosen,
+        "quality": trial["quality"],
+        "teacher_kl": kl,
+        **{name: trial[name] for name in COSTS},
+        "text": text,
+        "summary": figures_text(candidate_figures(trial["candidate"])),
+        "units": [
+            [unit, summarise_option(option)] for unit, option in trial["candidate"]["units"].items()
+        ],
+    }

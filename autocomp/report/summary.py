@@ -1,0 +1,103 @@
+"""A candidate in a few figures: mean bits, what was removed, how it was distilled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from autocomp.core.unit import Unit
+
+_DENSE_BITS = 32
+
+
+def candidate_figures(
+    candidate: Mapping[str, Any], units: Iterable[Unit] | None = None
+) -> dict[str, float | int | str]:
+    """Few figures that tell candidates apart, for tables, tooltips and MLflow parameters.
+
+    Args:
+        candidate: as `Candidate.to_json` gives it.
+        units: the model's units. With them means are weighted by parameters and shares of heads,
+            of width and of all weights are given; without, units count equally.
+
+    Returns:
+        `mean_bits` over the units that remain, `skipped_units`; with `units` also `removed_share`
+        (of all weights, by structure), `heads_kept`, `width_kept` (shares, a skipped unit keeps 0);
+        `tokens`, and when there are any `lr`, `temperature`, `loss`.
+    """
+    known = {unit.name: unit for unit in units or ()}
+    bits_sum = weight_sum = removed = total = 0.0
+    skipped = 0
+    kept: dict[str, list[float]] = {"heads": [], "width": []}
+    for name, option in candidate["units"].items():
+        unit = known.get(name)
+        weight = float(unit.parameters) if unit is not None else 1.0
+        share = _kept_share(option, unit, kept)
+        total += weight
+        removed += weight * (1.0 - share)
+        if "skip" in option:
+            skipped += 1
+            continue
+        bits_sum += weight * share * weight_bits(option)
+        weight_sum += weight * share
+    figures: dict[str, float | int | str] = {}
+    if weight_sum:
+        figures["mean_bits"] = round(bits_sum / weight_sum, 3)
+    figures["skipped_units"] = skipped
+    if known and total:
+        figures["removed_share"] = round(removed / total, 4)
+        for axis, shares in kept.items():
+            if shares:
+                figures[f"{axis}_kept"] = round(sum(shares) / len(shares), 4)
+    figures.update(candidate.get("distillation", {}))
+    return figures
+
+
+def weight_bits(option: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bits a unit's weights are left with; 32 when no step quantises them."""
+    for args in option.values():
+        bits = args.get("weights")
+        if isinstance(bits, int):
+            return bits
+    return _DENSE_BITS
+
+
+def _kept_share(
+    option: Mapping[str, Mapping[str, Any]], unit: Unit | None, kept: dict[str, list[float]]
+) -> float:
+    """The share of the unit's heads or width that remains; noted in `kept`."""
+    whole = {"heads": None, "width": None} if unit is None else _whole(unit)
+    share = 0.0 if "skip" in option else 1.0
+    for axis, full in whole.items():
+        if full is None:
+            continue
+        if axis in option and share:
+            share = float(option[axis]["keep"]) / full
+        kept[axis].append(share)
+    return share
+
+
+def _whole(unit: Unit) -> dict[str, int | None]:
+    """Heads (key-value groups under GQA) and width that `keep` counts against."""
+    groups = unit.kv_heads if unit.kv_heads not in (None, unit.heads) else unit.heads
+    return {"heads": groups, "width": unit.width}
+
+
+def figures_text(figures: Mapping[str, float | int | str]) -> str:
+    """`mean 6.1 bits · 2 units skipped · 80,000 tokens at lr 3e-04, temperature 2`."""
+    parts = []
+    if "mean_bits" in figures:
+        parts.append(f"mean {figures['mean_bits']:.3g} bits")
+    if figures.get("skipped_units"):
+        parts.append(f"{figures['skipped_units']} units skipped")
+    if figures.get("removed_share"):
+        parts.append(f"{100 * float(figures['removed_share']):.0f}% of weights removed")
+    tokens = figures.get("tokens")
+    if tokens:
+        parts.append(
+            f"{tokens:,} tokens at lr {figures.get('lr', 0):.2g}, "
+            f"temperature {figures.get('temperature', 1):g}"
+        )
+    elif tokens == 0:
+        parts.append("not distilled")
+    return " · ".join(parts)

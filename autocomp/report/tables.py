@@ -1,0 +1,162 @@
+"""Tables for the terminal beside the front: a picked trial, a check, a profile, extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from autocomp.core.quantities import format_bytes
+from autocomp.report.figures import (
+    COST_NAMES,
+    COSTS,
+    format_cost,
+    format_quality,
+    format_share,
+    summarise_option,
+)
+
+
+def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """A table without lines; `right` names the columns of figures."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name in right)
+    return table
+
+
+def print_picked(
+    console: Console,
+    trial: Mapping[str, Any],
+    dense: Mapping[str, Any] | None,
+    exported: Mapping[str, Any] | None,
+    next_command: str,
+) -> None:
+    """One trial: its measured figures against dense, what is done to each unit, where it went."""
+    console.print(
+        Text.assemble((str(trial["id"]), "bold green"), (f"  by {trial['proposed_by']}", "dim"))
+    )
+    table = plain_table("", "measured", "of dense", "predicted", right=("measured", "of dense"))
+    predicted = trial.get("estimated") or {}
+    base = None if dense is None else dense.get("quality")
+    quality = trial["quality"]
+    gap = "" if quality is None or base is None else f"{quality - base:+.3f}"
+    table.add_row("quality", format_quality(quality), gap, "")
+    for name in COSTS:
+        value = trial.get(name)
+        if value is None:
+            continue
+        share = format_share(value, None if dense is None else dense.get(name))
+        guess = predicted.get(name)
+        table.add_row(
+            COST_NAMES[name],
+            format_cost(name, value),
+            share,
+            "" if guess is None else format_cost(name, guess),
+        )
+    console.print(table)
+    units = plain_table("unit", "option")
+    for unit, option in trial["candidate"]["units"].items():
+        units.add_row(unit, summarise_option(option))
+    console.print()
+    console.print(units)
+    console.print()
+    if exported is None:
+        console.print("Export it:", style="dim")
+        console.print(f"  {next_command}", style="bold", soft_wrap=True, markup=False)
+    else:
+        place = exported.get("directory") or exported.get("path") or ""
+        console.print(f"Exported and verified: {place}", markup=False, soft_wrap=True)
+
+
+def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
+    """What `autocomp check` found. Keys that the report does not have are left out."""
+    rules = report.get("rules") or []
+    if rules:
+        table = plain_table("rule", "matches", "units", right=("units",))
+        for index, rule in enumerate(rules):
+            units = rule.get("units", 0)
+            count = len(units) if isinstance(units, list) else units
+            table.add_row(f"space[{index}]", str(rule.get("match", "")), str(count))
+        console.print(table)
+        console.print()
+    units = report.get("units") or []
+    if units:
+        table = plain_table(
+            "unit", "kind", "parameters", "options", right=("parameters", "options")
+        )
+        for unit in units:
+            parameters = unit.get("parameters")
+            table.add_row(
+                str(unit.get("name", "")),
+                str(unit.get("kind", "")),
+                "" if parameters is None else f"{parameters:,}",
+                str(unit.get("options", "")),
+            )
+        console.print(table)
+        console.print()
+    facts = plain_table("", "")
+    facts.show_header = False
+    if report.get("space_log10") is not None:
+        facts.add_row("space", f"10^{report['space_log10']:.1f} candidates")
+    if report.get("smallest_size_bytes") is not None:
+        facts.add_row("smallest size", format_bytes(report["smallest_size_bytes"]))
+    for name, value in (report.get("budget") or {}).items():
+        if value is not None:
+            facts.add_row(f"budget {name}", str(value))
+    console.print(facts)
+    problems = report.get("problems") or []
+    for problem in problems:
+        console.print(Text(f"✗ {problem}", style="red"))
+    if not problems:
+        console.print("\nNo problems. Next:", style="dim")
+        console.print(f"  autocomp search {spec}", style="bold", soft_wrap=True, markup=False)
+
+
+def print_mapping(console: Console, data: Mapping[str, Any]) -> None:
+    """Scalars line by line, then a table per list of mappings."""
+    scalars = plain_table("", "")
+    scalars.show_header = False
+    for name, value in _flat(data):
+        scalars.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(scalars)
+    for name, value in data.items():
+        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+            columns = list(value[0])
+            figures = [c for c in columns if isinstance(value[0][c], int | float)]
+            table = plain_table(*columns, right=figures)
+            for row in value:
+                cells = [row.get(column, "") for column in columns]
+                table.add_row(*(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
+            console.print()
+            console.print(name, style="bold")
+            console.print(table)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            rows.append((f"{prefix}{name}", value))
+    return rows
+
+
+def print_kind(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Extensions of one kind: name, summary, where it pays, paper."""
+    for row in rows:
+        console.print(
+            Text.assemble((str(row["name"]), "bold cyan"), f"  {row.get('summary') or ''}")
+        )
+        for name, value in (
+            ("options", row.get("options")),
+            ("speeds up", ", ".join(row.get("speeds_up") or [])),
+            ("shrinks", ", ".join(row.get("shrinks") or [])),
+            ("paper", row.get("paper")),
+        ):
+            if value:
+                console.print(Text(f"    {name}: {value}", style="dim"), soft_wrap=True)

@@ -1,0 +1,170 @@
+"""Tables for the terminal: a study's front, what `check` found, lists of extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autocomp.core.budget import Budget
+from autocomp.core.quantities import format_bytes, format_ms
+from autocomp.report.figures import COSTS, format_cost, format_quality, format_share
+
+
+def print_front(console: Console, view: Mapping[str, Any], *, estimated: bool = False) -> None:
+    """`front_table`, then what to do next; commands stay on one line, ready to paste."""
+    console.print(front_table(view, estimated=estimated))
+    console.print()
+    for line in next_steps(view):
+        console.print(line, soft_wrap=True)
+
+
+def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> RenderableType:
+    """The front as `autocomp front` shows it.
+
+    Args:
+        view: the `front --json` mapping.
+        estimated: add a second table with what the cost table predicted; predicted and measured
+            figures never share a column.
+    """
+    trials = list(view["trials"])
+    dense = next((trial for trial in trials if trial["id"] == view.get("dense")), None)
+    failed = [trial for trial in trials if trial["state"] == "failed"]
+    shown = sorted((t for t in trials if t["state"] != "failed"), key=_order)
+    parts: list[RenderableType] = [_heading(view), Text(), _measured(view, shown, dense)]
+    if failed:
+        word = "trial" if len(failed) == 1 else "trials"
+        parts.append(Text(f"{len(failed)} {word} failed.", style="red"))
+    parts.append(
+        Text("▸ chosen  ● on the front  memory: peak, of a process that only runs it", "dim")
+    )
+    if estimated:
+        parts += [Text(), _estimated(shown)]
+    return Group(*parts)
+
+
+def _order(trial: Mapping[str, Any]) -> tuple[int, float, str]:
+    """Dense, uniform baselines, then the search's, each from slow to fast."""
+    kind = {"dense": 0, "uniform": 1}.get(trial["kind"], 2)
+    return (kind, -(trial["latency_ms"] or 0.0), trial["id"])
+
+
+def _heading(view: Mapping[str, Any]) -> Text:
+    budget = Budget(**{name: view["budget"].get(name) for name in _LIMITS})
+    text = Text.assemble((str(view["study"]), "bold"))
+    target = describe_target(view.get("target") or {})
+    if target:
+        text.append(f"  {target}", style="dim")
+    text.append("\nbudget  ", style="dim").append(budget.describe(), style="yellow")
+    if view.get("hypervolume") is not None:
+        text.append(f"   hypervolume {view['hypervolume']:.4g}", style="dim")
+    return text
+
+
+_LIMITS = ("latency_ms", "size_bytes", "peak_memory_bytes", "quality")
+
+
+def describe_target(target: Mapping[str, Any]) -> str:
+    """`onnxruntime-cpu, batch 1, sequence 32, threads 1`; parts that are not there are left out."""
+    parts = [str(target["name"])] if target.get("name") else []
+    workload = target.get("workload")
+    if isinstance(workload, Mapping):
+        parts += [f"{name} {value}" for name, value in workload.items() if value is not None]
+    return ", ".join(parts)
+
+
+def _measured(
+    view: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], dense: Mapping[str, Any] | None
+) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    memory = any(trial["peak_memory_bytes"] is not None for trial in trials)
+    table.add_column("", no_wrap=True)
+    table.add_column("id", no_wrap=True)
+    table.add_column("by", no_wrap=True)
+    for name in ("quality", "latency", "", "size", "", *(("memory",) if memory else ())):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("budget", no_wrap=True)
+    for trial in trials:
+        chosen = trial["id"] == view.get("chosen")
+        mark = "▸" if chosen else "●" if trial["on_front"] else ""
+        cells = [mark, str(trial["id"]), str(trial["proposed_by"])]
+        cells.append(format_quality(trial["quality"]))
+        for name in COSTS[:2]:
+            cells.append(format_cost(name, trial[name]))
+            cells.append(format_share(trial[name], None if dense is None else dense[name]))
+        if memory:
+            cells.append(format_cost("peak_memory_bytes", trial["peak_memory_bytes"]))
+        verdict = "" if trial["kind"] == "dense" else "met" if trial["feasible"] else "over"
+        if not trial["measured"]:
+            verdict = "–"
+        style = "bold green" if chosen else "" if trial["on_front"] else "dim"
+        table.add_row(*cells, verdict, style=style)
+    return table
+
+
+def _estimated(trials: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+        pad_edge=False,
+        title="Predicted by the cost table; error against measured",
+        title_justify="left",
+        title_style="",
+    )
+    table.add_column("id", no_wrap=True)
+    for name in ("latency", "error", "size", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for trial in trials:
+        figures = trial.get("estimated") or {}
+        if not any(figures.values()):
+            continue
+        row = [str(trial["id"])]
+        for name in COSTS[:2]:
+            value, truth = figures.get(name), trial[name]
+            gap = "" if not value or not truth else f"{100 * (value / truth - 1):+.1f}%"
+            row += [format_cost(name, value), gap]
+        table.add_row(*row)
+    return table
+
+
+def next_steps(view: Mapping[str, Any]) -> list[Text]:
+    """What to do next, as a command to paste."""
+    study = str(view["study"])
+    if view.get("chosen") is not None:
+        return [
+            Text(f"{view['chosen']} is the best that meets the budget. Export it:", style="dim"),
+            Text(f"  autocomp pick {study} --export out/", style="bold"),
+        ]
+    measured = [t for t in view["trials"] if t["measured"] and t["kind"] != "dense"]
+    nearest = min(measured, key=lambda t: _overshoot(view["budget"], t), default=None)
+    lines = [Text("No measured model meets the budget.", style="red")]
+    if nearest is None:
+        return lines
+    flags = "".join(
+        f' --{name} "{write(1.005 * nearest[key])}"'
+        for name, key, write in (
+            ("latency", "latency_ms", format_ms),
+            ("size", "size_bytes", format_bytes),
+            ("peak-memory", "peak_memory_bytes", format_bytes),
+        )
+        if view["budget"].get(key) is not None and nearest[key] is not None
+    )
+    return [
+        *lines,
+        Text(f"Nearest: {nearest['id']}. Search on with more --trials, or accept it:", style="dim"),
+        Text(f"  autocomp pick {study}{flags} --export out/", style="bold"),
+    ]
+
+
+def _overshoot(budget: Mapping[str, Any], trial: Mapping[str, Any]) -> float:
+    """Largest ratio of a measured cost to its limit."""
+    ratios = [
+        (trial[name] if trial[name] is not None else float("inf")) / budget[name]
+        for name in COSTS
+        if budget.get(name)
+    ]
+    return max(ratios, default=0.0)
