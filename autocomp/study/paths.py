@@ -1,0 +1,78 @@
+"""Where things are in a study's directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """Where things are in a study's directory. Files and directories need not exist yet."""
+
+    root: Path
+
+    @property
+    def about(self) -> Path:
+        """What makes a directory a study; written first and whole."""
+        return self.root / "study.json"
+
+    @property
+    def spec(self) -> Path:
+        """The spec, defaults written out."""
+        return self.root / "spec.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        """The append-only truth."""
+        return self.root / "ledger.jsonl"
+
+    @property
+    def lease(self) -> Path:
+        """Locked by the controller."""
+        return self.root / "lease"
+
+    @property
+    def gate(self) -> Path:
+        """For `core.gate.Gate`."""
+        return self.root / "gate"
+
+    @property
+    def cost_table(self) -> Path:
+        """The target's sublayer costs."""
+        return self.root / "cost_table.json"
+
+    @property
+    def artifacts(self) -> Path:
+        """One directory for each trial's exported model."""
+        return self.root / "artifacts"
+
+    @property
+    def teacher(self) -> Path:
+        """The fitted teacher."""
+        return self.root / "teacher"
+
+    @property
+    def library(self) -> Path:
+        """Built options."""
+        return self.root / "library"
+
+    @property
+    def work(self) -> Path:
+        """Scratch: spilled activations, caches; safe to delete when nothing runs."""
+        return self.root / "work"
+
+    @property
+    def log(self) -> Path:
+        """What happened, with tracebacks."""
+        return self.root / "log.txt"
+
+    @property
+    def mlflow(self) -> Path:
+        """MLflow's default store."""
+        return self.root / "mlflow.db"
+
+    @property
+    def front_html(self) -> Path:
+        """The self-contained front page."""
+        return self.root / "front.html"
