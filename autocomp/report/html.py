@@ -79,9 +79,7 @@ def _quality_axis(drawn: list[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _cost_axis(
-    name: str, drawn: list[Mapping[str, Any]], limit: float | None
-) -> dict[str, Any]:
+def _cost_axis(name: str, drawn: list[Mapping[str, Any]], limit: float | None) -> dict[str, Any]:
     values = [trial[name] for trial in drawn] + ([limit] if limit else []) or [1.0, 10.0]
     axis = cost_range(values)
     unit, scale = ("ms", 1.0) if name == "latency_ms" else ("MB", 1e6)

@@ -6,6 +6,7 @@ Tables (csv, jsonl, parquet, hub) go through `datasets`; npz through numpy, neve
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,13 +159,13 @@ def _read_text(path: Path) -> Records:
 
 def _read_npz(path: Path, content: str, label: str | None) -> Records:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             wanted = [name for name in (content, label) if name is not None]
             for name in wanted:
                 _check_column(name, names, str(path), "array")
             arrays = {name: archive[name] for name in wanted}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"task.data: cannot read {path} as npz: {error}") from error
     contents = arrays[content]
     labels = None if label is None else arrays[label]

@@ -55,9 +55,9 @@ def _numpy_blockwise(x: np.ndarray, block: int) -> np.ndarray:
     return result
 
 
-def _numpy_weight(weight: np.ndarray, scales: np.ndarray, format: SiteFormat) -> np.ndarray:
-    low, high = RANGES[format.weight_bits]
-    group = format.group or format.columns
+def _numpy_weight(weight: np.ndarray, scales: np.ndarray, fmt: SiteFormat) -> np.ndarray:
+    low, high = RANGES[fmt.weight_bits]
+    group = fmt.group or fmt.columns
     result = np.zeros(weight.shape, dtype=np.int64)
     for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
@@ -66,29 +66,29 @@ def _numpy_weight(weight: np.ndarray, scales: np.ndarray, format: SiteFormat) ->
     return result
 
 
-def _random(format: SiteFormat, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _random(fmt: SiteFormat, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    groups = -(-format.columns // (format.group or format.columns))
-    weight = torch.randn(format.rows, format.columns, generator=generator)
-    scales = torch.rand(format.rows, groups, generator=generator) * 0.2 + 0.01
-    return weight, torch.randn(format.rows, generator=generator), scales
+    groups = -(-fmt.columns // (fmt.group or fmt.columns))
+    weight = torch.randn(fmt.rows, fmt.columns, generator=generator)
+    scales = torch.rand(fmt.rows, groups, generator=generator) * 0.2 + 0.01
+    return weight, torch.randn(fmt.rows, generator=generator), scales
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_linear_equals_numpy(format: SiteFormat) -> None:
-    weight, bias, scales = _random(format)
-    layer = QuantLinear(weight, bias, scales, format).eval()
-    x = torch.randn(2, 3, format.columns, generator=torch.Generator().manual_seed(1))
-    codes = _numpy_weight(weight.numpy(), scales.numpy(), format)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_linear_equals_numpy(fmt: SiteFormat) -> None:
+    weight, bias, scales = _random(fmt)
+    layer = QuantLinear(weight, bias, scales, fmt).eval()
+    x = torch.randn(2, 3, fmt.columns, generator=torch.Generator().manual_seed(1))
+    codes = _numpy_weight(weight.numpy(), scales.numpy(), fmt)
     assert layer.codes().dtype == torch.int8
     np.testing.assert_array_equal(layer.codes().numpy(), codes)
-    steps = np.repeat(scales.numpy(), format.group or format.columns, axis=1)[:, : format.columns]
+    steps = np.repeat(scales.numpy(), fmt.group or fmt.columns, axis=1)[:, : fmt.columns]
     inputs = x.numpy()
-    if format.activation_bits == 8:
-        if format.weight_bits == 8 and format.group is None:
+    if fmt.activation_bits == 8:
+        if fmt.weight_bits == 8 and fmt.group is None:
             inputs = _numpy_dynamic_quantize_linear(inputs)
         else:
-            inputs = _numpy_blockwise(inputs, format.group or format.columns)
+            inputs = _numpy_blockwise(inputs, fmt.group or fmt.columns)
     expected = inputs.astype(np.float64) @ (codes * steps).T.astype(np.float64) + bias.numpy()
     with torch.no_grad():
         np.testing.assert_allclose(layer(x).numpy(), expected, rtol=1e-5, atol=1e-5)
@@ -97,9 +97,7 @@ def test_linear_equals_numpy(format: SiteFormat) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=1, max_size=40
-    ),
+    st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=1, max_size=40),
     st.integers(1, 48),
 )
 def test_activations_equal_numpy(values: list[float], block: int) -> None:
@@ -122,38 +120,36 @@ def test_activation_rounds_half_to_even_and_keeps_zero() -> None:
 
 def test_codes_saturate_at_the_range() -> None:
     for bits, expected in ((8, [-127, 127, 0]), (4, [-8, 7, 0])):
-        format = SiteFormat(1, 3, False, weight_bits=bits)
-        layer = QuantLinear(
-            torch.tensor([[-1e6, 1e6, 0.4]]), None, torch.tensor([[1.0]]), format
-        )
+        fmt = SiteFormat(1, 3, False, weight_bits=bits)
+        layer = QuantLinear(torch.tensor([[-1e6, 1e6, 0.4]]), None, torch.tensor([[1.0]]), fmt)
         assert layer.codes().tolist() == [expected]
 
 
 def test_zero_scale_means_zero() -> None:
-    format = SiteFormat(2, 4, False, weight_bits=4, group=2)
+    fmt = SiteFormat(2, 4, False, weight_bits=4, group=2)
     scales = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    layer = QuantLinear(torch.ones(2, 4), None, scales, format)
+    layer = QuantLinear(torch.ones(2, 4), None, scales, fmt)
     assert layer.codes().tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
     assert torch.isfinite(layer(torch.ones(1, 4))).all()
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_from_codes_gives_the_codes_back(format: SiteFormat) -> None:
-    low, high = RANGES[format.weight_bits]
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_from_codes_gives_the_codes_back(fmt: SiteFormat) -> None:
+    low, high = RANGES[fmt.weight_bits]
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(low, high + 1, (5, 22), generator=generator).to(torch.int8)
-    _, bias, scales = _random(format)
-    linear = QuantLinear.from_codes(codes, scales, bias, format)
+    _, bias, scales = _random(fmt)
+    linear = QuantLinear.from_codes(codes, scales, bias, fmt)
     assert torch.equal(linear.codes(), codes)
     assert linear.dequantised().data_ptr() == linear.weight.data_ptr()  # one copy, not two
-    table = QuantEmbedding.from_codes(codes, scales, None, format)
+    table = QuantEmbedding.from_codes(codes, scales, None, fmt)
     assert torch.equal(table.codes(), codes)
 
 
 def test_gradient_goes_straight_through_inside_the_range_only() -> None:
-    format = SiteFormat(1, 4, True, weight_bits=4, group=2)
+    fmt = SiteFormat(1, 4, True, weight_bits=4, group=2)
     weight = torch.tensor([[0.3, 9.0, -0.2, -9.0]])  # range −8…7 steps of 1: two lie outside
-    layer = QuantLinear(weight, torch.zeros(1), torch.ones(1, 2), format)
+    layer = QuantLinear(weight, torch.zeros(1), torch.ones(1, 2), fmt)
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]], requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad.tolist() == [[1.0, 0.0, 3.0, 0.0]]
@@ -163,8 +159,8 @@ def test_gradient_goes_straight_through_inside_the_range_only() -> None:
 
 @pytest.mark.parametrize("group", [None, 2])
 def test_gradient_reaches_the_input_through_quantised_activations(group: int | None) -> None:
-    format = SiteFormat(2, 4, False, weight_bits=8, group=group, activation_bits=8)
-    layer = QuantLinear(torch.randn(2, 4), None, torch.full((2, 2 if group else 1), 0.02), format)
+    fmt = SiteFormat(2, 4, False, weight_bits=8, group=group, activation_bits=8)
+    layer = QuantLinear(torch.randn(2, 4), None, torch.full((2, 2 if group else 1), 0.02), fmt)
     x = torch.randn(3, 4, requires_grad=True)
     layer(x).sum().backward()
     expected = layer.dequantised().sum(0).expand(3, 4)
@@ -172,9 +168,9 @@ def test_gradient_reaches_the_input_through_quantised_activations(group: int | N
 
 
 def test_training_moves_the_codes_and_the_cache_follows() -> None:
-    format = SiteFormat(3, 8, True, weight_bits=8)
-    weight, bias, _ = _random(format)
-    layer = QuantLinear(weight.clone(), bias, torch.full((3, 1), 0.02), format).eval()
+    fmt = SiteFormat(3, 8, True, weight_bits=8)
+    weight, bias, _ = _random(fmt)
+    layer = QuantLinear(weight.clone(), bias, torch.full((3, 1), 0.02), fmt).eval()
     x = torch.randn(4, 8)
     with torch.no_grad():
         before = layer(x)
@@ -190,34 +186,34 @@ def test_training_moves_the_codes_and_the_cache_follows() -> None:
     assert not torch.allclose(after, before)
 
 
-@pytest.mark.parametrize("format", FORMATS[:8], ids=str)
-def test_embedding_equals_its_dequantised_table(format: SiteFormat) -> None:
-    weight, _, scales = _random(format)
-    table = QuantEmbedding(weight, scales, None, format)
+@pytest.mark.parametrize("fmt", FORMATS[:8], ids=str)
+def test_embedding_equals_its_dequantised_table(fmt: SiteFormat) -> None:
+    weight, _, scales = _random(fmt)
+    table = QuantEmbedding(weight, scales, None, fmt)
     ids = torch.tensor([[0, 4, 4], [2, 1, 0]])
-    codes = _numpy_weight(weight.numpy(), scales.numpy(), format)
-    steps = np.repeat(scales.numpy(), format.group or format.columns, axis=1)[:, : format.columns]
+    codes = _numpy_weight(weight.numpy(), scales.numpy(), fmt)
+    steps = np.repeat(scales.numpy(), fmt.group or fmt.columns, axis=1)[:, : fmt.columns]
     expected = (codes.astype(np.float32) * steps)[ids.numpy()]
     np.testing.assert_array_equal(table(ids).detach().numpy(), expected)
 
 
 def test_embedding_trains_only_the_rows_it_gathered() -> None:
-    format = SiteFormat(5, 4, False, embedding=True, weight_bits=8)
-    table = QuantEmbedding(torch.rand(5, 4), torch.ones(5, 1), 3, format)
+    fmt = SiteFormat(5, 4, False, embedding=True, weight_bits=8)
+    table = QuantEmbedding(torch.rand(5, 4), torch.ones(5, 1), 3, fmt)
     table(torch.tensor([1, 1, 3])).sum().backward()
     assert table.weight.grad.sum(1).tolist() == [0.0, 8.0, 0.0, 0.0, 0.0]  # 3 is padding
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_copies_and_files_keep_everything(kind: str, tmp_path: Path) -> None:
-    format = FORMATS[5]
-    weight, bias, scales = _random(format)
-    other_weight, other_bias, other_scales = _random(format, seed=9)
+    fmt = FORMATS[5]
+    weight, bias, scales = _random(fmt)
+    other_weight, other_bias, other_scales = _random(fmt, seed=9)
 
     def build(w: torch.Tensor, b: torch.Tensor, s: torch.Tensor) -> nn.Module:
         if kind == "linear":
-            return QuantLinear(w, b, s, format).eval()
-        return QuantEmbedding(w, s, None, format).eval()
+            return QuantLinear(w, b, s, fmt).eval()
+        return QuantEmbedding(w, s, None, fmt).eval()
 
     layer = build(weight, bias, scales)
     x = torch.randn(2, 22) if kind == "linear" else torch.tensor([1, 2])
@@ -236,8 +232,8 @@ def test_copies_and_files_keep_everything(kind: str, tmp_path: Path) -> None:
 
 
 def test_cache_made_in_inference_mode_does_not_break_training() -> None:
-    format = SiteFormat(2, 4, False, weight_bits=8)
-    layer = QuantLinear(torch.randn(2, 4), None, torch.full((2, 1), 0.1), format).eval()
+    fmt = SiteFormat(2, 4, False, weight_bits=8)
+    layer = QuantLinear(torch.randn(2, 4), None, torch.full((2, 1), 0.1), fmt).eval()
     with torch.inference_mode():
         layer(torch.randn(1, 4))
     layer.weight.requires_grad_(False)
@@ -255,7 +251,7 @@ def test_skip_broadcasts_a_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "shape", "message"),
+    ("fmt", "shape", "message"),
     [
         (SiteFormat(2, 4, False, weight_bits=32), (2, 4), "takes 8 or 4"),
         (SiteFormat(2, 4, False, weight_bits=8), (2, 5), "do not fit"),
@@ -264,7 +260,7 @@ def test_skip_broadcasts_a_zero() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    format: SiteFormat, shape: tuple[int, int], message: str
+    fmt: SiteFormat, shape: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        QuantLinear(torch.zeros(shape), None, torch.ones(2, 1), format)
+        QuantLinear(torch.zeros(shape), None, torch.ones(2, 1), fmt)

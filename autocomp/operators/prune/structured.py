@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import resized
-from autocomp.operators.gram import compensate, damped, derived, inverse
+from autocomp.operators.gram import compensate, damped, damping_for, derived, inverse
 from autocomp.operators.protocol import SiteState, SiteStats, UnitState, UnitStats
 
 ROUNDS = 64
@@ -34,13 +34,13 @@ class RemovalOrder:
     inverse is updated once per round. The order does not depend on how far it is asked for.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, size: int) -> None:
+    def __init__(self, weight: Tensor, gram: Tensor, size: int, damping: float) -> None:
         """`weight (rows, columns)`, `gram (columns, columns)`."""
         self._size = size
         self._groups = weight.shape[1] // size
         self._batch = max(1, self._groups // ROUNDS)
         self._weight = weight.clone()
-        self._inverse = inverse(damped(gram))
+        self._inverse = inverse(damped(gram, damping))
         self._alive = torch.ones(self._groups, dtype=torch.bool)
         self._order: list[int] = []
 
@@ -152,18 +152,19 @@ def keep_groups(
     if site not in stats:
         raise InternalError(f"no calibration statistics for {site}")
     groups = here.weight.shape[1] // group
+    damping = damping_for(here.weight.shape[1], stats[site].count)
     second_moment = _moment(stats[site], centred=here.bias is not None)
     order = derived(
         stats[site].gram,
         ("order", id(here.weight), here.weight._version, group, here.bias is not None),
-        lambda: (here.weight, RemovalOrder(here.weight, second_moment, group)),
+        lambda: (here.weight, RemovalOrder(here.weight, second_moment, group, damping)),
     )[1]
     gone = torch.zeros(groups, dtype=torch.bool)
     gone[order.first(groups - keep)] = True
     kept_groups = (~gone).nonzero().flatten()
     kept = _members(kept_groups, group)
     result = dict(state)
-    weight = compensate(here.weight, second_moment, kept)
+    weight = compensate(here.weight, second_moment, kept, damping)
     bias = here.bias
     if bias is not None:
         mean = stats[site].mean

@@ -65,7 +65,7 @@ class Gptq:
             together.setdefault((id(stats[name].gram), kept), []).append(name)
         result: UnitState = dict(state)
         for names in together.values():
-            factor = factor_of(stats[names[0]].gram, state[names[0]].kept_columns)
+            factor = factor_of(stats[names[0]], state[names[0]].kept_columns)
             weight = torch.cat([state[name].weight for name in names])
             like = formats[names[0]]
             scales = search_scales(weight, like)

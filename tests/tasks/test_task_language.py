@@ -1,0 +1,87 @@
+"""Language modelling: chunks, quality = exp(−NLL), streamed evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr, softmax
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from autocomp.core.errors import DataError
+from autocomp.models.load import load_model
+from autocomp.tasks import SPLITS, make_task
+
+
+@pytest.fixture
+def task(llama_path, corpus_txt, spec_of):
+    return make_task(spec_of("language-modeling", corpus_txt), llama_path)
+
+
+@pytest.fixture(scope="module")
+def model(llama_path):
+    return load_model(llama_path, "language-modeling")
+
+
+def test_chunks_are_disjoint_pieces_of_the_text(task, llama_path, corpus_txt):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama_path)
+    stream = [tokenizer.convert_tokens_to_ids(word) for word in corpus_txt.read_text().split()]
+    positions = {tuple(stream[i : i + 10]): i for i in range(0, len(stream) - 9, 10)}
+    starts = []
+    for name in SPLITS:
+        encoded = task.splits[name]
+        assert encoded.inputs["input_ids"].shape == encoded.labels.shape == (len(encoded), 10)
+        assert np.array_equal(encoded.labels, encoded.inputs["input_ids"])
+        starts += [positions[tuple(row)] for row in encoded.labels.tolist()]
+    assert len(starts) == len(set(starts)) == 120
+    assert starts != sorted(starts)
+
+
+def test_quality_is_exp_of_minus_cross_entropy(task, model):
+    ids = torch.from_numpy(task.splits["search"].labels)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()).item()
+    quality = task.score(logits.numpy(), "search")
+    assert quality.value == pytest.approx(np.exp(-entropy), rel=1e-9)
+    assert quality.metric_value == pytest.approx(np.exp(entropy), rel=1e-9)
+    assert quality.metric == "perplexity"
+    assert task.loss(logits, ids).item() == pytest.approx(entropy, rel=1e-5)
+    perfect = np.zeros((20, 10, 44), dtype=np.float32)
+    np.put_along_axis(perfect[:, :-1], ids.numpy()[:, 1:, None], 100.0, axis=-1)
+    assert task.score(perfect, "search").value == pytest.approx(1)
+
+
+def test_evaluation_is_streamed_and_equals_the_whole(task, model):
+    def run(inputs):
+        assert inputs["input_ids"].shape == (3, 10)
+        with torch.no_grad():
+            return task.logits(model, {"input_ids": torch.from_numpy(inputs["input_ids"])}).numpy()
+
+    with torch.no_grad():
+        batch = next(task.batches("search", 20))
+        whole = task.logits(model, batch).numpy()
+    teacher = whole + np.random.default_rng(0).normal(size=whole.shape)
+    evaluation = task.evaluate(run, "search", teacher=teacher)
+    assert evaluation.logits is None
+    assert evaluation.quality.value == pytest.approx(task.score(whole, "search").value, rel=1e-5)
+    expected = rel_entr(softmax(teacher, axis=-1), softmax(whole, axis=-1)).sum(axis=-1).mean()
+    assert evaluation.teacher_kl == pytest.approx(expected, rel=1e-4)
+    assert task.evaluate(run, "search", teacher=run).teacher_kl == 0
+    assert task.tokens(batch) == 200
+
+
+def test_another_seed_draws_other_chunks(llama_path, corpus_txt, spec_of, task):
+    other = make_task(spec_of("language-modeling", corpus_txt, seed=1), llama_path)
+    assert other.fingerprint("search") != task.fingerprint("search")
+
+
+def test_too_little_text_says_how_many_chunks_there_are(llama_path, corpus_txt, spec_of):
+    with pytest.raises(DataError, match=r"has 270 chunks of 10 tokens, but"):
+        make_task(spec_of("language-modeling", corpus_txt, distil=999), llama_path)
+
+
+def test_example_inputs_may_be_longer_than_the_chunks(task):
+    assert task.example_inputs(2, 25)["input_ids"].shape == (2, 25)
+    assert task.example_inputs(30, 4)["input_ids"].shape == (30, 4)

@@ -1,0 +1,191 @@
+"""Text classification: encoding, batches, scores, evaluation."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr, softmax
+from transformers import PreTrainedTokenizerFast
+
+from autocomp.core.errors import DataError, InternalError, UserError
+from autocomp.models.load import load_model
+from autocomp.tasks import SPLITS, TASKS, make_task
+
+
+@pytest.fixture
+def task(bert_path, text_csv, spec_of):
+    return make_task(spec_of("text-classification", text_csv), bert_path)
+
+
+@pytest.fixture(scope="module")
+def model(bert_path):
+    return load_model(bert_path, "text-classification", 3)
+
+
+def runner(model):
+    def run(inputs):
+        with torch.no_grad():
+            return model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
+
+    return run
+
+
+def test_encoding_equals_the_tokenizer_one_by_one(bert_path, text_csv, spec_of, task):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(bert_path)
+    known = {
+        tuple(tokenizer(line.rpartition(",")[0], truncation=True, max_length=10)["input_ids"][:10])
+        for line in text_csv.read_text().splitlines()[1:]
+    }
+    assert {name: len(task.splits[name]) for name in SPLITS} == {
+        "calibrate": 20,
+        "distil": 60,
+        "search": 20,
+        "report": 20,
+    }
+    lengths = set()
+    for encoded in task.splits.values():
+        ids, mask = encoded.inputs["input_ids"], encoded.inputs["attention_mask"]
+        assert ids.shape == mask.shape == (len(encoded), 10)
+        assert ids.dtype == mask.dtype == encoded.labels.dtype == np.int64
+        assert (ids[mask == 0] == 0).all()
+        assert (np.diff(mask, axis=1) <= 0).all()  # padding is on the right
+        for row, real in zip(ids, mask.sum(axis=1), strict=True):
+            assert tuple(row[:real]) in known
+            lengths.add(int(real))
+        # the first word tells the label: word i is token 4 + i
+        assert np.array_equal(
+            ids[:, 1] - 4, [("blue", "green", "red").index(c) for c in named(task, encoded)]
+        )
+    assert len(lengths) > 3
+    assert max(lengths) == 10
+
+
+def named(task, encoded):
+    return [task.label_names[i] for i in encoded.labels]
+
+
+def test_same_spec_same_task_in_every_process(bert_path, text_csv, spec_of, task):
+    spec = spec_of("text-classification", text_csv)
+    again, other = make_task(spec, bert_path), pickle.loads(pickle.dumps(task))
+    for name in SPLITS:
+        assert task.fingerprint(name) == again.fingerprint(name) == other.fingerprint(name)
+    assert len({task.fingerprint(name) for name in SPLITS}) == 4
+    seeded = make_task(spec_of("text-classification", text_csv, seed=1), bert_path)
+    assert seeded.fingerprint("search") != task.fingerprint("search")
+
+
+def test_batches_cover_the_split_once(task):
+    encoded = task.splits["distil"]
+    for seed in (None, 0):
+        batches = list(task.batches("distil", 7, seed=seed, index=True))
+        order = torch.cat([batch["index"] for batch in batches]).numpy()
+        assert np.array_equal(np.sort(order), np.arange(60))
+        assert np.array_equal(order, np.arange(60)) == (seed is None)
+        assert (
+            sum(task.tokens(batch) for batch in batches) == encoded.inputs["attention_mask"].sum()
+        )
+        for batch in batches:
+            index = batch["index"].numpy()
+            width = batch["input_ids"].shape[1]
+            assert width == encoded.inputs["attention_mask"][index].sum(axis=1).max()
+            assert np.array_equal(batch["input_ids"], encoded.inputs["input_ids"][index, :width])
+            assert np.array_equal(batch["labels"], encoded.labels[index])
+    assert {b["input_ids"].shape[1] for b in task.batches("distil", 7, trim=False)} == {10}
+    assert "index" not in next(task.batches("distil", 7))
+
+
+def test_shuffled_batches_waste_little_and_differ_by_seed(task):
+    def padded(seed):
+        batches = list(task.batches("distil", 8, seed=seed))
+        return sum(b["input_ids"].numel() for b in batches), [b["labels"].tolist() for b in batches]
+
+    plain, _ = padded(None)
+    first, order = padded(0)
+    assert first < plain
+    assert order == padded(0)[1]
+    assert order != padded(1)[1]
+
+
+def test_padding_never_changes_a_score(task, model):
+    with torch.no_grad():
+        full = [task.logits(model, b) for b in task.batches("search", 6, trim=False)]
+        cut = [task.logits(model, b) for b in task.batches("search", 6)]
+    torch.testing.assert_close(torch.cat(full), torch.cat(cut), rtol=1e-5, atol=1e-5)
+
+
+def test_score_counts_right_answers(task):
+    labels = task.splits["report"].labels
+    perfect = np.eye(3, dtype=np.float32)[labels]
+    assert task.score(perfect, "report").value == 1
+    wrong = perfect.copy()
+    wrong[:5] = np.roll(perfect[:5], 1, axis=1)
+    quality = task.score(wrong, "report")
+    assert quality.value == quality.metric_value == 0.75
+    assert quality.per_example.tolist() == [0.0] * 5 + [1.0] * 15
+    assert quality.metric_json() == {"name": "accuracy", "value": 0.75}
+    assert task.aggregate(quality.per_example[:10]) == 0.5
+
+
+def test_evaluate_feeds_fixed_shapes_and_equals_score(task, model):
+    shapes = set()
+    run = runner(model)
+
+    def recorded(inputs):
+        shapes.add(tuple(array.shape for array in inputs.values()))
+        return run(inputs)
+
+    teacher = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    evaluation = task.evaluate(recorded, "search", teacher=teacher)
+    assert shapes == {((3, 10), (3, 10))}  # the workload's batch, though 20 = 6 · 3 + 2
+    with torch.no_grad():
+        whole = model(
+            **{k: torch.from_numpy(v) for k, v in task.splits["search"].inputs.items()}
+        ).logits.numpy()
+    np.testing.assert_allclose(evaluation.logits, whole, atol=1e-5)
+    assert evaluation.quality.value == task.score(whole, "search").value
+    expected = rel_entr(softmax(teacher, axis=1), softmax(whole, axis=1)).sum(axis=1)
+    np.testing.assert_allclose(evaluation.kl_per_example, expected, rtol=1e-4)
+    assert evaluation.teacher_kl == pytest.approx(expected.mean(), rel=1e-4)
+    assert task.evaluate(run, "search").teacher_kl is None
+    assert task.evaluate(run, "search", batch=20, teacher=run).teacher_kl == 0
+
+
+def test_broken_logits_are_refused(task):
+    with pytest.raises(InternalError, match="not finite for 1 of 20"):
+        task.score(np.where(np.arange(20)[:, None] == 3, np.nan, np.zeros((20, 3))), "search")
+    with pytest.raises(InternalError, match="19 rows of logits for 20 examples"):
+        task.score(np.zeros((19, 3)), "search")
+    with pytest.raises(InternalError, match="not finite"):
+        task.evaluate(lambda inputs: np.full((3, 3), np.inf), "search")
+
+
+def test_loss_is_the_negative_log_probability_of_the_label(task):
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 1, 1])
+    expected = -np.log(softmax(logits.numpy(), axis=1)[range(4), labels.numpy()]).mean()
+    assert task.loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_example_inputs_have_the_asked_shape(task, model):
+    for batch, sequence in ((1, 10), (25, 4), (2, 17)):
+        inputs = task.example_inputs(batch, sequence)
+        assert tuple(inputs) == task.input_names
+        assert {tuple(t.shape) for t in inputs.values()} == {(batch, sequence)}
+        assert task.logits(model, inputs).shape == (batch, 3)
+
+
+def test_errors_name_what_is_wrong(bert_path, text_csv, spec_of, task):
+    with pytest.raises(DataError, match=r"has 200 examples, but .* distil 500"):
+        make_task(spec_of("text-classification", text_csv, distil=500), bert_path)
+    with pytest.raises(UserError, match=r"Did you mean 'text-classification'\?"):
+        make_task(spec_of("text-clasification", text_csv), bert_path)
+    with pytest.raises(DataError, match=r"label 'blue' is none of the model's"):
+        make_task(spec_of("text-classification", text_csv, teacher={"fit": "none"}), bert_path)
+
+
+def test_registry_names_every_task():
+    assert TASKS.names() == ["image-classification", "language-modeling", "text-classification"]
+    assert all(TASKS.get(name).name == name and TASKS.get(name).summary for name in TASKS)
