@@ -6,6 +6,7 @@ A search earns its keep against these, on the same target, by the same measureme
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from autocomp.core.candidate import Candidate, Distillation, Option
 from autocomp.core.unit import Unit
@@ -50,10 +51,7 @@ def baselines(
     add("uniform-int8", lambda unit, options: _bits(options, 8))
     add("uniform-int4", lambda unit, options: _bits(options, 4))
     for fraction in _fractions(space):
-        add(
-            f"uniform-width-{fraction:g}",
-            lambda unit, options, f=fraction: _width(unit, options, f),
-        )
+        add(f"uniform-width-{fraction:g}", partial(_width, wanted=fraction))
     return found
 
 

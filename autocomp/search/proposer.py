@@ -34,18 +34,17 @@ from optuna.trial import TrialState, create_trial
 
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation
-from autocomp.core.errors import InfeasibleError, InternalError
+from autocomp.core.errors import InternalError
 from autocomp.core.measurement import Measurement
 from autocomp.front.pick import OBJECTIVES, Objective, feasible, objective, rankable
+from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
 from autocomp.search.costs import Costs, PeakMemory, Predictor
 from autocomp.search.evolution import ORIGIN, distributions, to_params
-from autocomp.search.milp import seeds as milp_seeds
-from autocomp.search.repair import Repair
 from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened, new_study
 from autocomp.search.settings import Settings
-from autocomp.search.space import Space, Vector, hamming
+from autocomp.search.space import Space, Vector
 from autocomp.study.records import TrialKind, TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -117,19 +116,13 @@ class TrialProposer:
     ) -> None:
         self._space, self._budget, self._objectives = space, budget, tuple(objectives)
         self._peak_memory, self._least_margin = peak_memory, margin
-        self._weights = scores.arrays(space)
-        self._scores = scores
+        self._architectures = Architectures(space, screened, scores)
         self._settings = Settings(space.distill)
         self._rng = np.random.default_rng([seed, len(finished)])
-        self._seed, self._trials = seed, trials
+        self._trials = trials
         self._lock = threading.Lock()
         directions = ["maximize" if name == "quality" else "minimize" for name in self._objectives]
         self.study = new_study(optuna.samplers.RandomSampler(seed), directions)  # type: ignore[arg-type]
-        self._pool: dict[Vector, tuple[float, str]] = {
-            space.encode(item.candidate): (item.kl, item.proposed_by)
-            for item in screened
-            if item.kl is not None and item.candidate in space
-        }
         self._records: dict[str, TrialRecord] = {}
         self._pending: dict[str, tuple[Proposal, optuna.Trial | None]] = {}
         self._failed: set[str] = set()
@@ -178,8 +171,8 @@ class TrialProposer:
         """The next trial, or `None` when there is none left to propose."""
         with self._lock:
             if self._baselines:
-                id, kind, candidate = self._baselines.popleft()
-                return self._begin(id, kind, candidate, "baseline")
+                name, kind, candidate = self._baselines.popleft()
+                return self._begin(name, kind, candidate, "baseline")
             if self._asked() >= self._trials:
                 return None
             chosen = self._choose()
@@ -294,27 +287,31 @@ class TrialProposer:
         tried = self._tried()
         vectors = {self._space.encode(c) for c in tried.values() if c in self._space}
         limits = self._costs.limits(self._budget, self.margins())
-        pool = self._fitting(limits, vectors)
+        pool = self._architectures.fitting(self._costs, limits, vectors, self._rng)
         good = [r for r in self._records.values() if r.kind == "search" and self._good(r)]
         best = max(good, key=lambda record: record.quality or 0.0) if good else None
         index = self._asked()
         if best is None or len(good) < _ADAPT_AFTER:
-            vector = self._finalist(pool, vectors, limits, _SLACK[index % len(_SLACK)])
+            slack = _SLACK[index % len(_SLACK)]
+            vector = self._architectures.finalist(pool, vectors, self._costs, limits, slack)
             if vector is not None:
-                return self._named(vector, self._settings.spread(index), pool[vector][1], tried)
+                return self._named(vector, self._settings.spread(index), tried)
         elif index % 3 == 0 and self._costs.fits(self._space.encode(best.candidate), limits):
             again = self._named(
                 self._space.encode(best.candidate),
                 self._near(best.candidate.distillation, index),
-                best.proposed_by,
                 tried,
             )
             if again is not None:
                 return again
         if best is not None and pool:
-            vector = self._of_highest_utility(pool, vectors)
-            near = self._near(best.candidate.distillation, index)
-            return self._named(vector, near, pool[vector][1], tried)
+            measured = [
+                (self._space.encode(record.candidate), record.quality or 0.0)
+                for record in self._records.values()
+                if record.kind == "search" and rankable(record) and record.candidate in self._space
+            ]
+            vector = self._architectures.of_highest_utility(pool, vectors, measured)
+            return self._named(vector, self._near(best.candidate.distillation, index), tried)
         return self._repeat(tried, limits, index)
 
     def _good(self, record: TrialRecord) -> bool:
@@ -326,13 +323,13 @@ class TrialProposer:
         return self._settings.near(settings, self._rng)
 
     def _named(
-        self, vector: Vector, settings: Distillation, origin: str, tried: dict[str, Candidate]
+        self, vector: Vector, settings: Distillation, tried: dict[str, Candidate]
     ) -> tuple[Candidate, str] | None:
         """The candidate, under other settings if exactly this one was tried."""
         for attempt in range(16):
             candidate = self._space.decode(vector, settings)
             if candidate.key not in tried:
-                return candidate, origin
+                return candidate, self._architectures.origin(vector)
             settings = self._settings.spread(attempt)
         return None
 
@@ -344,93 +341,8 @@ class TrialProposer:
             if candidate in self._space and candidate.distillation.tokens:
                 vector = self._space.encode(candidate)
                 if self._costs.fits(vector, limits):
-                    origin = self._pool.get(vector, (0.0, "milp"))[1]
-                    named = self._named(vector, self._settings.spread(index), origin, tried)
+                    named = self._named(vector, self._settings.spread(index), tried)
                     if named is not None:
                         return named
         logger.info("no candidate is left to propose within the predicted budget")
         return None
-
-    def _fitting(
-        self, limits: dict[str, float], tried: set[Vector]
-    ) -> dict[Vector, tuple[float, str]]:
-        """Untried vectors within the limits, best first; new ones are made when none is left."""
-        pool = self._untried(limits, tried)
-        if not pool:
-            self._make(limits)
-            pool = self._untried(limits, tried)
-        return dict(sorted(pool.items(), key=lambda item: (item[1][0], item[0])))
-
-    def _untried(
-        self, limits: dict[str, float], tried: set[Vector]
-    ) -> dict[Vector, tuple[float, str]]:
-        return {
-            vector: entry
-            for vector, entry in self._pool.items()
-            if vector not in tried and self._costs.fits(vector, limits)
-        }
-
-    def _make(self, limits: dict[str, float]) -> None:
-        """Bring the best of the pool within the limits, and solve anew under them.
-
-        The KL of what was never screened is the additive estimate, scaled as the screened ones are.
-        """
-        repair = Repair(self._weights, self._costs, limits)
-        best = sorted(self._pool, key=lambda vector: self._pool[vector][0])[:20]
-        made = [(repair.fit(vector, self._rng), "evolution") for vector in best]
-        try:
-            solved = milp_seeds(self._weights, self._costs, limits, 6, self._seed + self._asked())
-            made += [(vector, "milp") for vector in solved]
-        except InfeasibleError as error:
-            logger.warning("%s", error)
-        ratios = [
-            kl / estimate
-            for vector, (kl, _) in self._pool.items()
-            if (estimate := self._scores.estimate(self._space, vector)) > 0
-        ]
-        scale = float(np.median(ratios)) if ratios else 1.0
-        for vector, origin in made:
-            if vector is not None and vector not in self._pool:
-                estimate = scale * self._scores.estimate(self._space, vector)
-                self._pool[vector] = (estimate, origin)
-
-    def _finalist(
-        self,
-        pool: dict[Vector, tuple[float, str]],
-        tried: set[Vector],
-        limits: dict[str, float],
-        slack: float,
-    ) -> Vector | None:
-        """The best of the pool under a share of the limits, away from what was tried."""
-        tight = {metric: limit * slack for metric, limit in limits.items()}
-        apart = max(1, len(self._space.free) // 10)
-        for within, distance in ((tight, apart), (limits, apart), (limits, 1)):
-            for vector in pool:
-                if self._costs.fits(vector, within) and all(
-                    hamming(vector, other) >= distance for other in tried
-                ):
-                    return vector
-        return None
-
-    def _of_highest_utility(
-        self, pool: dict[Vector, tuple[float, str]], tried: set[Vector]
-    ) -> Vector:
-        """Rank in screening, less what was learnt from trials nearby."""
-        reach = max(1.0, len(self._space.free) / 6)
-        measured = [
-            (self._space.encode(record.candidate), record.quality or 0.0)
-            for record in self._records.values()
-            if record.kind == "search" and rankable(record) and record.candidate in self._space
-        ]
-        qualities = np.array([quality for _, quality in measured])
-        middle, spread = float(np.median(qualities)), float(np.ptp(qualities)) or 1.0
-        bad = [(vector, (middle - q) / spread) for vector, q in measured if q < middle]
-
-        def utility(item: tuple[int, Vector]) -> float:
-            rank, vector = item
-            value = -rank / len(pool)
-            value -= 0.5 * sum(m * math.exp(-hamming(vector, v) / reach) for v, m in bad)
-            nearest = min((hamming(vector, other) for other in tried), default=len(vector))
-            return value - 0.3 * math.exp(-nearest / reach)
-
-        return max(enumerate(list(pool)[:200]), key=utility)[1]

@@ -52,7 +52,7 @@ class Settings:
         return self._make(lr, self._temperatures[at], tokens, best.loss)
 
     def holds(self, settings: Distillation) -> bool:
-        """Whether settings lie within the ranges (those of an earlier or a baseline trial may not)."""
+        """Whether settings lie within the ranges; those of a baseline may not."""
         ranges = self._ranges
         return settings.tokens in ranges.tokens and (
             settings.tokens == 0
