@@ -62,7 +62,10 @@ class Repair:
         return bool((used <= self._room + 1e-9).all() and self._allowed[current].all())
 
     def mutate(self, parent: Vector, rng: np.random.Generator) -> Vector | None:
-        """A child: one to three switches, then repaired and filled. `None` if beyond repair."""
+        """A child: one to three switches, then repaired and filled. `None` if beyond repair.
+
+        One child in five is left unfilled: more of a unit is not always better next to others.
+        """
         units = [u for u in np.flatnonzero(self._free) if len(self._usable[u]) > 1]
         if not units:
             return None
@@ -72,7 +75,7 @@ class Repair:
         for unit in switched:
             others = self._usable[unit][self._usable[unit] != child[unit]]
             child[unit] = rng.choice(others)
-        return self._settle(child, switched, rng, scored=True)
+        return self._settle(child, switched, rng, scored=True, fill=bool(rng.random() < 0.8))
 
     def random(self, rng: np.random.Generator) -> Vector | None:
         """A random candidate that just fills its budget: the fair baseline for any search.
@@ -92,6 +95,7 @@ class Repair:
         locked: NDArray[np.int64],
         rng: np.random.Generator,
         scored: bool,
+        fill: bool = True,
     ) -> Vector | None:
         if not self._allowed[self._starts + vector].all():
             return None
@@ -100,7 +104,8 @@ class Repair:
             mask = np.ones(len(self._unit), dtype=bool)
             mask[np.isin(self._unit, frozen)] = False
             if self._shrink(moved, mask & self._allowed, rng, scored):
-                self._fill(moved, mask & self._allowed, rng, scored)
+                if fill:
+                    self._fill(moved, mask & self._allowed, rng, scored)
                 return tuple(int(value) for value in moved)
         return None
 

@@ -109,9 +109,10 @@ class Problem:
         )
 
     def truth(self, vector: Sequence[int]) -> float:
-        """Σ damage plus pairwise interactions, saturating: not additive, not separable."""
+        """Σ damage plus pairwise interactions of either sign: not additive, not separable."""
         damage = np.array([self.single[unit][level] for unit, level in enumerate(vector)])
-        return float(damage.sum() + damage @ self.pair @ damage)
+        root = np.sqrt(damage)
+        return float(damage.sum() + root @ self.pair @ root)
 
     def evaluate(self, candidates: Sequence[Candidate]) -> list[float]:
         self.evaluations += len(candidates)
@@ -125,7 +126,8 @@ class Problem:
         """True KL of everything within the limits, sorted."""
         vectors = np.array(list(itertools.product(*(range(n) for n in self.space.levels))))
         damage = np.stack([self.single[u][vectors[:, u]] for u in range(len(self.space))], axis=1)
-        value = damage.sum(1) + np.einsum("ni,ij,nj->n", damage, self.pair, damage)
+        root = np.sqrt(damage)
+        value = damage.sum(1) + ((root @ self.pair) * root).sum(1)
         table = {
             what: np.sum(
                 [
@@ -160,8 +162,7 @@ def problem(units: int = 7, seed: int = 0, distill: DistilSection | None = None)
     latency = np.array([1.0, 0.5, 0.95, 0.6, 0.0]) * rng.uniform(0.8, 1.2, (units, 1))
     size = np.array([100e3, 26e3, 14e3, 8e3, 0.0]) * rng.uniform(0.8, 1.2, (units, 1))
     damage = np.array([0.0, 0.02, 0.15, 0.5, 1.0]) * rng.lognormal(0.0, 0.8, (units, 5))
-    pair = np.abs(rng.normal(0.0, 0.8, (units, units)))
-    pair = np.triu(pair, 1) * rng.choice([-0.4, 1.0], (units, units), p=[0.4, 0.6])
+    pair = np.triu(rng.uniform(-0.2, 3.0, (units, units)) * (rng.random((units, units)) < 0.5), 1)
     keys = [option.key for option in LEVELS]
     return Problem(
         space,
