@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from autocomp.core.measurement import Measurement
+from autocomp.export.companions import Companions
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
-from autocomp.targets.protocol import Target
+from autocomp.targets.protocol import Artifact, Target
 
 
 @dataclass(frozen=True)
@@ -21,28 +20,31 @@ class ExportRequest:
 
     Attributes:
         spec: the study's spec.
-        record: the chosen trial, complete, with its artifact.
-        artifact: directory of the trial's exported model.
-        source: directory of tokenizer or processor files.
-        label_names: classes in the order of the logits; empty for language models.
-        inputs: named example inputs of the workload's shape, for verification.
-        report: results on the report split, if it was opened (`quality`, `teacher_quality`).
-        dense: the dense model's measurement, for the card.
+        record: the chosen trial: complete and measured.
+        artifact: its exported model.
+        companions: tokenizer or processor files, labels and example inputs of the study.
+        dense: the dense trial, for the card.
+        report: what the report split said (`quality`, `teacher_quality`), if it was opened.
     """
 
     spec: Spec
     record: TrialRecord
-    artifact: Path
-    source: Path
-    label_names: tuple[str, ...]
-    inputs: Mapping[str, np.ndarray]
+    artifact: Artifact
+    companions: Companions
+    dense: TrialRecord | None
     report: Mapping[str, Any] | None
-    dense: Measurement | None
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What reloading showed: largest difference from the trial's own outputs, size, cost again."""
+    """What reloading showed.
+
+    Attributes:
+        max_difference: largest absolute difference of the reloaded model's logits from the
+            artifact's that was evaluated.
+        size_bytes: bytes of the model on disk.
+        measured: cost, measured again.
+    """
 
     max_difference: float
     size_bytes: int

@@ -212,6 +212,9 @@ class SearchSection(_Section):
     """How long to search."""
 
     screen: int = Field(1000, ge=0, description="Candidates screened without training.")
+    screen_examples: int = Field(
+        128, gt=0, description="Examples of the distil split a candidate is screened on."
+    )
     trials: int = Field(12, gt=0, description="Full trials proposed by the search.")
     seed: int = Field(0, ge=0, description="Of everything random: splits, proposals, training.")
 

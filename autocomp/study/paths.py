@@ -48,6 +48,11 @@ class StudyPaths:
         return self.root / "artifacts"
 
     @property
+    def companions(self) -> Path:
+        """What every exported model is shipped with: tokenizer or processor, labels, inputs."""
+        return self.root / "companions"
+
+    @property
     def teacher(self) -> Path:
         """The fitted teacher."""
         return self.root / "teacher"

@@ -19,6 +19,7 @@ class TrialContext:
         spec: the resolved spec.
         model_path: directory the source model was resolved to (tokenizer or processor).
         teacher_path: directory of the teacher.
+        skeleton_path: the graph every candidate is lowered from.
         study_path: the study's directory; the ledger and the artifacts are below it.
         library_path: root of the library.
         items: (unit name, option key) → key of the library item.
@@ -29,6 +30,7 @@ class TrialContext:
     spec: Spec
     model_path: Path
     teacher_path: Path
+    skeleton_path: Path
     study_path: Path
     library_path: Path
     items: Mapping[tuple[str, str], str]

@@ -18,6 +18,7 @@ from autocomp.core.candidate import Distillation
 from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
 from autocomp.models.modules import QuantEmbedding
+from autocomp.tasks.divergence import teacher_kl
 from autocomp.tasks.protocol import Task
 
 WARM_UP = 0.1
@@ -39,24 +40,13 @@ class DistillationResult:
 
 
 def logit_loss(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float, mask: torch.Tensor | None
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Temperature-scaled KL(teacher ‖ student), times τ² (Hinton et al., 2015, section 2.1).
 
-    Args:
-        student, teacher: logits `(..., C)`.
-        temperature: τ, softens both.
-        mask: bool `(...)`, positions that count; all when `None`.
-
-    Returns:
-        Mean over the positions, a scalar in nats.
+    Logits are `(..., C)`; the mean over everything before the last axis is returned, in nats.
     """
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    if mask is not None:
-        divergence = divergence[mask]
-    return divergence.mean() * temperature**2
+    return teacher_kl(teacher, student, temperature=temperature) * temperature**2
 
 
 def trainable_parameters(student: nn.Module) -> list[nn.Parameter]:
@@ -123,9 +113,7 @@ def distil(
                     group["lr"] = settings.lr * rate
                 with torch.no_grad():
                     target = task.logits(teacher, inputs)
-                loss = logit_loss(
-                    task.logits(student, inputs), target, settings.temperature, task.mask(inputs)
-                )
+                loss = logit_loss(task.logits(student, inputs), target, settings.temperature)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise DivergedError(

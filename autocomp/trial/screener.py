@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from autocomp.core.candidate import Candidate
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
 from autocomp.models.load import load_model
-from autocomp.tasks import load_task
-from autocomp.tasks.divergence import kl_divergence
+from autocomp.tasks import make_task
+from autocomp.tasks.divergence import teacher_kl
 from autocomp.trial.context import TrialContext
 
 BATCH = 32
@@ -30,10 +31,11 @@ class Screener:
     def __init__(self, context: TrialContext) -> None:
         torch.set_num_threads(1)
         self.context = context
-        self.task = load_task(context.spec, context.model_path)
+        self.task = make_task(context.spec, context.model_path)
         self.teacher = load_model(context.teacher_path, self.task.name)
         self.library = Library(context.library_path)
-        self.batches = self.task.first_batches("distil", context.spec.search.screen_examples, BATCH)
+        count = -(-context.spec.search.screen_examples // BATCH)
+        self.batches = list(islice(self.task.batches("distil", BATCH), count))
         with torch.no_grad():
             self.reference = [self.task.logits(self.teacher, inputs) for inputs in self.batches]
 
@@ -51,13 +53,11 @@ class Screener:
             student = stitch(
                 self.teacher, self.context.units, self.library, self.context.items, candidate
             )
-        total, weight = 0.0, 0
+        total, count = 0.0, 0
         for inputs, reference in zip(self.batches, self.reference, strict=True):
             with self.context.gate.working():
-                mask = self.task.mask(inputs)
-                value = kl_divergence(reference, self.task.logits(student, inputs), mask)
-                positions = int(mask.sum()) if mask is not None else len(reference)
-            total += float(value) * positions
-            weight += positions
-        mean = total / weight
+                value = teacher_kl(reference, self.task.logits(student, inputs))
+            total += float(value) * len(reference)
+            count += len(reference)
+        mean = total / count
         return mean if math.isfinite(mean) else math.inf

@@ -1,0 +1,56 @@
+"""`ls`: what is available of each kind of extension, built in or from other packages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autocomp.core.errors import UserError, did_you_mean
+from autocomp.core.registry import Registry
+
+KINDS = ("operators", "targets", "tasks", "exporters")
+
+
+def list_kind(kind: str) -> list[dict[str, Any]]:
+    """One row per extension: `name`, `summary`, `paper`, `options`, `speeds_up`, `shrinks`.
+
+    Raises:
+        UserError: for an unknown kind.
+    """
+    registry = _registry(kind)
+    rows = []
+    for name in registry.names():
+        item = registry.get(name)
+        summary = getattr(item, "summary", None) or (item.__doc__ or "").strip().split("\n")[0]
+        rows.append(
+            {
+                "name": name,
+                "summary": summary,
+                "paper": getattr(item, "paper", ""),
+                "options": getattr(item, "choices", ""),
+                "speeds_up": list(getattr(item, "speeds_up", ())),
+                "shrinks": list(getattr(item, "shrinks", ())),
+            }
+        )
+    return rows
+
+
+def _registry(kind: str) -> Registry[Any]:
+    if kind == "operators":
+        from autocomp.operators import OPERATORS
+
+        return OPERATORS
+    if kind == "targets":
+        from autocomp.targets import TARGETS
+
+        return TARGETS
+    if kind == "tasks":
+        from autocomp.tasks import TASKS
+
+        return TASKS
+    if kind == "exporters":
+        from autocomp.export import EXPORTERS
+
+        return EXPORTERS
+    raise UserError(
+        f"unknown kind {kind!r}.{did_you_mean(kind, KINDS)} Available: {', '.join(KINDS)}"
+    )

@@ -1,0 +1,139 @@
+"""An existing study: its front, its picks, their export. Runs no trial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autocomp.core.budget import Budget
+from autocomp.core.errors import StudyError
+from autocomp.core.gate import Gate
+from autocomp.front.pick import pick
+from autocomp.front.view import study_budget, study_front, trial_json
+from autocomp.spec.schema import BudgetSection
+from autocomp.study.directory import Study
+from autocomp.study.records import TrialRecord
+
+
+def open_study(path: Path | str) -> OpenStudy:
+    """The study at `path`.
+
+    Raises:
+        StudyError: if there is none.
+    """
+    return OpenStudy(Study.open(path))
+
+
+@dataclass(frozen=True)
+class OpenStudy:
+    """A study, for reading."""
+
+    study: Study
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.study.paths.root
+
+    def front(self) -> dict[str, Any]:
+        """Every trial and which are on the front, in the shape of `autocomp front --json`."""
+        return study_front(self.study)
+
+    def trials(self) -> list[TrialRecord]:
+        """Every finished trial."""
+        return self.study.trials()
+
+    def report(self, trial: str) -> dict[str, Any] | None:
+        """What the report split said of a trial, if it was opened for it."""
+        return self.study.ledger.read().of("report").get(trial)
+
+    def pick(
+        self,
+        latency: str | None = None,
+        size: str | None = None,
+        peak_memory: str | None = None,
+        quality: float | None = None,
+    ) -> Picked:
+        """The best measured trial within a budget; without limits, within the study's own.
+
+        Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%").
+
+        Raises:
+            UserError: for a limit that cannot be read.
+            NothingFitsError: if no measured trial fits, with the nearest one.
+        """
+        if latency is size is peak_memory is quality is None:
+            budget = study_budget(self.study)
+        else:
+            section = BudgetSection(
+                latency=latency, size=size, peak_memory=peak_memory, quality=quality
+            )
+            dense = self.study.dense()
+            if dense is None or dense.measured is None:
+                raise StudyError(
+                    f"{self.path}: the dense model is not measured yet, so nothing can be picked. "
+                    f"Start its search again"
+                )
+            budget = section.limits().resolve(dense.measured)
+        return Picked(self, pick(self.trials(), budget), budget)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A chosen trial."""
+
+    opened: OpenStudy
+    record: TrialRecord
+    budget: Budget
+
+    def to_json(self) -> dict[str, Any]:
+        """The trial in the shape of `autocomp front --json`."""
+        front = self.opened.front()
+        on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
+        return trial_json(self.record, self.budget, on_front)
+
+    def export(self, directory: Path | str, format: str = "onnx") -> dict[str, Any]:
+        """Write the model, tokenizer or processor and card to `directory`; verify by reload.
+
+        Returns:
+            `path`, `format`, `files` and what verification showed.
+
+        Raises:
+            UserError: if the directory is not empty or the format is unknown.
+            InternalError: if the reloaded model is not the evaluated one.
+        """
+        from autocomp.export import EXPORTERS
+        from autocomp.export.companions import Companions
+        from autocomp.export.protocol import ExportRequest
+        from autocomp.targets import make_target, open_artifact
+
+        study, record = self.opened.study, self.record
+        if record.artifact is None:
+            raise StudyError(f"{record.id} has no exported model in {self.opened.path}")
+        companions = Companions(study.paths.companions)
+        request = ExportRequest(
+            spec=study.spec,
+            record=record,
+            artifact=open_artifact(study.paths.root / record.artifact),
+            companions=companions,
+            dense=study.dense(),
+            report=self.opened.report(record.id),
+        )
+        exporter = EXPORTERS.get(format)
+        path = Path(directory)
+        exporter.write(request, path)
+        target = make_target(study.spec.target, Gate(study.paths.gate), reference(study))
+        verification = exporter.verify(request, path, target)
+        return {
+            "path": str(path),
+            "format": format,
+            "files": sorted(file.name for file in path.iterdir()),
+            **verification.to_json(),
+        }
+
+
+def reference(study: Study) -> dict[str, Any] | None:
+    """What was recorded of the device when the study first measured on it."""
+    devices = study.devices
+    return study.reference(devices[0]) if devices else None

@@ -1,0 +1,113 @@
+"""The model card: what the model is, what it costs, how good it is, how to load it."""
+
+from __future__ import annotations
+
+from autocomp.core.measurement import Measurement
+from autocomp.core.quantities import format_bytes, format_ms
+from autocomp.export.protocol import ExportRequest
+
+_LOAD_TEXT = """\
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+session = ort.InferenceSession("{file}")
+encoded = Tokenizer.from_file("tokenizer.json").encode("Shares rise as bank beats forecasts")
+feeds = {{
+    "input_ids": np.array([encoded.ids]), "attention_mask": np.array([encoded.attention_mask])
+}}
+{result}
+"""
+_LOAD_IMAGE = """\
+import numpy as np
+import onnxruntime as ort
+
+session = ort.InferenceSession("{file}")
+pixels = np.zeros((1, 3, {side}, {side}), np.float32)  # resized and normalised as in preprocessing
+logits = session.run(None, {{"pixel_values": pixels}})[0]
+print(open("labels.txt").read().splitlines()[logits[0].argmax()])
+"""
+_CLASSIFY = """\
+logits = session.run(None, {k.name: feeds[k.name] for k in session.get_inputs()})[0]
+print(open("labels.txt").read().splitlines()[logits[0].argmax()])"""
+_NEXT_TOKEN = """\
+logits = session.run(None, {k.name: feeds[k.name] for k in session.get_inputs()})[0]
+print(logits[0, -1].argmax())  # the most likely next token"""
+
+
+def model_card(request: ExportRequest, file: str) -> str:
+    """The card, as Markdown."""
+    spec, record = request.spec, request.record
+    dense = None if request.dense is None else request.dense.measured
+    workload = spec.target.workload
+    lines = [
+        f"# {spec.model.source.removeprefix('package:')}, compressed",
+        "",
+        f"Trial `{record.id}` of an autocomp study, proposed by {record.proposed_by}. Task: "
+        f"{spec.task.name}. Target: {spec.target.runtime} on {spec.target.device}, batch "
+        f"{workload.batch}, {_shape(request)}, {workload.threads} thread(s).",
+        "",
+        "| | measured | of dense | estimated before the trial |",
+        "|---|---|---|---|",
+        *_rows(record.measured, dense, record.estimated),
+        "",
+        *_quality(request),
+        "",
+        "Measured on the exported file, on the target; the estimate came from the cost table and is",
+        "kept for comparison. What was done to each unit is in `candidate.yaml`.",
+        "",
+        "## Load",
+        "",
+        "```python",
+        _loading(request, file).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(
+    measured: Measurement | None, dense: Measurement | None, estimated: Measurement | None
+) -> list[str]:
+    rows = []
+    for label, name, show in (
+        ("latency", "latency_ms", format_ms),
+        ("size on disk", "size_bytes", format_bytes),
+        ("peak memory", "peak_memory_bytes", format_bytes),
+    ):
+        value = getattr(measured, name, None)
+        reference = getattr(dense, name, None)
+        share = f"{value / reference:.1%}" if value is not None and reference else "–"
+        rows.append(f"| {label} | {show(value)} | {share} | {show(getattr(estimated, name, None))} |")
+    return rows
+
+
+def _quality(request: ExportRequest) -> list[str]:
+    record = request.record
+    name = record.metric.get("name", "quality")
+    lines = []
+    if record.metric:
+        lines.append(f"- {name} on the search split: {record.metric['value']:.4g}")
+    if record.teacher_kl is not None:
+        lines.append(f"- KL to the teacher on the search split: {record.teacher_kl:.4g} nats")
+    if request.report is not None:
+        lines.append(
+            f"- quality on the report split, opened once: {request.report['quality']:.4g} "
+            f"(teacher {request.report['teacher_quality']:.4g})"
+        )
+    return lines
+
+
+def _shape(request: ExportRequest) -> str:
+    workload = request.spec.target.workload
+    if workload.image is not None:
+        return f"{workload.image} × {workload.image} pixels"
+    return f"{workload.sequence} tokens"
+
+
+def _loading(request: ExportRequest, file: str) -> str:
+    if "pixel_values" in request.companions.inputs:
+        side = request.companions.inputs["pixel_values"].shape[-1]
+        return _LOAD_IMAGE.format(file=file, side=side)
+    result = _CLASSIFY if request.companions.label_names else _NEXT_TOKEN
+    return _LOAD_TEXT.format(file=file, result=result)

@@ -1,0 +1,79 @@
+"""What every exported model is shipped with: tokenizer or processor files, labels, example inputs.
+
+Kept once per study, beside the artifacts, so that a pick can be exported without loading the data
+or the teacher again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from autocomp.core.files import write_atomic, write_text_atomic
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "preprocessor_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """A directory with the files below; `labels.json` and `inputs.safetensors` are written last."""
+
+    directory: Path
+
+    def write(
+        self, source: Path, label_names: tuple[str, ...], inputs: dict[str, np.ndarray]
+    ) -> None:
+        """Copy tokenizer and processor files from `source`; keep labels and example inputs."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            file = source / name
+            if file.is_file():
+                write_atomic(self.directory / name, lambda to, file=file: _copy(file, to))
+        contiguous = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        write_atomic(self._inputs, lambda to: save_file(contiguous, to))
+        write_text_atomic(self._labels, json.dumps(list(label_names), indent=2) + "\n")
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was written."""
+        return self._labels.is_file()
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Classes in the order of the logits; empty for language models."""
+        return tuple(json.loads(self._labels.read_text(encoding="utf-8")))
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Named example inputs in the workload's shape."""
+        return load_file(self._inputs)
+
+    def files(self) -> list[Path]:
+        """Tokenizer and processor files."""
+        return [self.directory / name for name in _FILES if (self.directory / name).is_file()]
+
+    @property
+    def _labels(self) -> Path:
+        return self.directory / "labels.json"
+
+    @property
+    def _inputs(self) -> Path:
+        return self.directory / "inputs.safetensors"
+
+
+def _copy(source: Path, to: Path) -> None:
+    shutil.copyfile(source, to)
