@@ -41,9 +41,9 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
             raise ModelError(f"model.source {source}: {path} is a file; give the directory")
         return path
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return path
-    if path.exists():
+    if source and path.exists():
         raise ModelError(f"model.source {source}: is a file; give the directory that holds it")
     if source.startswith((".", "/", "~")) or not _HUB_ID.match(source):
         raise ModelError(
