@@ -63,7 +63,7 @@ def dequantise(codes: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     In place and without expanding the scales: stitching spends its time here.
     """
     weight = codes.to(torch.float32)
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     size = group_size(format)
     whole = columns // size * size
     if whole:
