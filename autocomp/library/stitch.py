@@ -29,8 +29,8 @@ def stitch(
 ) -> Model:
     """The teacher with every unit in the state its option asks for.
 
-    What stays dense shares the teacher's storage: take a deep copy before training. Items are
-    memory-mapped copy-on-write, so nothing done to the model reaches the library.
+    The model shares storage with the teacher and with what the library keeps in memory: take a deep
+    copy before training it.
 
     Args:
         keys: (unit name, option key) → item key, from `plan_build`.

@@ -4,7 +4,7 @@ An item is the state of one unit under one option: one safetensors file named by
 hashes everything it was made from. Its metadata carry the SHA-256 of the whole file (with the
 digest's own digits zeroed). A file that does not match is dropped with a warning and counts as
 absent, so that the next build makes it again. Tensors are memory-mapped copy-on-write: writing to
-one changes neither the file nor what others read.
+one never changes the file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import logging
 import mmap
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from autocomp.core.errors import StorageError
 from autocomp.core.files import write_atomic
 from autocomp.core.hashing import content_key
 from autocomp.core.unit import SiteFormat
-from autocomp.models.modules import dequantise
 from autocomp.operators import OPERATORS
 from autocomp.operators.protocol import SiteState, UnitState
+from autocomp.operators.quantize.grid import dequantise
 
 FORMAT_VERSION = 1
 """Raised when the layout of an item changes: older items are then built again."""
@@ -59,18 +60,53 @@ def item_key(unit_digest: str, option: Option, stats_fingerprint: str) -> str:
     )
 
 
+class _Recent:
+    """An item in memory, with what tells whether file or tensors were written to since."""
+
+    def __init__(self, state: UnitState, mark: tuple[int, int, int]) -> None:
+        self._state = {name: replace(site) for name, site in state.items()}
+        self._mark = mark
+        self._tensors = [
+            tensor
+            for site in state.values()
+            for tensor in (site.weight, site.bias, site.codes, site.scales)
+            if tensor is not None
+        ]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self.size_bytes = sum(tensor.nbytes for tensor in self._tensors)
+
+    def current(self, mark: tuple[int, int, int]) -> bool:
+        """Whether neither the file nor the tensors have changed."""
+        return mark == self._mark and all(
+            tensor._version == version
+            for tensor, version in zip(self._tensors, self._versions, strict=True)
+        )
+
+    def copy(self) -> UnitState:
+        """The state; tensors shared."""
+        return {name: replace(site) for name, site in self._state.items()}
+
+
 class Library:
     """Items under `root`, shared by any number of processes.
+
+    Recently read items are kept in memory and handed out again: their tensors are shared, so copy
+    before training. One that was written to all the same is noticed and read anew from its file.
 
     Args:
         root: a directory; made when missing.
         capacity_bytes: beyond it, the items that were read longest ago are removed. A file that is
             mapped somewhere stays readable there.
+        memory_bytes: of items kept in memory by this process.
     """
 
-    def __init__(self, root: Path, capacity_bytes: int | None = None) -> None:
+    def __init__(
+        self, root: Path, capacity_bytes: int | None = None, memory_bytes: int = 256 * 2**20
+    ) -> None:
         self.root = Path(root)
         self.capacity_bytes = capacity_bytes
+        self.memory_bytes = memory_bytes
+        self._recent: OrderedDict[str, _Recent] = OrderedDict()
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._touched: dict[str, float] = {}
         try:
@@ -95,6 +131,11 @@ class Library:
         if not self._sound(key):
             return None
         path = self.path(key)
+        recent = self._recent.get(key)
+        if recent is not None and recent.current(self._verified[key]):
+            self._recent.move_to_end(key)
+            self._touch(key, path)
+            return recent.copy()
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads(file.metadata()["item"])
@@ -102,7 +143,9 @@ class Library:
         except FileNotFoundError:
             return None
         self._touch(key, path)
-        return _unpack(metadata["sites"], tensors)
+        state = _unpack(metadata["sites"], tensors)
+        self._remember(key, state)
+        return state
 
     def describe(self, key: str) -> dict[str, Any] | None:
         """What was stored with the item (`info` of `put`), or `None` when it is absent."""
@@ -148,6 +191,7 @@ class Library:
     def drop(self, key: str) -> None:
         """Remove an item, if it is there."""
         self._verified.pop(key, None)
+        self._recent.pop(key, None)
         self.path(key).unlink(missing_ok=True)
 
     def keys(self) -> list[str]:
@@ -173,6 +217,16 @@ class Library:
             return False
         self._verified[key] = mark
         return True
+
+    def _remember(self, key: str, state: UnitState) -> None:
+        self._recent.pop(key, None)
+        recent = _Recent(state, self._verified[key])
+        if recent.size_bytes > self.memory_bytes:
+            return
+        self._recent[key] = recent
+        total = sum(entry.size_bytes for entry in self._recent.values())
+        while total > self.memory_bytes:
+            total -= self._recent.popitem(last=False)[1].size_bytes
 
     def _touch(self, key: str, path: Path) -> None:
         """Note the reading, at most once a minute; the time of writing stays."""

@@ -7,12 +7,16 @@ Gram matrix and, rows being independent, one pass over the columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Rule, SiteStats, Stage, UnitState, UnitStats
 from autocomp.operators.quantize.choices import asks_for_bits, bit_steps, quantised_formats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Gptq:
@@ -52,7 +56,7 @@ class Gptq:
         """Solve every group of sites that share an input."""
         import torch
 
-        from autocomp.operators.gram import factor_of
+        from autocomp.operators.gram import derived, factor_of
         from autocomp.operators.quantize.grid import quantised_site, search_scales
         from autocomp.operators.quantize.solve import solve_columns
 
@@ -65,11 +69,24 @@ class Gptq:
             together.setdefault((id(stats[name].gram), kept), []).append(name)
         result: UnitState = dict(state)
         for names in together.values():
-            factor = factor_of(stats[names[0]], state[names[0]].kept_columns)
-            weight = torch.cat([state[name].weight for name in names])
-            like = formats[names[0]]
-            scales = search_scales(weight, like)
-            codes = solve_columns(weight, scales, factor, like)
+            weights = [state[name].weight for name in names]
+            kept, like = state[names[0]].kept_columns, formats[names[0]]
+
+            def solve(
+                weights: list[Tensor] = weights,
+                kept: Tensor | None = kept,
+                like: SiteFormat = like,
+                site: SiteStats = stats[names[0]],
+            ) -> tuple[list[Tensor], Tensor, Tensor]:
+                weight = torch.cat(weights)
+                scales = search_scales(weight, like)
+                codes = solve_columns(weight, scales, factor_of(site, kept), like)
+                return weights, codes, scales
+
+            # Activation bits change the format alone: such options share codes. What is remembered
+            # holds the weights, so that their ids stay theirs.
+            key = ("gptq", like.weight_bits, like.group, *((id(w), w._version) for w in weights))
+            _, codes, scales = derived(stats[names[0]].gram, key, solve)
             start = 0
             for name in names:
                 rows = slice(start, start + state[name].weight.shape[0])

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from autocomp.core.unit import SiteFormat
-from autocomp.models.modules import CODE_RANGE, dequantise, group_size, quantise
+from autocomp.models.modules import CODE_RANGE, group_size, quantise
 from autocomp.operators.protocol import SiteState
 
 SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
 """Fractions of the largest weight that a 4-bit scale is tried at."""
 
 _TINY = 1e-30
+_PIECE = 1 << 16
 
 
 def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
@@ -26,6 +27,10 @@ def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
     8 bits: the largest weight over 127. 4 bits: the fraction of the largest weight that minimises
     the squared rounding error of the group. A group of zeros gets scale 1.
     """
+    # In pieces that stay in the processor's cache: a table is far larger.
+    piece = max(1, _PIECE // weight.shape[1])
+    if weight.shape[0] > piece:
+        return torch.cat([search_scales(part, format) for part in weight.split(piece)])
     low, high = CODE_RANGE[format.weight_bits]
     grouped = _grouped(weight, group_size(format))  # (rows, groups, group)
     largest = grouped.abs().amax(dim=2)
@@ -50,6 +55,23 @@ def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
 def round_to_grid(weight: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     """Nearest codes, int8 `(rows, columns)`."""
     return quantise(weight, scales, format).to(torch.int8)
+
+
+def dequantise(codes: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
+    """`codes * scale`, float32 `(rows, columns)`; the bits `models.modules.dequantise` gives.
+
+    In place and without expanding the scales: stitching spends its time here.
+    """
+    weight = codes.to(torch.float32)
+    columns = weight.shape[1]
+    size = group_size(format)
+    whole = columns // size * size
+    if whole:
+        grouped = weight[:, :whole].unflatten(1, (-1, size))
+        grouped.mul_(scales[:, : whole // size].unsqueeze(2))
+    if whole < columns:
+        weight[:, whole:].mul_(scales[:, -1:])
+    return weight
 
 
 def quantised_site(site: SiteState, codes: Tensor, scales: Tensor, format: SiteFormat) -> SiteState:

@@ -1,0 +1,1 @@
+"""Contract tests for extensions: subclass one in your own test suite, supply a fixture, run it."""

@@ -1,0 +1,96 @@
+"""Every registered operator keeps the contract, and the contract catches those that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autocomp.core.candidate import Step
+from autocomp.core.unit import SiteFormat, Unit
+from autocomp.operators import OPERATORS
+from autocomp.operators.protocol import Operator, Rule, Stage, UnitState, UnitStats
+from autocomp.testing.operator_contract import OperatorContract
+
+ALL = Rule(
+    structure={"heads": [1.0, 0.5, 0.25], "width": [1.0, 0.67, 0.34], "skip": True},
+    bits={"method": ["gptq", "rtn"], "weights": ["dense", 8, 4], "activations": ["dense", 8]},
+)
+SMALL_GROUP = Rule(
+    bits={"method": ["gptq", "rtn"], "weights": [4], "activations": ["dense"], "group": 16}
+)
+
+
+class TestRegistered(OperatorContract):
+    @pytest.fixture(params=sorted(OPERATORS))
+    def operator(self, request: pytest.FixtureRequest) -> Operator:
+        return OPERATORS.get(request.param)
+
+    def rules(self) -> list[Rule]:
+        return [
+            Rule(structure={name: ALL.structure[name]}, bits=ALL.bits) for name in ALL.structure
+        ] + [SMALL_GROUP]
+
+
+class _Broken:
+    """Halves the down projection, wrongly in one of several ways."""
+
+    name, summary, paper, version = "broken", "Does it wrong.", "", 1
+    stage: Stage = "structure"
+    speeds_up: tuple[str, ...] = ()
+    shrinks: tuple[str, ...] = ()
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+        self.calls = 0
+
+    def options(self, unit: Unit, rule: Rule) -> list[Step | None]:
+        return [Step.of("broken")] if unit.kind == "ffn" else []
+
+    def formats(
+        self, unit: Unit, formats: dict[str, SiteFormat], step: Step
+    ) -> dict[str, SiteFormat]:
+        return dict(formats)
+
+    def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
+        from dataclasses import replace
+
+        self.calls += 1
+        result = {name: replace(site, weight=site.weight.clone()) for name, site in state.items()}
+        name = unit.sites[-1].name
+        if self.fault == "in place":
+            state[name].weight.mul_(0.5)
+        elif self.fault == "random":
+            result[name].weight += self.calls
+        elif self.fault == "shape":
+            result[name].weight = result[name].weight[:-1]
+        elif self.fault == "nan":
+            result[name].weight[0, 0] = torch.nan
+        return result
+
+
+@pytest.mark.parametrize(
+    ("fault", "test"),
+    [
+        ("in place", "test_leaves_its_input_alone"),
+        ("random", "test_same_input_same_weights"),
+        ("shape", "test_formats_are_what_is_left"),
+        ("nan", "test_formats_are_what_is_left"),
+    ],
+)
+def test_contract_catches(fault: str, test: str) -> None:
+    class Contract(OperatorContract):
+        def rules(self) -> list[Rule]:
+            return [Rule()]
+
+    getattr(Contract(), test)(_Broken("nothing"))
+    with pytest.raises(AssertionError):
+        getattr(Contract(), test)(_Broken(fault))
+
+
+def test_contract_wants_steps() -> None:
+    class Contract(OperatorContract):
+        def rules(self) -> list[Rule]:
+            return [Rule()]
+
+    with pytest.raises(AssertionError, match="offers no step"):
+        Contract().test_leaves_its_input_alone(OPERATORS.get("heads"))
