@@ -251,7 +251,6 @@ def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx
         node.doc_string = ""
         if node.op_type == "Attention" and node.domain == DOMAIN:
             _resolve_attention(graph, node)
-    _avoid_slow_fusions(graph)
     graph.merge_equal()
     graph.prune()
     return graph.to_model()
@@ -303,20 +302,6 @@ def _flat(graph: Graph, tensor: str, head_dim: int) -> str | None:
     rotary.attribute.append(helper.make_attribute("head_dim", head_dim))
     rotary.domain = DOMAIN
     return tensor
-
-
-def _avoid_slow_fusions(graph: Graph) -> None:
-    """Write the residual addition before a LayerNormalization as Sum.
-
-    ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel is
-    three times slower than the two nodes it replaces; it leaves Sum alone.
-    """
-    for node in graph.nodes:
-        if node.op_type != "LayerNormalization":
-            continue
-        producer = graph.producer(node.input[0])
-        if producer is not None and producer.op_type == "Add" and not producer.domain:
-            producer.op_type = "Sum"
 
 
 def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> str:
