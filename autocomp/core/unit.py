@@ -13,7 +13,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 UnitKind = Literal["attention", "ffn", "embedding", "head"]
-Role = Literal["query", "key", "value", "output", "gate", "up", "down", "embedding", "head"]
+Role = Literal[
+    "query",
+    "key",
+    "value",
+    "output",
+    "gate",
+    "up",
+    "down",
+    "embedding",
+    "position",
+    "pooler",
+    "head",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,11 @@ class Site:
     rows: int
     columns: int
     bias: bool
+
+    @property
+    def table(self) -> bool:
+        """Whether rows are gathered by index (an embedding) rather than multiplied with."""
+        return self.role in ("embedding", "position")
 
     @property
     def parameters(self) -> int:
@@ -106,9 +123,7 @@ UnitFormat = Mapping[str, SiteFormat]
 def dense_format(unit: Unit) -> dict[str, SiteFormat]:
     """The format of a unit nothing was done to."""
     return {
-        site.name: SiteFormat(
-            site.rows, site.columns, site.bias, embedding=site.role == "embedding"
-        )
+        site.name: SiteFormat(site.rows, site.columns, site.bias, embedding=site.table)
         for site in unit.sites
     }
 

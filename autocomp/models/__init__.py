@@ -1,0 +1,1 @@
+"""Models: where they come from, what their units are, and surgery on them."""

@@ -1,0 +1,331 @@
+"""Surgery on a model in memory: install compressed units, keep heads or width, skip, resize tables.
+
+Nothing here copies a weight it does not have to. `copy_for_surgery` and `install` share storage
+with their source, which makes a stitched model cheap to make and to screen; take a
+`copy.deepcopy` of it before training, or the source is trained too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from autocomp.core.unit import SiteFormat, Unit
+from autocomp.models.layouts import Layout, SublayerSpec, layout_of
+from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class SiteStateLike(Protocol):
+    """What `install` reads of an operator's `SiteState`; shapes as there."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    format: SiteFormat
+    codes: torch.Tensor | None
+    scales: torch.Tensor | None
+
+
+def copy_for_surgery(model: Model) -> Model:
+    """A copy of `model`'s structure whose parameters and buffers share the original's storage.
+
+    Replacing modules of the copy, freezing its parameters or changing its config leaves the
+    original as it was; writing into a tensor does not. Ties between parameters are kept.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(model, memo)
+
+
+def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) -> None:
+    """Put what operators made of `unit` in its place; an empty `state` skips the unit.
+
+    A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, else a plain layer of its
+    new shape. The tensors of `state` are used as they are. A table and a head that shared their
+    weight no longer do once either is installed: each then has its own.
+
+    Raises:
+        ValueError: if `state` does not hold exactly the sites of the unit, or the unit was skipped.
+    """
+    if not state:
+        skip(model, unit)
+        return
+    names = [site.name for site in unit.sites]
+    if sorted(names) != sorted(state):
+        raise ValueError(f"{unit.name} has sites {names}, but the state holds {sorted(state)}")
+    modules = unit_modules(model, unit)
+    if not modules:
+        raise ValueError(f"{unit.name} was skipped in this model: nothing can be installed there")
+    for name in names:
+        old = modules[name]
+        site = state[name]
+        if site.format.embedding:
+            padding_idx = getattr(old, "padding_idx", None)
+            new: nn.Module = _embedding(site, padding_idx)
+        else:
+            new = _linear(site)
+        replace_module(model, name, new)
+    if unit.kind in ("embedding", "head"):
+        _untie(model)
+
+
+def _linear(site: SiteStateLike) -> nn.Module:
+    if site.codes is not None:
+        assert site.scales is not None
+        return QuantLinear(site.weight, site.bias, site.scales, site.format)
+    return dense_linear(site.weight, site.bias)
+
+
+def _embedding(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
+    if site.codes is not None:
+        assert site.scales is not None
+        return QuantEmbedding(site.weight, site.scales, padding_idx, site.format)
+    return dense_embedding(site.weight, padding_idx)
+
+
+def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer around these tensors, `(rows, columns)` and `(rows,)`, without copying."""
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
+    return linear
+
+
+def dense_embedding(weight: torch.Tensor, padding_idx: int | None) -> nn.Embedding:
+    """A table around this tensor `(rows, columns)`, without copying."""
+    table = nn.Embedding(*weight.shape, device="meta")
+    table.padding_idx = padding_idx
+    table.weight = nn.Parameter(weight.detach())
+    return table
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`, in the model's training or evaluation mode."""
+    parent, _, name = path.rpartition(".")
+    module.train(model.training)
+    setattr(model.get_submodule(parent), name, module)
+
+
+def unit_modules(model: nn.Module, unit: Unit) -> dict[str, nn.Module]:
+    """Site name → module now there; empty when the unit is skipped."""
+    try:
+        modules = {site.name: model.get_submodule(site.name) for site in unit.sites}
+    except AttributeError:
+        if _skipped(model, unit):
+            return {}
+        raise ValueError(
+            f"this model has no {unit.name}: {unit.sites[0].name} is missing"
+        ) from None
+    return {} if any(isinstance(module, Skip) for module in modules.values()) else modules
+
+
+def _skipped(model: nn.Module, unit: Unit) -> bool:
+    if unit.layer is None:
+        return False
+    block = model_layout(model).block_path(unit.layer)
+    path = next(iter(_sublayer(model, unit).zero))
+    return isinstance(model.get_submodule(f"{block}.{path}"), Skip)
+
+
+def model_layout(model: nn.Module) -> Layout:
+    """The layout of a loaded model. Raises ModelError for an unknown one."""
+    return layout_of(str(getattr(model.config, "model_type", "")))
+
+
+def _sublayer(model: nn.Module, unit: Unit) -> SublayerSpec:
+    if unit.kind not in ("attention", "ffn"):
+        raise ValueError(f"{unit.name} is no sublayer of a block: it cannot be skipped")
+    layout = model_layout(model)
+    return layout.attention if unit.kind == "attention" else layout.ffn
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks, first to last."""
+    layout = model_layout(model)
+    return list(model.get_submodule(f"{layout.prefix}.{layout.blocks}").children())
+
+
+def block_of(unit: Unit) -> int | None:
+    """Index into `blocks` of the block that holds the unit; `None` outside the blocks."""
+    return unit.layer
+
+
+def skip(model: nn.Module, unit: Unit) -> None:
+    """Take a sublayer out: its contribution to the residual stream becomes zero.
+
+    In a pre-norm block the input passes through; in a post-norm block the norm of the input stays.
+
+    Raises:
+        ValueError: for a unit that is no sublayer.
+    """
+    recipe = _sublayer(model, unit)
+    assert unit.layer is not None
+    block = model_layout(model).block_path(unit.layer)
+    for path in recipe.identity:
+        replace_module(model, f"{block}.{path}", nn.Identity())
+    for path, outputs in recipe.zero.items():
+        replace_module(model, f"{block}.{path}", Skip(outputs))
+
+
+def keep_heads(model: nn.Module, unit: Unit, heads: Sequence[int]) -> Unit:
+    """Keep these query heads, in this order; equals zeroing the others' output columns.
+
+    With grouped queries whole groups are kept: all the heads that share a key-value head.
+
+    Returns:
+        The unit as it is now.
+
+    Raises:
+        ValueError: if `heads` is empty, repeats, is out of range or splits a group.
+    """
+    if unit.heads is None or unit.kv_heads is None or unit.head_dim is None:
+        raise ValueError(f"{unit.name} has no heads")
+    _check_selection(unit, "heads", heads, unit.heads)
+    per_group = unit.heads // unit.kv_heads
+    groups = list(dict.fromkeys(head // per_group for head in heads))
+    if list(heads) != group_heads(unit, groups):
+        raise ValueError(
+            f"{unit.name}: {per_group} query heads share a key-value head, so heads are kept in "
+            f"whole groups; {list(heads)} splits or interleaves them"
+        )
+    queries = _spread(heads, unit.head_dim)
+    keys = _spread(groups, unit.head_dim)
+    linears = _dense_linears(model, unit)
+    for role, index in (("query", queries), ("key", keys), ("value", keys)):
+        name, linear = linears[role]
+        replace_module(model, name, _keep_rows(linear, index))
+    name, linear = linears["output"]
+    replace_module(model, name, _keep_columns(linear, queries))
+    return _reshaped(model, replace(unit, heads=len(heads), kv_heads=len(groups)))
+
+
+def group_heads(unit: Unit, groups: Sequence[int]) -> list[int]:
+    """The query heads of these key-value groups, in order."""
+    if unit.heads is None or unit.kv_heads is None:
+        raise ValueError(f"{unit.name} has no heads")
+    per_group = unit.heads // unit.kv_heads
+    return [group * per_group + offset for group in groups for offset in range(per_group)]
+
+
+def keep_width(model: nn.Module, unit: Unit, channels: Sequence[int]) -> Unit:
+    """Keep these inner channels of a feed-forward sublayer, in this order; equals zeroing the rest.
+
+    Returns:
+        The unit as it is now.
+
+    Raises:
+        ValueError: if `channels` is empty, repeats or is out of range.
+    """
+    if unit.width is None:
+        raise ValueError(f"{unit.name} has no inner width")
+    _check_selection(unit, "channels", channels, unit.width)
+    index = torch.as_tensor(list(channels), dtype=torch.long)
+    linears = _dense_linears(model, unit)
+    for role in ("gate", "up"):
+        if role in linears:
+            name, linear = linears[role]
+            replace_module(model, name, _keep_rows(linear, index))
+    name, linear = linears["down"]
+    replace_module(model, name, _keep_columns(linear, index))
+    return _reshaped(model, replace(unit, width=len(index)))
+
+
+def resize_embeddings(model: nn.Module, unit: Unit, tokens: torch.Tensor) -> Unit:
+    """Keep these rows of the token table, in this order: token `i` was token `tokens[i]`.
+
+    A head that shares the table's weight keeps the same rows and goes on sharing; an untied head
+    is left alone. The config's vocabulary follows; mapping the tokenizer's ids is the caller's.
+
+    Returns:
+        The unit as it is now.
+
+    Raises:
+        ValueError: if `tokens` is empty, repeats or is out of range.
+    """
+    site = unit.site("embedding")
+    if site is None:
+        raise ValueError(f"{unit.name} has no token table")
+    _check_selection(unit, "tokens", tokens.tolist(), site.rows)
+    table = model.get_submodule(site.name)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(f"{site.name} is {type(table).__name__}: resize tables before quantising")
+    shared = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight is table.weight
+    ]
+    padding = None
+    if table.padding_idx is not None:
+        found = (tokens == table.padding_idx).nonzero().flatten().tolist()
+        padding = found[0] if found else None
+    kept = dense_embedding(table.weight.detach()[tokens], padding)
+    replace_module(model, site.name, kept)
+    for name, linear in shared:
+        smaller = _keep_rows(linear, tokens)
+        smaller.weight = kept.weight
+        replace_module(model, name, smaller)
+    model.config.vocab_size = len(tokens)
+    model.config.pad_token_id = padding
+    return _reshaped(model, unit)
+
+
+def _check_selection(unit: Unit, what: str, chosen: Sequence[int], available: int) -> None:
+    if not chosen:
+        raise ValueError(f"{unit.name}: no {what} kept; skip the unit instead")
+    if len(set(chosen)) != len(chosen) or not all(0 <= index < available for index in chosen):
+        raise ValueError(f"{unit.name}: {what} must be distinct, from 0 to {available - 1}")
+
+
+def _spread(indices: Sequence[int], size: int) -> torch.Tensor:
+    """Indices of groups of `size` channels → indices of the channels."""
+    start = torch.as_tensor(list(indices), dtype=torch.long)[:, None] * size
+    return (start + torch.arange(size)).flatten()
+
+
+def _dense_linears(model: nn.Module, unit: Unit) -> dict[str, tuple[str, nn.Linear]]:
+    linears = {}
+    modules = unit_modules(model, unit)
+    for site in unit.sites:
+        module = modules.get(site.name)
+        if not isinstance(module, nn.Linear):
+            found = type(module).__name__ if module is not None else "skipped"
+            raise ValueError(f"{site.name} is {found}: change the shape before anything else")
+        linears[str(site.role)] = (site.name, module)
+    return linears
+
+
+def _keep_rows(linear: nn.Linear, index: torch.Tensor) -> nn.Linear:
+    bias = None if linear.bias is None else linear.bias.detach()[index]
+    return dense_linear(linear.weight.detach()[index], bias)
+
+
+def _keep_columns(linear: nn.Linear, index: torch.Tensor) -> nn.Linear:
+    bias = None if linear.bias is None else linear.bias.detach()
+    return dense_linear(linear.weight.detach()[:, index].contiguous(), bias)
+
+
+def _reshaped(model: nn.Module, unit: Unit) -> Unit:
+    """The unit with its sites' shapes as they are in `model`."""
+    sites = []
+    for site in unit.sites:
+        weight = model.get_submodule(site.name).weight
+        assert isinstance(weight, torch.Tensor)
+        sites.append(replace(site, rows=weight.shape[0], columns=weight.shape[1]))
+    return replace(unit, sites=tuple(sites))
+
+
+def _untie(model: nn.Module) -> None:
+    config = model.config
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
