@@ -174,9 +174,7 @@ def _marked_attention(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = previous
 
 
-def export_skeleton(
-    model: nn.Module, units: Sequence[Unit], task: ExportTask
-) -> onnx.ModelProto:
+def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
     """Export the skeleton of a dense `model`, which is not modified. Takes seconds.
 
     Raises:
@@ -189,9 +187,7 @@ def export_skeleton(
         config.use_cache = False
     inputs = task.example_inputs(2, 16)
     axes = task.dynamic_axes
-    dynamic = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis in axes.get(name, {})} for name in inputs
-    )
+    dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     names = list(inputs)
     with (
         _marked_attention(marked),
