@@ -178,9 +178,7 @@ def fold_zeros(nodes: Iterable[onnx.NodeProto], zeros: Iterable[str]) -> list[on
     return result
 
 
-def cut(
-    graph: Graph, starts: set[str], end: str
-) -> tuple[list[onnx.NodeProto], list[str]]:
+def cut(graph: Graph, starts: set[str], end: str) -> tuple[list[onnx.NodeProto], list[str]]:
     """The nodes between `starts` and `end`, and the tensors they need from outside.
 
     A node belongs to the piece if it lies on a path from a start to the end. Returned in

@@ -143,7 +143,9 @@ def _tied(site: str, weights: SiteWeights, x: str, output: str, table: str) -> r
     return piece
 
 
-def _heads(node: onnx.NodeProto, which: str, head_dim: int, present: Mapping[str, SiteWeights]) -> int:
+def _heads(
+    node: onnx.NodeProto, which: str, head_dim: int, present: Mapping[str, SiteWeights]
+) -> int:
     site = str(attribute(node, which))
     rows = present[site].format.rows
     if rows % head_dim:

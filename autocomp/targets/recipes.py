@@ -248,9 +248,7 @@ def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     return _widened(piece, site, weights, scales, TensorProto.FLOAT)
 
 
-def _widened(
-    piece: Piece, site: str, weights: SiteWeights, factors: Array, to: int
-) -> str:
+def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: int) -> str:
     """Stored codes × `factors` `(rows, groups)`, as float or rounded to int8, `(columns, rows)`.
 
     All of it is constant: the runtime computes it once, when the session is made.
@@ -260,7 +258,9 @@ def _widened(
     rows, columns, groups = format.rows, format.columns, factors.shape[1]
     transposed = np.ascontiguousarray(codes.T)
     if format.weight_bits == 4:
-        stored = TensorProto(name=f"{site}.codes", data_type=TensorProto.INT4, dims=transposed.shape)
+        stored = TensorProto(
+            name=f"{site}.codes", data_type=TensorProto.INT4, dims=transposed.shape
+        )
         stored.raw_data = _pack_nibbles((transposed.reshape(1, -1) & 15).view(np.uint8)).tobytes()
     else:
         stored = numpy_helper.from_array(transposed, f"{site}.codes")

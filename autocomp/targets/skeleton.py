@@ -174,9 +174,7 @@ def _marked_attention(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = previous
 
 
-def export_skeleton(
-    model: nn.Module, units: Sequence[Unit], task: ExportTask
-) -> onnx.ModelProto:
+def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
     """Export the skeleton of a dense `model`, which is not modified. Takes seconds.
 
     Raises:
@@ -189,9 +187,7 @@ def export_skeleton(
         config.use_cache = False
     inputs = task.example_inputs(2, 16)
     axes = task.dynamic_axes
-    dynamic = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis in axes.get(name, {})} for name in inputs
-    )
+    dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     names = list(inputs)
     with (
         _marked_attention(marked),
@@ -251,7 +247,6 @@ def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx
         node.doc_string = ""
         if node.op_type == "Attention" and node.domain == DOMAIN:
             _resolve_attention(graph, node)
-    _avoid_slow_fusions(graph)
     graph.merge_equal()
     graph.prune()
     return graph.to_model()
@@ -303,20 +298,6 @@ def _flat(graph: Graph, tensor: str, head_dim: int) -> str | None:
     rotary.attribute.append(helper.make_attribute("head_dim", head_dim))
     rotary.domain = DOMAIN
     return tensor
-
-
-def _avoid_slow_fusions(graph: Graph) -> None:
-    """Write the residual addition before a LayerNormalization as Sum.
-
-    ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization, whose CPU kernel is
-    three times slower than the two nodes it replaces; it leaves Sum alone.
-    """
-    for node in graph.nodes:
-        if node.op_type != "LayerNormalization":
-            continue
-        producer = graph.producer(node.input[0])
-        if producer is not None and producer.op_type == "Add" and not producer.domain:
-            producer.op_type = "Sum"
 
 
 def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> str:

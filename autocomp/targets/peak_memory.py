@@ -1,0 +1,38 @@
+"""Child process: load an artifact, run it once, print the peak resident memory in bytes.
+
+`python -m autocomp.targets.peak_memory MODEL.onnx INPUTS.npz THREADS`. Imports the runtime and
+numpy alone, so that the figure is that of a deployment.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from autocomp.targets.onnxruntime_cpu import open_session
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main(model: str, inputs: str, threads: str) -> None:
+    """Run and print."""
+    session = open_session(Path(model), int(threads))
+    with np.load(inputs, allow_pickle=False) as arrays:
+        session.run(None, {name: arrays[name] for name in arrays.files})
+    sys.stdout.write(f"{peak_bytes()}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,120 @@
+"""Timing by ratio: a model's runs interleaved with an anchor's, compared in the same quantiles.
+
+With one thread the clock is the process's CPU time, which does not count being preempted; the
+fast end of the runs (10th to 25th percentile) leaves out those whose caches a neighbour emptied;
+what remains, such as a clock that slows down under load, hits the anchor alike and cancels.
+With several threads CPU time is no latency: wall time is used, interleaved and normalised alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from autocomp.core.files import write_text_atomic
+
+CHUNK = 4
+"""Runs of one model in a row: the first refills the caches, the others are warm."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What interleaved timing found.
+
+    Attributes:
+        ratio: model over anchor, both in the same quantiles.
+        anchor_ms: the anchor in that time; drifts with the machine's state.
+        wall_ms: median wall-clock time of the model's runs.
+        spread: (p90 − p10) / (2 · p50) of the model's runs.
+        runs: how many runs of the model were timed.
+    """
+
+    ratio: float
+    anchor_ms: float
+    wall_ms: float
+    spread: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How long the anchor takes on an undisturbed device: turns ratios into milliseconds.
+
+    A study records it once, so that all its figures are on one scale.
+    """
+
+    anchor_ms: float
+    device: str
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        write_text_atomic(path, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Inverse of `save`."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def fast_mean(durations: Sequence[float]) -> float:
+    """Mean of the 10th to 25th percentile."""
+    ordered = sorted(durations)
+    low = int(0.10 * len(ordered))
+    high = max(low + 1, math.ceil(0.25 * len(ordered)))
+    return statistics.fmean(ordered[low:high])
+
+
+def time_interleaved(
+    model: Callable[[], object],
+    anchor: Callable[[], object],
+    *,
+    single_threaded: bool,
+    runs: int = 40,
+    rounds: int = 6,
+    seconds: float = 0.5,
+    seed: int = 0,
+) -> Timing:
+    """Time `model` against `anchor`.
+
+    At least `runs` runs of the model, more while it has run less than `seconds` (up to ten times
+    as many), spread over `rounds` rounds in which chunks of both come in shuffled order.
+    """
+    clock = time.process_time_ns if single_threaded else time.perf_counter_ns
+    for _ in range(3):
+        anchor()
+        model()
+    start = time.perf_counter()
+    model()
+    once = max(time.perf_counter() - start, 1e-6)
+    wanted = min(max(runs, int(seconds / once)), 10 * runs)
+    chunks = max(1, math.ceil(wanted / (rounds * CHUNK)))
+    rng = random.Random(seed)
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    wall: list[float] = []
+    for _ in range(rounds):
+        order = [True] * chunks + [False] * max(2, min(chunks, 8))
+        rng.shuffle(order)
+        for is_model in order:
+            function = model if is_model else anchor
+            for _ in range(CHUNK):
+                began, started = time.perf_counter_ns(), clock()
+                function()
+                taken[is_model].append((clock() - started) / 1e6)
+                if is_model:
+                    wall.append((time.perf_counter_ns() - began) / 1e6)
+    ordered = sorted(taken[True])
+    deciles = statistics.quantiles(ordered, n=10)
+    anchor_ms = fast_mean(taken[False])
+    return Timing(
+        ratio=fast_mean(ordered) / anchor_ms,
+        anchor_ms=anchor_ms,
+        wall_ms=statistics.median(wall),
+        spread=(deciles[-1] - deciles[0]) / (2 * deciles[4]),
+        runs=len(ordered),
+    )
