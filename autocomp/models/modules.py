@@ -78,7 +78,8 @@ def fake_quantise_blockwise(x: torch.Tensor, block: int) -> torch.Tensor:
     """
     with torch.no_grad():
         columns = x.shape[-1]
-        padded = F.pad(x, (0, -columns % block)).unflatten(-1, (-1, block))
+        padded = F.pad(x, (0, -columns % block))
+        padded = padded.reshape(*x.shape[:-1], -1, block)
         largest = padded.abs().amax(dim=-1, keepdim=True)
         inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
         codes = (padded * inverse).round_()
@@ -108,7 +109,8 @@ def _straight_through(
     value: torch.Tensor, rounded: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     if torch.is_grad_enabled() and value.requires_grad:
-        return _StraightThrough.apply(value, rounded, mask)  # type: ignore[no-any-return]
+        through: torch.Tensor = _StraightThrough.apply(value, rounded, mask)  # type: ignore[no-untyped-call]
+        return through
     return rounded
 
 
