@@ -22,18 +22,30 @@ import sys
 from pathlib import Path
 from autocomp.study.ledger import Ledger
 ledger, first, count = Ledger(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+print("up", flush=True)
+sys.stdin.readline()
 for i in range(first, first + count):
     ledger.append("trial", f"k{i}", {"i": i, "text": "x" * (i % 3000)})
     sys.stdout.write(f"{i}\\n"); sys.stdout.flush()
 """
 
 
-def writer(path, first=0, count=10**9):
-    return subprocess.Popen(
-        [sys.executable, "-c", APPEND_FOREVER, str(path), str(first), str(count)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def writers(path, *jobs):
+    """Processes that append (first, count) entries each, started at the same moment."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", APPEND_FOREVER, str(path), str(first), str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first, count in jobs
+    ]
+    for child in children:
+        assert child.stdout.readline() == "up\n"
+    for child in children:
+        child.stdin.close()
+    return children
 
 
 @pytest.fixture
@@ -188,7 +200,7 @@ def test_a_line_damaged_in_the_middle_costs_that_line_only(path, caplog):
 def test_what_was_acknowledged_survives_sigkill(path):
     acknowledged = []
     for round_ in range(6):
-        child = writer(path, first=10_000 * round_)
+        (child,) = writers(path, (10_000 * round_, 10**9))
         for _ in range(3 + 4 * round_):
             acknowledged.append(int(child.stdout.readline()))
         time.sleep(0.003 * round_)
@@ -206,7 +218,7 @@ def test_what_was_acknowledged_survives_sigkill(path):
 
 
 def test_several_processes_append_at_once(path):
-    children = [writer(path, first, 60) for first in (0, 0, 30, 1000)]
+    children = writers(path, (0, 300), (0, 300), (150, 300), (1000, 300))
     reader, cursor, seen = Ledger(path, read_only=True), 0, []
     while any(child.poll() is None for child in children):
         entries, cursor = reader.follow(cursor)
@@ -215,9 +227,32 @@ def test_several_processes_append_at_once(path):
         assert child.wait() == 0
         child.stdout.close()
     seen += [e.payload["i"] for e in reader.follow(cursor)[0]]
-    assert sorted(seen) == [*range(90), *range(1000, 1060)]
+    assert sorted(seen) == [*range(450), *range(1000, 1300)]
     assert numbers(path) == seen
-    assert path.read_bytes().count(b"\n") == 150, "no entry is written twice"
+    assert path.read_bytes().count(b"\n") == 750, "no entry is written twice"
+
+
+def test_readers_see_only_what_is_durable(path, monkeypatch):
+    ledger = Ledger(path)
+    ledger.append("trial", "a", {"i": 1})
+    syncing, go, seen = threading.Event(), threading.Event(), []
+
+    def slow_sync(descriptor):
+        syncing.set()
+        assert go.wait(20)
+
+    monkeypatch.setattr(os, "fsync", slow_sync)
+    append = threading.Thread(target=ledger.append, args=("trial", "b", {"i": 2}))
+    read = threading.Thread(target=lambda: seen.append(numbers_without_repair(path)))
+    append.start()
+    assert syncing.wait(20)
+    read.start()
+    read.join(0.2)
+    assert seen == [], "it must wait: the entry may still be lost"
+    go.set()
+    append.join()
+    read.join()
+    assert seen == [[1, 2]]
 
 
 def test_several_threads_append_at_once(path):
