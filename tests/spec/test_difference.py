@@ -3,7 +3,7 @@
 import pytest
 
 from autocomp.spec.difference import dump_spec, spec_diff
-from autocomp.spec.loader import load_spec
+from autocomp.spec.loader import load_spec, load_stored_spec
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_dump_loads_to_an_equal_spec(write, tmp_path, overrides):
     spec = load_spec(write(), overrides).spec
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_spec(spec), encoding="utf-8")
-    again = load_spec(copy).spec
+    again = load_stored_spec(copy)
     assert again == spec
     assert again.key == spec.key
     assert spec_diff(spec, again) == []

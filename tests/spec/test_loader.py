@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from autocomp.core.errors import SpecError
-from autocomp.spec.loader import load_spec, parse_overrides
+from autocomp.spec.loader import load_spec, load_stored_spec, parse_overrides
 
 
-def complaint(path, overrides=None, **options):
+def complaint(path, overrides=None):
     """The message of a spec that must be refused, without the directory."""
     with pytest.raises(SpecError) as caught:
-        load_spec(path, overrides, **options)
+        load_spec(path, overrides)
     return str(caught.value).replace(f"{path.parent}/", "")
 
 
@@ -291,11 +291,9 @@ def test_an_override_mends_what_the_file_has_wrong(write):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Files beside the spec, and others in the working directory."""
-    for name in ("spec.yaml.d", "cwd"):
-        (tmp_path / name).mkdir()
-    for root in (tmp_path, tmp_path / "cwd"):
-        (root / "some").mkdir()
+    """Files beside the spec, in the working directory and at home."""
+    for root in (tmp_path, tmp_path / "cwd", tmp_path / "home"):
+        (root / "some").mkdir(parents=True)
         (root / "data.csv").write_text("")
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -309,16 +307,17 @@ def files(tmp_path, monkeypatch):
         ("package:x/model", "package:y", "package:x/model", "package:y"),
         ("./some", "./data.csv", "{dir}/some", "{dir}/data.csv"),
         ("some", "data.csv", "{dir}/some", "{dir}/data.csv"),
-        ("./cwd/../some", "gone.CSV", "{dir}/some", "{dir}/gone.CSV"),
-        ("/gone", "~/gone", "/gone", "{dir}/home/gone"),
+        ("./cwd/../some", "/dev/null", "{dir}/some", "/dev/null"),
+        ("./link", "~/data.csv", "{dir}/link", "{dir}/home/data.csv"),
     ],
 )
 def test_local_sources_are_relative_to_the_file(
     write, files, model, data, resolved_model, resolved_data
 ):
+    (files / "link").symlink_to("some")
     path = write(("some/model", model), ("some-dataset", data))
     for name in (path, Path("..") / path.name):
-        spec = load_spec(name, check_files=False).spec
+        spec = load_spec(name).spec
         assert spec.model.source == resolved_model.format(dir=files)
         assert spec.task.data.source == resolved_data.format(dir=files)
 
@@ -339,4 +338,11 @@ def test_missing_files_are_reported_at_their_line(write, files):
         "Did you mean 'data.csv'? Put it there, or give yours with --set task.data.source=PATH",
     ]
     assert complaint(path, {"model.source": "./x"}).startswith("--set model.source: no such file")
-    load_spec(path, check_files=False)
+
+
+def test_a_stored_spec_is_taken_as_it_is(write, files):
+    path = write(("some/model", "./gone"), ("some-dataset", "some"))
+    spec = load_stored_spec(path)
+    assert (spec.model.source, spec.task.data.source) == ("./gone", "some")
+    with pytest.raises(SpecError, match=r"spec.yaml:1 version: expected 1, got 2"):
+        load_stored_spec(write(("version: 1", "version: 2")))

@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
+from autocomp.core.errors import SpecError
 from autocomp.spec.json_schema import render
 from autocomp.spec.loader import load_spec
 from autocomp.spec.schema import TASKS
@@ -27,9 +28,13 @@ def test_they_are_all_here():
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
-def test_valid(path):
-    spec, source = load_spec(path, check_files=False)
+def test_valid(path, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "data.txt").touch()
+    given = {"model.source": f"{tmp_path}/model", "task.data.source": f"{tmp_path}/data.txt"}
+    spec, source = load_spec(path, given)
     assert source.file == path
+    assert spec.model.source == f"{tmp_path}/model"
     assert spec.task.name in TASKS
     limits = spec.budget.limits()
     assert limits.latency is not None
@@ -66,5 +71,25 @@ def test_every_key_is_explained():
 def test_the_identity_of_the_quickstart_is_independent_of_where_it_lies(tmp_path):
     text = (SPACES / "quickstart.yaml").read_text()
     (tmp_path / "copy.yaml").write_text(text)
-    here = load_spec(SPACES / "quickstart.yaml", check_files=False).spec
-    assert load_spec(tmp_path / "copy.yaml", check_files=False).spec.key == here.key
+    here = load_spec(SPACES / "quickstart.yaml").spec
+    assert load_spec(tmp_path / "copy.yaml").spec.key == here.key
+
+
+@pytest.mark.parametrize("name", ["tiny", "vit_cpu", "llama_cpu"])
+def test_what_the_user_must_give_is_said(tmp_path, name):
+    copy = tmp_path / "copy.yaml"
+    copy.write_text((SPACES / f"{name}.yaml").read_text())
+    with pytest.raises(SpecError) as caught:
+        load_spec(copy)
+    for place in ("model.source", "task.data.source"):
+        assert f" {place}: no such file or directory" in str(caught.value)
+        assert f"give yours with --set {place}=PATH" in str(caught.value)
+
+
+def test_tiny_takes_what_lies_beside_it(tmp_path):
+    (tmp_path / "tiny.yaml").write_text((SPACES / "tiny.yaml").read_text())
+    (tmp_path / "tiny" / "model").mkdir(parents=True)
+    (tmp_path / "tiny" / "data.jsonl").touch()
+    spec = load_spec(tmp_path / "tiny.yaml").spec
+    assert spec.model.source == f"{tmp_path}/tiny/model"
+    assert spec.task.data.source == f"{tmp_path}/tiny/data.jsonl"
