@@ -105,8 +105,8 @@ def test_a_dead_waiting_measurement_blocks_nobody(start, tmp_path):
 
 def test_a_stream_of_workers_does_not_starve_a_measurement(start, tmp_path):
     # At any moment at least one of the three is inside.
-    endless = "print('up', flush=True)\nwhile True:\n    with gate.working(): time.sleep(.02)"
-    for child in [start(endless) for _ in range(3)]:
+    endless = "print('up', flush=True)\nwhile True:\n    with gate.working(): time.sleep({})"
+    for child in [start(endless.format(seconds)) for seconds in (0.021, 0.034, 0.055)]:
         assert child.stdout.readline() == "up\n"
     time.sleep(0.1)
     waits = []
