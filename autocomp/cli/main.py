@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -68,6 +69,8 @@ for command in (check, search, front, pick, profile, ls, dashboard):
 def main() -> NoReturn:
     """The console entry point."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with it ignored
+        signal.signal(name, signal.default_int_handler)
     cli.main()
     raise SystemExit(0)
 

