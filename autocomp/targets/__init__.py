@@ -3,14 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from autocomp.core.gate import Gate
 from autocomp.core.registry import Registry
+from autocomp.spec.schema import TargetSection
 
 if TYPE_CHECKING:
-    from autocomp.targets.protocol import Target
+    from autocomp.targets.protocol import Artifact, Target
 
 TARGETS: Registry[Callable[..., Target]] = Registry(
     "targets", {"onnxruntime-cpu": "autocomp.targets.onnxruntime_cpu:OnnxRuntimeTarget"}
 )
-"""Runtime-device name → a callable `(workload, device=..., gate=...) -> Target`."""
+"""Runtime-device name → a callable `(workload, device=..., gate=..., reference=...) -> Target`."""
+
+
+def target_name(section: TargetSection) -> str:
+    """The registry's name of a spec's target."""
+    return f"{section.runtime}-{section.device}"
+
+
+def make_target(
+    section: TargetSection, gate: Gate | None = None, reference: dict[str, Any] | None = None
+) -> Target:
+    """The target of a spec.
+
+    Args:
+        section: device, runtime, workload.
+        gate: held alone while measuring.
+        reference: the anchor's latency a study recorded first, as JSON; makes figures comparable.
+
+    Raises:
+        UserError: for an unknown target.
+    """
+    from autocomp.targets.timing import Reference
+
+    return TARGETS.get(target_name(section))(
+        section.workload,
+        device=section.device,
+        gate=gate,
+        reference=None if reference is None else Reference(**reference),
+    )
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """A model that was written before.
+
+    Raises:
+        StudyError: if it is not there.
+    """
+    from autocomp.core.errors import StudyError
+    from autocomp.targets.protocol import Artifact
+
+    path = directory / "model.onnx"
+    if not path.is_file():
+        raise StudyError(f"{path} is missing: this trial's exported model was removed")
+    return Artifact(path, sum(file.stat().st_size for file in directory.glob("model.onnx*")))

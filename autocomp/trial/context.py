@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
@@ -16,8 +17,8 @@ class TrialContext:
     """Everything resident in a worker is loaded from here.
 
     Attributes:
-        spec: the resolved spec.
-        model_path: directory the source model was resolved to (tokenizer or processor).
+        spec: the study's spec.
+        model_path: local directory of the source model (tokenizer or processor).
         teacher_path: directory of the teacher.
         skeleton_path: the graph every candidate is lowered from.
         study_path: the study's directory; the ledger and the artifacts are below it.
@@ -25,6 +26,7 @@ class TrialContext:
         items: (unit name, option key) → key of the library item.
         units: the units of the model, in model order.
         gate: the measurement gate of this host.
+        reference: the anchor's latency, recorded once per study.
     """
 
     spec: Spec
@@ -36,3 +38,4 @@ class TrialContext:
     items: Mapping[tuple[str, str], str]
     units: tuple[Unit, ...]
     gate: Gate
+    reference: Mapping[str, Any] | None = None

@@ -6,6 +6,8 @@ controller afterwards, a finished trial is never run again.
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -14,35 +16,57 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from torch import nn
 
 from autocomp.core.candidate import Candidate
-from autocomp.core.errors import AutocompError
+from autocomp.core.errors import AutocompError, InternalError
 from autocomp.core.measurement import Measurement
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
 from autocomp.models.load import load_model
-from autocomp.study.directory import Study
+from autocomp.study.directory import append_trial
+from autocomp.study.ledger import Ledger
+from autocomp.study.paths import StudyPaths
 from autocomp.study.records import TrialRecord
 from autocomp.targets import make_target
-from autocomp.tasks import load_task
+from autocomp.tasks import make_task
+from autocomp.tasks.teacher import teacher_logits
 from autocomp.trial.context import TrialContext
 from autocomp.trial.distil import DivergedError, distil
 
+logger = logging.getLogger(__name__)
 
-class TrialRunner:
-    """Holds teacher, library, task and target; `run` carries one candidate to a measured artifact."""
+TOLERANCE = 0.05
+"""Largest mean difference between the artifact's logits and torch's, relative to their spread."""
 
-    def __init__(self, context: TrialContext) -> None:
+
+class CandidateRunner:
+    """Holds teacher, library, task and target; `run` takes one candidate to a measured artifact.
+
+    Call sequence: `setup({"trial": TrialContext})` once, then `run(payload)` per trial.
+    """
+
+    def setup(self, context: Mapping[str, Any]) -> None:
+        """Load what stays resident."""
         torch.set_num_threads(1)
-        self.context = context
-        self.study = Study.open(context.study_path)
-        self.task = load_task(context.spec, context.model_path)
-        self.teacher = load_model(context.teacher_path, self.task.name)
-        self.library = Library(context.library_path)
-        self.target = make_target(context.spec.target, context.gate, context.study_path)
+        trial: TrialContext = context["trial"]
+        self.context = trial
+        self.paths = StudyPaths(trial.study_path)
+        self.ledger = Ledger(self.paths.ledger)
+        self.task = make_task(trial.spec, trial.model_path)
+        self.teacher = load_model(trial.teacher_path, self.task.name, self.task.num_labels)
+        self.library = Library(trial.library_path)
+        reference = None if trial.reference is None else dict(trial.reference)
+        self.target = make_target(trial.spec.target, trial.gate, reference)
+        self.skeleton = onnx.load(trial.skeleton_path)
+        self.expected = teacher_logits(
+            self.teacher, self.task, "search", self.paths.work / "teacher-search.npy"
+        )
 
-    def run(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Run one trial.
 
         Args:
@@ -64,19 +88,19 @@ class TrialRunner:
         )
         seconds: dict[str, float] = {}
         try:
-            record = self._carry_out(record, candidate, seconds)
+            record = self._carry_out(record, seconds)
         except AutocompError as error:
+            logger.exception("trial %s failed", record.id)
             record = replace(record, error=str(error))
         record = replace(
             record, seconds=seconds, finished_at=datetime.now(UTC).isoformat(timespec="seconds")
         )
-        self.study.ledger.append("trial", candidate.key, record.to_json())
+        append_trial(self.ledger, record)
         return record.to_json()
 
-    def _carry_out(
-        self, record: TrialRecord, candidate: Candidate, seconds: dict[str, float]
-    ) -> TrialRecord:
-        spec, context = self.context.spec, self.context
+    def _carry_out(self, record: TrialRecord, seconds: dict[str, float]) -> TrialRecord:
+        context, candidate, target = self.context, record.candidate, self.target
+        workload = context.spec.target.workload
         with _timed(seconds, "stitch"):
             student = stitch(self.teacher, context.units, self.library, context.items, candidate)
         with _timed(seconds, "distil"):
@@ -85,35 +109,62 @@ class TrialRunner:
                 self.teacher,
                 self.task,
                 candidate.distillation,
-                batch=spec.distill.batch,
-                seed=spec.search.seed,
+                batch=context.spec.distill.batch,
+                seed=context.spec.search.seed,
                 gate=context.gate,
             )
-        directory = self.study.artifacts / record.id
+        directory = self.paths.artifacts / record.id
+        inputs = {
+            name: tensor.numpy()
+            for name, tensor in self.task.example_inputs(workload.batch, workload.sequence).items()
+        }
         with _timed(seconds, "export"):
             shutil.rmtree(directory, ignore_errors=True)
-            artifact = self.target.write(student, context.units, self.task, directory)
-            self.target.verify(artifact, student, self.task.example_inputs())
-        with _timed(seconds, "evaluate"), self.target.session(artifact) as run:
-            evaluation = self.task.evaluate(run, "search", teacher=self.teacher)
+            lowered = target.lower(self.skeleton, student, context.units)
+            artifact = target.write(lowered, directory)
+            self._check(student, target.run(artifact, inputs), inputs)
+        with _timed(seconds, "evaluate"):
+            evaluation = self.task.evaluate(
+                lambda feeds: target.run(artifact, feeds), "search", teacher=self.expected
+            )
         with _timed(seconds, "measure"):
-            measured = self.target.measure(artifact, self.task.example_inputs())
+            measured = replace(
+                target.measure(artifact, inputs),
+                peak_memory_bytes=target.peak_memory(artifact, inputs),
+            )
         quality = evaluation.quality
-        if not _finite(quality.value):
+        if not math.isfinite(quality.value):
             raise DivergedError(f"the exported model's {quality.metric} is not a finite number")
         return replace(
             record,
             state="complete",
             quality=quality.value,
             teacher_kl=evaluation.teacher_kl,
-            metric={"name": quality.metric, "value": quality.metric_value},
+            metric=quality.metric_json(),
             measured=measured,
-            artifact=str(directory.relative_to(context.study_path)),
+            artifact=str(directory.relative_to(self.paths.root)),
         )
 
+    @torch.no_grad()
+    def _check(
+        self, student: nn.Module, found: np.ndarray[Any, Any], inputs: Mapping[str, Any]
+    ) -> None:
+        """The artifact computes what was trained, up to the rounding of its activations.
 
-def _finite(value: float) -> bool:
-    return value == value and value not in (float("inf"), float("-inf"))
+        Raises:
+            InternalError: if the logits differ by more than `TOLERANCE` of their spread on average.
+        """
+        feeds = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        expected = self.task.logits(student, feeds).numpy()
+        if not np.isfinite(expected).all():
+            raise DivergedError("the trained model's logits are not finite")
+        spread = float(expected.std()) or 1.0
+        difference = float(np.abs(expected - found).mean()) / spread
+        if not difference <= TOLERANCE:
+            raise InternalError(
+                f"the exported model's logits differ from the trained model's by {difference:.1%} "
+                f"of their spread, more than {TOLERANCE:.0%}"
+            )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Screener:
         torch.set_num_threads(1)
         self.context = context
         self.task = make_task(context.spec, context.model_path)
-        self.teacher = load_model(context.teacher_path, self.task.name)
+        self.teacher = load_model(context.teacher_path, self.task.name, self.task.num_labels)
         self.library = Library(context.library_path)
         count = -(-context.spec.search.screen_examples // BATCH)
         self.batches = list(islice(self.task.batches("distil", BATCH), count))

@@ -1,0 +1,173 @@
+"""What a search stands on: teacher, library, skeleton, dense trial, cost table. Each made once.
+
+Teachers, statistics, library items and skeletons are kept by content under one cache directory,
+shared by every study on this machine (or of a cluster, when it is on shared storage); the dense
+trial and the cost table belong to the study.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autocomp.api.plan import Plan
+from autocomp.core.candidate import Candidate, Option
+from autocomp.core.errors import InternalError
+from autocomp.core.gate import Gate
+from autocomp.core.hashing import content_key
+from autocomp.report.progress import SearchProgress
+from autocomp.study.directory import Study
+from autocomp.study.records import TrialRecord
+from autocomp.targets.protocol import Target
+from autocomp.tasks.protocol import Task
+from autocomp.trial.context import TrialContext
+from autocomp.workers.cluster import Cluster
+
+CALIBRATION_BATCH = 32
+
+
+def cache_directory() -> Path:
+    """`$AUTOCOMP_CACHE`, or `autocomp` in the user's cache directory."""
+    named = os.environ.get("AUTOCOMP_CACHE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "autocomp"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The task with its data, and the directory of the teacher."""
+
+    task: Task
+    path: Path
+
+
+def prepare_teacher(plan: Plan, progress: SearchProgress) -> Teacher:
+    """Read and encode the data; fit the teacher unless it is cached."""
+    from autocomp.tasks import make_task
+    from autocomp.tasks.teacher import make_teacher
+
+    progress.phase("teacher")
+    task = make_task(plan.spec, plan.model_path)
+    path = make_teacher(
+        plan.spec, task, plan.model_path, cache_directory() / "teachers", progress.advance
+    )
+    return Teacher(task, path)
+
+
+def prepare_library(
+    plan: Plan, teacher: Teacher, cluster: Callable[[], Cluster], progress: SearchProgress
+) -> dict[tuple[str, str], str]:
+    """Calibrate and build what the library lacks; the key of every item.
+
+    `cluster` starts the workers; it is called only if there is something to build.
+    """
+    from autocomp.calibrate.stream import calibrate, fingerprint
+    from autocomp.core.hashing import file_digest
+    from autocomp.library.build import build_unit, plan_build
+    from autocomp.library.store import Library
+    from autocomp.models.load import load_model
+    from autocomp.models.sources import weight_files
+    from autocomp.workers.tasks import run_tasks
+
+    progress.phase("calibrate")
+    library = Library(library_path())
+    digest = content_key([file_digest(file) for file in weight_files(teacher.path)])
+    batches = list(teacher.task.batches("calibrate", CALIBRATION_BATCH, trim=True))
+    statistics = fingerprint(batches, digest)
+    directory = cache_directory() / "statistics" / statistics[:16]
+    paths = {u.name: directory / f"{u.name}.safetensors" for u in plan.units if u.kind != "embedding"}
+    build = plan_build(teacher.path, plan.units, plan.options, paths, statistics, library)
+    if build.tasks:
+        model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
+        for _ in calibrate(model, plan.units, batches, directory, progress=progress.advance):
+            pass
+    progress.phase("library", build.missing)
+    if build.tasks:
+        sizes = [len(task.options) for task in build.tasks]
+
+        def advance(done: int, total: int) -> None:
+            progress.advance(sum(sizes) * done // max(total, 1))
+
+        run_tasks(build_unit, build.tasks, cluster().workers, advance)
+    for path in paths.values():
+        path.unlink(missing_ok=True)
+    return build.keys
+
+
+def library_path() -> Path:
+    """Root of the library."""
+    return cache_directory() / "library"
+
+
+def prepare_context(
+    plan: Plan, study: Study, teacher: Teacher, items: dict[tuple[str, str], str], target: Target
+) -> TrialContext:
+    """Export the skeleton unless it is cached; keep what exported models are shipped with."""
+    from autocomp.export.companions import Companions
+    from autocomp.models.load import load_model
+    from autocomp.targets.skeleton import keep_skeleton
+
+    model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
+    skeleton = keep_skeleton(model, plan.units, teacher.task, cache_directory() / "skeletons")
+    companions = Companions(study.paths.companions)
+    if not companions.complete:
+        workload = plan.spec.target.workload
+        inputs = teacher.task.example_inputs(workload.batch, workload.sequence)
+        companions.write(
+            plan.model_path,
+            tuple(teacher.task.label_names),
+            {name: tensor.numpy() for name, tensor in inputs.items()},
+        )
+    return TrialContext(
+        spec=plan.spec,
+        model_path=plan.model_path,
+        teacher_path=teacher.path,
+        skeleton_path=skeleton,
+        study_path=study.paths.root,
+        library_path=library_path(),
+        items=items,
+        units=plan.units,
+        gate=Gate(study.paths.gate),
+        reference=study.reference(target.fingerprint()),
+    )
+
+
+def measure_dense(
+    plan: Plan, study: Study, context: TrialContext, progress: SearchProgress
+) -> tuple[TrialRecord, TrialContext]:
+    """The dense trial, run here unless the ledger has it; the context with the device's reference.
+
+    Raises:
+        InternalError: if the dense model cannot be exported, evaluated or measured.
+    """
+    from dataclasses import replace
+
+    from autocomp.trial.runner import CandidateRunner
+
+    dense = study.dense()
+    if dense is None or context.reference is None:
+        runner = CandidateRunner()
+        runner.setup({"trial": context})
+        device = runner.target.fingerprint()
+        study.record_device(device)
+        candidate = Candidate.of({unit.name: Option() for unit in plan.units})
+        payload: dict[str, Any] = {
+            "id": "dense",
+            "kind": "dense",
+            "proposed_by": "baseline",
+            "candidate": candidate.to_json(),
+        }
+        progress.trial_started("dense", "baseline")
+        record = TrialRecord.from_json(runner.run(payload))
+        if record.state != "complete":
+            raise InternalError(f"the dense model could not be measured: {record.error}")
+        study.ledger.append("reference", device, runner.target.reference_json())
+        context = replace(context, reference=study.reference(device))
+        dense = study.dense() or record
+    progress.trial_finished(dense)
+    return dense, context

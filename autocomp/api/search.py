@@ -1,0 +1,467 @@
+"""`search`: from a spec to exported, measured models. Wires the rooms; decides nothing itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocomp.api.opened import OpenStudy
+from autocomp.api.plan import Plan, make_plan
+from autocomp.core.budget import Budget
+from autocomp.front.pick import NothingFitsError, feasible, front, pick
+from autocomp.study.directory import Study, append_trial
+from autocomp.study.records import TrialRecord
+
+if TYPE_CHECKING:
+    from autocomp.report.progress import SearchProgress
+    from autocomp.search.proposer import TrialProposer
+    from autocomp.search.scores import Scores
+    from autocomp.search.screening import Screened
+    from autocomp.targets.cost_table import CostTable
+    from autocomp.trial.context import TrialContext
+    from autocomp.workers.actors import ActorPool
+    from autocomp.workers.cluster import Cluster
+
+logger = logging.getLogger(__name__)
+
+SCORED_PER_CALL = 4
+EXTRA_ROUNDS = 2
+"""How often the search goes on, with a third of its trials, while no measured trial fits."""
+
+
+def search(
+    path: Path | str,
+    study: Path | str | None = None,
+    *,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    trials: int | None = None,
+    screen: int | None = None,
+    time_limit_s: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: SearchProgress | None = None,
+    tracking_uri: str | None = None,
+    fork: Path | str | None = None,
+) -> OpenStudy:
+    """Search for models within a spec's budget; resumes where an earlier call stopped.
+
+    Args:
+        path: the spec.
+        study: the study's directory, `runs/<name of the spec>` by default.
+        workers: worker processes, one per core by default.
+        ray_address: of a running Ray cluster; by default Ray runs inside this process.
+        trials, screen: amounts of search, instead of the spec's.
+        time_limit_s: propose no trial after this many seconds.
+        overrides: dotted path → value, put over the spec.
+        progress: is told what happens.
+        tracking_uri: MLflow store or server; the study's own SQLite store by default.
+        fork: keep a study of a changed spec here, starting from what `study` has.
+
+    Returns:
+        The study, for `front` and `pick`.
+
+    Raises:
+        UserError: for anything wrong in the spec, model, data or study directory.
+        InfeasibleError: if no candidate, or no measured trial, meets the budget.
+    """
+    from autocomp.report.mlflow_log import MlflowProjector
+    from autocomp.report.progress import Silent
+
+    progress = progress or Silent()
+    changed = dict(overrides or {})
+    for name, amount in (("search.trials", trials), ("search.screen", screen)):
+        if amount is not None:
+            changed[name] = amount
+    plan = make_plan(path, changed)
+    directory = Path(study) if study is not None else Path("runs") / Path(path).stem
+    if fork is None:
+        opened = Study.create_or_open(directory, plan.spec)
+    else:
+        from autocomp.study.fork import fork_study
+
+        opened = fork_study(Study.open(directory), fork, plan.spec)
+    with opened.lease(), _logging_to(opened.paths.log):
+        with MlflowProjector(opened.paths.root, tracking_uri, units=plan.units):
+            with ExitStack() as stack:
+                deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+                _Search(plan, opened, progress, stack, workers, ray_address, deadline).run()
+    return OpenStudy(Study.open(opened.paths.root))
+
+
+class _Search:
+    """One call of `search`, phase by phase; whatever the ledger already holds is not done again."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        study: Study,
+        progress: SearchProgress,
+        stack: ExitStack,
+        workers: int | None,
+        ray_address: str | None,
+        deadline: float | None,
+    ) -> None:
+        self.plan, self.study, self.progress = plan, study, progress
+        self._stack, self._workers, self._address = stack, workers, ray_address
+        self._deadline = deadline
+        self._running: Cluster | None = None
+        self._counts: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Everything, to the report split of the chosen trial."""
+        from autocomp.api import prepare
+
+        plan, study, progress = self.plan, self.study, self.progress
+        spec = plan.spec
+        progress.header(
+            study=study.name,
+            model=spec.model.source,
+            target=f"{spec.target.runtime} on {spec.target.device}",
+        )
+        teacher = prepare.prepare_teacher(plan, progress)
+        items = prepare.prepare_library(plan, teacher, self.cluster, progress)
+        progress.phase("cost table")
+        context = prepare.prepare_context(plan, study, teacher, items)
+        dense, context = prepare.measure_dense(plan, study, context, progress)
+        assert dense.measured is not None
+        budget = spec.budget.limits().resolve(dense.measured)
+        progress.header(budget=budget)
+        table = prepare.prepare_cost_table(plan, study, context, progress)
+        screened, scores = self._screen(context, table, budget)
+        self._run_trials(context, table, budget, screened, scores)
+        chosen = pick(study.trials(), budget)
+        progress.phase("report")
+        self._open_report_split(context, [dense, chosen])
+        self._write_front()
+
+    def cluster(self) -> Cluster:
+        """Ray, started at first use and kept until the search ends."""
+        if self._running is None:
+            from autocomp.workers.cluster import start
+
+            self._running = self._stack.enter_context(start(self._address, self._workers))
+        return self._running
+
+    # -- screening
+
+    def _screen(
+        self, context: TrialContext, table: CostTable, budget: Budget
+    ) -> tuple[list[Screened], Scores]:
+        """Replace-one scores, then screening within the predicted budget."""
+        import numpy as np
+
+        from autocomp.search.costs import Costs
+        from autocomp.search.milp import check_reachable
+        from autocomp.search.screening import Screened, screen
+        from autocomp.workers.actors import ActorPool
+
+        space = self.plan.space
+        peak = _peak_memory(self.study.trials())
+        costs = Costs(space, table, peak)
+        check_reachable(
+            [np.zeros(len(space.options[name])) for name in space.names],
+            costs,
+            costs.limits(budget),
+        )
+        entries = self.study.ledger.read()
+        known = [Screened.from_json(payload) for payload in entries.of("screen").values()]
+        with ExitStack() as stack:
+            pool: ActorPool | None = None
+
+            def screeners() -> ActorPool:
+                nonlocal pool
+                if pool is None:
+                    from autocomp.trial.screener import Screener
+
+                    count = self.cluster().workers
+                    pool = stack.enter_context(ActorPool(Screener, (context,), count))
+                return pool
+
+            scores = self._score(screeners)
+
+            def evaluate(candidates: list[Any]) -> list[float]:
+                count = self.cluster().workers
+                size = max(1, -(-len(candidates) // (4 * count)))
+                chunks = _chunks([c.to_json() for c in candidates], size)
+                values: dict[int, list[float]] = dict(
+                    screeners().map_unordered("evaluate", chunks)
+                )
+                return [value for index in sorted(values) for value in values[index]]
+
+            self.progress.phase("screening", self.plan.spec.search.screen)
+
+            def keep(batch: list[Screened]) -> None:
+                self.study.ledger.append_many("screen", [(s.key, s.to_json()) for s in batch])
+
+            def advance(done: int, total: int) -> None:
+                self.progress.advance(done, total)
+                self._count(screened=done)
+
+            screened = screen(
+                space,
+                table,
+                evaluate,
+                budget,
+                self.plan.spec.search.screen,
+                self.plan.spec.search.seed,
+                known,
+                scores=scores,
+                peak_memory=peak,
+                on_batch=keep,
+                progress=advance,
+            )
+        limits = costs.limits(budget)
+        fitting = sum(
+            costs.fits(space.encode(s.candidate), limits) for s in screened if s.kl is not None
+        )
+        self._count(screened=len(screened), within_budget=fitting)
+        return screened, scores
+
+    def _score(self, screeners: Any) -> Scores:
+        from autocomp.search.scores import Scores, replace_one
+
+        ledger = self.study.ledger
+        known = ledger.read().of("score")
+        wanted = replace_one(self.plan.space)
+        missing = [entry for entry in wanted if _score_key(entry[0], entry[1].key) not in known]
+        self.progress.phase("scores", len(wanted))
+        if missing:
+            chunks = _chunks(missing, SCORED_PER_CALL)
+            payloads = [[candidate.to_json() for _, _, candidate in chunk] for chunk in chunks]
+            done = len(wanted) - len(missing)
+            for index, values in screeners().map_unordered("evaluate", payloads):
+                ledger.append_many(
+                    "score",
+                    [
+                        (_score_key(unit, option.key), {"unit": unit, "option": option.key, "kl": kl})
+                        for (unit, option, _), kl in zip(chunks[index], values, strict=True)
+                    ],
+                )
+                done += len(values)
+                self.progress.advance(done, len(wanted))
+        rows: dict[str, dict[str, float | None]] = {}
+        for payload in ledger.read().of("score").values():
+            rows.setdefault(payload["unit"], {})[payload["option"]] = payload["kl"]
+        return Scores(rows)
+
+    # -- trials
+
+    def _run_trials(
+        self,
+        context: TrialContext,
+        table: CostTable,
+        budget: Budget,
+        screened: list[Screened],
+        scores: Scores,
+    ) -> None:
+        """Baselines and proposals; more of them while nothing measured fits the budget."""
+        from autocomp.search.baselines import baselines
+        from autocomp.search.proposer import TrialProposer
+        from autocomp.search.settings import Settings
+
+        spec, space = self.plan.spec, self.plan.space
+        finished = self.study.trials()
+        for record in finished:
+            if record.kind != "dense":
+                self.progress.trial_finished(record)
+        proposer = TrialProposer(
+            space,
+            screened,
+            table,
+            budget,
+            scores=scores,
+            trials=spec.search.trials,
+            seed=spec.search.seed,
+            finished=finished,
+            baselines=baselines(space, space.units, Settings(spec.distill).spread(0)),
+            peak_memory=_peak_memory(finished),
+            objectives=list(spec.objectives),
+        )
+        dispatcher = _Dispatcher(self, proposer, table, self._deadline)
+        self.progress.phase("trials", spec.search.trials + len(space_baselines(finished)))
+        for round in range(1 + EXTRA_ROUNDS):
+            self._dispatch(dispatcher, context)
+            records = self.study.trials()
+            if any(feasible(record, budget) for record in records) or dispatcher.late:
+                break
+            if round < EXTRA_ROUNDS:
+                more = max(2, spec.search.trials // 3)
+                proposer.extend(more)
+                self.progress.note(
+                    f"no measured trial meets {budget.describe()} yet: {more} more trials, "
+                    f"with a larger margin"
+                )
+
+    def _dispatch(self, dispatcher: _Dispatcher, context: TrialContext) -> None:
+        from autocomp.trial.runner import CandidateRunner
+        from autocomp.workers.protocol import RunnerFactory
+        from autocomp.workers.trials import run_trials
+
+        if not dispatcher.ready():
+            return
+        run_trials(
+            dispatcher,
+            RunnerFactory(CandidateRunner),
+            workers=self.cluster().workers,
+            storage=self.study.paths.root / "ray",
+            context={"trial": context},
+        )
+
+    def _count(self, **counts: int) -> None:
+        self._counts.update(counts)
+        self.progress.funnel(**self._counts)
+
+    # -- the end
+
+    def _open_report_split(self, context: TrialContext, records: list[TrialRecord]) -> None:
+        """Evaluate the chosen trial and dense on the report split, once, after selection."""
+        from autocomp.targets import make_target, open_artifact
+        from autocomp.tasks import make_task
+
+        known = self.study.ledger.read().of("report")
+        if all(record.id in known for record in records):
+            return
+        task = make_task(self.plan.spec, self.plan.model_path)
+        target = make_target(self.plan.spec.target, context.gate, context.reference)
+        teacher: float | None = None
+        for record in records:
+            assert record.artifact is not None
+            artifact = open_artifact(self.study.paths.root / record.artifact)
+            evaluation = task.evaluate(lambda feeds: target.run(artifact, feeds), "report")
+            value = evaluation.quality.value
+            teacher = value if record.kind == "dense" else teacher
+            self.study.ledger.append(
+                "report",
+                record.id,
+                {
+                    "quality": value,
+                    "teacher_quality": teacher,
+                    "metric": evaluation.quality.metric_json(),
+                },
+            )
+
+    def _write_front(self) -> None:
+        """`front.html` and `front.json` beside the ledger."""
+        import json
+
+        from autocomp.core.files import write_text_atomic
+        from autocomp.front.view import study_front
+        from autocomp.report.html import front_html
+
+        view = study_front(self.study)
+        write_text_atomic(self.study.paths.front_html, front_html(view))
+        write_text_atomic(self.study.paths.root / "front.json", json.dumps(view, indent=2) + "\n")
+
+
+class _Dispatcher:
+    """The workers' view of the proposer; refits the cost table as measurements come in."""
+
+    def __init__(
+        self, search: _Search, proposer: TrialProposer, table: CostTable, deadline: float | None
+    ) -> None:
+        self._search, self._proposer, self._table = search, proposer, table
+        self._deadline = deadline
+        self._next: Any = None
+        self.late = False
+
+    def ready(self) -> bool:
+        """Whether there is anything to run."""
+        if self._next is None:
+            self._next = self._ask()
+        return self._next is not None
+
+    def ask(self) -> tuple[str, dict[str, Any]] | None:
+        """See `workers.protocol.Proposer`."""
+        asked, self._next = self._next or self._ask(), None
+        if asked is not None:
+            self._search.progress.trial_started(asked.id, asked.proposed_by)
+            return asked.id, asked.to_json()
+        return None
+
+    def _ask(self) -> Any:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.late = True
+            return None
+        return self._proposer.ask()
+
+    def tell(self, key: str, result: dict[str, Any] | None, error: str | None) -> None:
+        """See `workers.protocol.Proposer`."""
+        search = self._search
+        if result is None:
+            proposal = next(p for p in self._proposer.in_flight if p.id == key)
+            record = TrialRecord(
+                id=key,
+                kind=proposal.kind,
+                proposed_by=proposal.proposed_by,
+                state="failed",
+                candidate=proposal.candidate,
+                estimated=proposal.estimated,
+                error=error,
+            )
+            append_trial(search.study.ledger, record)
+        else:
+            record = TrialRecord.from_json(result)
+        self._proposer.tell(key, record)
+        records = search.study.trials()
+        measured = [
+            (dict(r.candidate.options), r.measured) for r in records if r.measured is not None
+        ]
+        self._proposer.correct(self._table.refitted(measured))
+        done = [r for r in records if r.state == "complete"]
+        search._count(
+            stitched=len(records),
+            distilled=len(done),
+            measured=len(measured),
+            on_front=len(front(records)),
+        )
+        search.progress.trial_finished(record)
+        search.progress.advance(len([r for r in records if r.kind != "dense"]))
+
+
+def _peak_memory(records: list[TrialRecord]) -> Any:
+    """Peak memory as an affine function of size, from what was measured; `None` without limits."""
+    import numpy as np
+
+    from autocomp.search.costs import PeakMemory
+
+    pairs = [
+        (r.measured.size_bytes, r.measured.peak_memory_bytes)
+        for r in records
+        if r.measured is not None and r.measured.size_bytes and r.measured.peak_memory_bytes
+    ]
+    if not pairs:
+        return None
+    sizes, peaks = np.array(pairs, dtype=float).T
+    slope = 2.0
+    if len(pairs) >= 3 and np.ptp(sizes) > 0:
+        slope = max(0.0, float(np.polyfit(sizes, peaks, 1)[0]))
+    return PeakMemory(float(np.median(peaks - slope * sizes)), slope)
+
+
+def _score_key(unit: str, option: str) -> str:
+    return f"{unit} {option}"
+
+
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Everything autocomp logs goes to the study's log file too."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("autocomp")
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
