@@ -116,7 +116,7 @@ def example_state(unit: Unit, seed: int = 0) -> UnitState:
 
 
 def example_stats(unit: Unit, tokens: int = 400, seed: int = 1) -> UnitStats:
-    """Statistics of correlated random inputs with a mean; sites that read the unit's input share."""
+    """Statistics of correlated random inputs with a mean; equal inputs are shared."""
     if unit.kind == "embedding":
         return {}
     generator = torch.Generator().manual_seed(seed)

@@ -29,9 +29,9 @@ POOL = 4
 class RemovalOrder:
     """Groups of `size` adjacent columns in the order they are removed; extended on demand.
 
-    With few groups the greedy order is exact. With many, a round removes a batch: the cheapest
-    `POOL` × batch groups are taken aside, the greedy order is exact among those, and the full
-    inverse is updated once per round. The order does not depend on how far it is asked for.
+    With few groups the greedy order is exact, in float64. With many, a round removes a batch: the
+    cheapest `POOL` × batch groups are taken aside, the greedy order is exact among those, and the
+    full inverse is updated once per round. The order does not depend on how far it is asked for.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, size: int, damping: float) -> None:
@@ -39,8 +39,9 @@ class RemovalOrder:
         self._size = size
         self._groups = weight.shape[1] // size
         self._batch = max(1, self._groups // ROUNDS)
-        self._weight = weight.clone()
-        self._inverse = inverse(damped(gram, damping))
+        precision = torch.float64 if self._batch == 1 else torch.float32
+        self._weight = weight.to(precision, copy=True)
+        self._inverse = inverse(damped(gram, damping).to(precision))
         self._alive = torch.ones(self._groups, dtype=torch.bool)
         self._order: list[int] = []
 
@@ -51,9 +52,7 @@ class RemovalOrder:
         return self._order[:count]
 
     def _round(self) -> None:
-        moments, blocks = _blocks(self._weight, self._size), self._diagonal_blocks()
-        scores = _scores(moments, blocks)
-        scores[~self._alive] = float("inf")
+        scores = _scores(_blocks(self._weight, self._size), self._diagonal_blocks(), self._alive)
         alive = int(self._alive.sum())
         pool = alive if self._batch == 1 else min(alive, POOL * self._batch)
         candidates = torch.topk(scores, pool, largest=False, sorted=True).indices
@@ -72,7 +71,7 @@ class RemovalOrder:
 
     def _remove(self, columns: Tensor) -> None:
         rows = self._inverse[columns]
-        mixing = torch.linalg.solve(rows[:, columns], rows)  # ([H⁻¹]_SS)⁻¹ [H⁻¹]_S
+        mixing = _solve(rows[:, columns], rows)  # ([H⁻¹]_SS)⁻¹ [H⁻¹]_S
         self._weight.addmm_(self._weight[:, columns], mixing, alpha=-1)
         self._inverse.addmm_(rows.t().contiguous(), mixing, alpha=-1)
 
@@ -94,37 +93,48 @@ def _blocks(weight: Tensor, size: int) -> Tensor:
     return cut @ cut.transpose(1, 2)
 
 
-def _scores(moments: Tensor, blocks: Tensor) -> Tensor:
-    """tr(B⁻¹ M) per group; dead directions score nothing."""
+def _scores(moments: Tensor, blocks: Tensor, alive: Tensor) -> Tensor:
+    """tr(B⁻¹ M) per group; infinite for those that are gone (their B is zero, but for rounding)."""
     if blocks.shape[1] == 1:
-        return (moments / blocks.clamp_min(1e-30)).flatten()
-    jitter = blocks.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30) * 1e-6
-    safe = blocks + jitter[:, None, None] * torch.eye(blocks.shape[1], dtype=blocks.dtype)
-    return torch.linalg.solve(safe, moments).diagonal(dim1=1, dim2=2).sum(dim=1)
+        scores = (moments / blocks.clamp_min(1e-30)).flatten()
+    else:
+        identity = torch.eye(blocks.shape[1], dtype=blocks.dtype)
+        blocks = torch.where(alive[:, None, None], blocks, identity)
+        scores = _solve(blocks, moments).diagonal(dim1=1, dim2=2).sum(dim=1)
+    return scores.masked_fill(~alive, float("inf"))
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    """`system⁻¹ right` for positive (semi)definite `system (..., n, n)`, kept off singularity."""
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    jitter = torch.finfo(system.dtype).eps * diagonal.mean(dim=-1, keepdim=True).clamp_min(1e-30)
+    safe = system + torch.diag_embed(jitter.expand_as(diagonal))
+    return torch.linalg.solve(safe, right)
 
 
 def _greedy(moment: Tensor, inverse_: Tensor, size: int, count: int) -> list[int]:
     """Exact greedy order of `count` groups, given WᵀW and H⁻¹ on the columns of the pool."""
     groups = moment.shape[0] // size
-    taken = torch.zeros(groups, dtype=torch.bool)
+    alive = torch.ones(groups, dtype=torch.bool)
     order: list[int] = []
     for _ in range(count):
         if size == 1:
             scores = moment.diagonal() / inverse_.diagonal().clamp_min(1e-30)
+            scores = scores.masked_fill(~alive, float("inf"))
         else:
             cut = (groups, size, groups, size)
             scores = _scores(
                 moment.reshape(cut).diagonal(dim1=0, dim2=2).permute(2, 0, 1),
                 inverse_.reshape(cut).diagonal(dim1=0, dim2=2).permute(2, 0, 1),
+                alive,
             )
-        scores = scores.masked_fill(taken, float("inf"))
         best = int(scores.argmin())
         order.append(best)
-        taken[best] = True
+        alive[best] = False
         if len(order) < count:
             here = slice(best * size, (best + 1) * size)
             rows = inverse_[here]
-            mixing = torch.linalg.solve(rows[:, here], rows)  # X: W' = W − W_S X
+            mixing = _solve(rows[:, here], rows)  # X: W' = W − W_S X
             across = moment[:, here] @ mixing
             moment = moment - across - across.t() + mixing.t() @ moment[here, here] @ mixing
             inverse_ = inverse_ - rows.t() @ mixing
