@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autocomp.core.budget import Budget
+from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.errors import StudyError
 from autocomp.core.gate import Gate
+from autocomp.core.quantities import parse_limit
 from autocomp.front.pick import pick
 from autocomp.front.view import study_budget, study_front, trial_json
-from autocomp.spec.schema import BudgetSection
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
 
@@ -66,16 +66,18 @@ class OpenStudy:
         if latency is size is peak_memory is quality is None:
             budget = study_budget(self.study)
         else:
-            section = BudgetSection(
-                latency=latency, size=size, peak_memory=peak_memory, quality=quality
-            )
             dense = self.study.dense()
             if dense is None or dense.measured is None:
                 raise StudyError(
                     f"{self.path}: the dense model is not measured yet, so nothing can be picked. "
                     f"Start its search again"
                 )
-            budget = section.limits().resolve(dense.measured)
+            budget = RelativeBudget(
+                latency=None if latency is None else parse_limit(latency, "latency"),
+                size=None if size is None else parse_limit(size, "size"),
+                peak_memory=None if peak_memory is None else parse_limit(peak_memory, "peak_memory"),
+                quality=quality,
+            ).resolve(dense.measured)
         return Picked(self, pick(self.trials(), budget), budget)
 
 

@@ -21,7 +21,6 @@ from autocomp.core.hashing import content_key
 from autocomp.report.progress import SearchProgress
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
-from autocomp.targets.protocol import Target
 from autocomp.tasks.protocol import Task
 from autocomp.trial.context import TrialContext
 from autocomp.workers.cluster import Cluster
@@ -105,15 +104,17 @@ def library_path() -> Path:
 
 
 def prepare_context(
-    plan: Plan, study: Study, teacher: Teacher, items: dict[tuple[str, str], str], target: Target
+    plan: Plan, study: Study, teacher: Teacher, items: dict[tuple[str, str], str]
 ) -> TrialContext:
     """Export the skeleton unless it is cached; keep what exported models are shipped with."""
     from autocomp.export.companions import Companions
+    from autocomp.targets import make_target
     from autocomp.models.load import load_model
-    from autocomp.targets.skeleton import keep_skeleton
+    from autocomp.targets.skeleton import cached_skeleton, skeleton_path
 
     model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
-    skeleton = keep_skeleton(model, plan.units, teacher.task, cache_directory() / "skeletons")
+    skeletons = cache_directory() / "skeletons"
+    cached_skeleton(model, plan.units, teacher.task, skeletons)
     companions = Companions(study.paths.companions)
     if not companions.complete:
         workload = plan.spec.target.workload
@@ -127,13 +128,13 @@ def prepare_context(
         spec=plan.spec,
         model_path=plan.model_path,
         teacher_path=teacher.path,
-        skeleton_path=skeleton,
+        skeleton_path=skeleton_path(model, plan.units, teacher.task, skeletons),
         study_path=study.paths.root,
         library_path=library_path(),
         items=items,
         units=plan.units,
         gate=Gate(study.paths.gate),
-        reference=study.reference(target.fingerprint()),
+        reference=study.reference(make_target(plan.spec.target).fingerprint()),
     )
 
 
@@ -145,7 +146,7 @@ def measure_dense(
     Raises:
         InternalError: if the dense model cannot be exported, evaluated or measured.
     """
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from autocomp.trial.runner import CandidateRunner
 
@@ -166,7 +167,7 @@ def measure_dense(
         record = TrialRecord.from_json(runner.run(payload))
         if record.state != "complete":
             raise InternalError(f"the dense model could not be measured: {record.error}")
-        study.ledger.append("reference", device, runner.target.reference_json())
+        study.ledger.append("reference", device, asdict(runner.target.reference))
         context = replace(context, reference=study.reference(device))
         dense = study.dense() or record
     progress.trial_finished(dense)

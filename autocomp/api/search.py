@@ -268,6 +268,7 @@ class _Search:
         for record in finished:
             if record.kind != "dense":
                 self.progress.trial_finished(record)
+        uniform = baselines(space, space.units, Settings(spec.distill).spread(0))
         proposer = TrialProposer(
             space,
             screened,
@@ -277,12 +278,12 @@ class _Search:
             trials=spec.search.trials,
             seed=spec.search.seed,
             finished=finished,
-            baselines=baselines(space, space.units, Settings(spec.distill).spread(0)),
+            baselines=uniform,
             peak_memory=_peak_memory(finished),
             objectives=list(spec.objectives),
         )
         dispatcher = _Dispatcher(self, proposer, table, self._deadline)
-        self.progress.phase("trials", spec.search.trials + len(space_baselines(finished)))
+        self.progress.phase("trials", spec.search.trials + len(uniform) - 1)
         for round in range(1 + EXTRA_ROUNDS):
             self._dispatch(dispatcher, context)
             records = self.study.trials()

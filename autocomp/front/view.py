@@ -26,6 +26,7 @@ from autocomp.front.pick import (
     rankable,
     senses,
 )
+from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
 
 
@@ -109,3 +110,26 @@ def front_json(
         "hypervolume": study_hypervolume(records, dense, objectives),
         "trials": [trial_json(record, budget, record.id in on_front) for record in records],
     }
+
+
+def study_budget(study: Study) -> Budget:
+    """The study's budget, absolute; until dense is measured, without the limits relative to it."""
+    dense = study.dense()
+    limits = study.spec.budget.limits()
+    if dense is None or dense.measured is None:
+        return Budget(quality=limits.quality)
+    return limits.resolve(dense.measured)
+
+
+def study_front(study: Study) -> dict[str, Any]:
+    """The `front --json` mapping of a study, with what its spec says of the target."""
+    target = study.spec.target
+    workload = target.workload.model_dump(exclude_none=True)
+    description = {"name": f"{target.runtime}-{target.device}", "workload": workload}
+    return front_json(
+        str(study.paths.root),
+        description,
+        study_budget(study),
+        study.trials(),
+        list(study.spec.objectives),
+    )

@@ -325,7 +325,7 @@ def cached_skeleton(
     model: nn.Module, units: Sequence[Unit], task: ExportTask, directory: Path
 ) -> onnx.ModelProto:
     """`export_skeleton`, kept in `directory` by content."""
-    path = directory / f"skeleton-{skeleton_key(model, units, task)}.onnx"
+    path = skeleton_path(model, units, task, directory)
     if path.exists():
         try:
             return onnx.load(path)
@@ -334,6 +334,13 @@ def cached_skeleton(
     skeleton = export_skeleton(model, units, task)
     write_atomic(path, lambda temporary: onnx.save(skeleton, temporary))
     return skeleton
+
+
+def skeleton_path(
+    model: nn.Module, units: Sequence[Unit], task: ExportTask, directory: Path
+) -> Path:
+    """The file `cached_skeleton` keeps."""
+    return directory / f"skeleton-{skeleton_key(model, units, task)}.onnx"
 
 
 def marker_sites(skeleton: onnx.ModelProto) -> list[str]:
