@@ -214,7 +214,7 @@ def test_a_killed_writer_leaves_no_broken_item(tmp_path: Path) -> None:
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
         library = Library(tmp_path)
-        for key in library.keys():
+        for key in library.keys():  # noqa: SIM118
             assert library.get(key) is not None, key
     # What a killed writer left behind is swept once it is old.
     left = tmp_path / "aa" / ".old.tmp"
@@ -261,7 +261,7 @@ def test_a_full_disk_is_said_so_and_the_rest_stays(tmp_path: Path) -> None:
     assert "What was stored before is intact" in done.stdout
     library = Library(tmp_path)
     assert library.keys() == ["aa" + "0" * 38, "cc" + "0" * 38]
-    assert all(library.get(key) is not None for key in library.keys())
+    assert all(library.get(key) is not None for key in library.keys())  # noqa: SIM118
     assert not list(tmp_path.rglob("*.tmp"))
 
 
