@@ -229,7 +229,7 @@ def _replayed(chain: Sequence[nn.Module], call: _Call) -> Iterator[None]:
         return wrap(call.load())
 
     for index, block in enumerate(chain):
-        block.forward = finish if index == len(chain) - 1 else hand_on  # type: ignore[method-assign]
+        block.forward = finish if index == len(chain) - 1 else hand_on
     try:
         yield
     finally:
@@ -243,13 +243,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     training, config = model.training, getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     model.eval()
-    if use_cache:
+    if config is not None and use_cache:
         config.use_cache = False
     try:
         yield
     finally:
         model.train(training)
-        if use_cache:
+        if config is not None and use_cache:
             config.use_cache = use_cache
 
 

@@ -26,7 +26,7 @@ from autocomp.library.store import Library, item_key
 from autocomp.models.discover import tensor_keys
 from autocomp.models.sources import read_config, weight_files
 from autocomp.operators import apply_step, option_formats
-from autocomp.operators.gram import output_error
+from autocomp.operators.gram import derived, output_error
 from autocomp.operators.protocol import SiteState, SiteStats, UnitState
 
 logger = logging.getLogger(__name__)
@@ -247,7 +247,9 @@ def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | No
         if reference.kept_columns is not None and weight.shape[1] != gram.shape[0]:
             kept = reference.kept_columns
             gram, mean = gram[kept][:, kept], mean[kept]
-        error, energy = output_error(difference, gram), output_error(weight, gram)
+        error = output_error(difference, gram)
+        key = ("energy", id(weight), weight._version)
+        energy = derived(stats.gram, key, lambda: (weight, output_error(weight, gram)))[1]
         if reference.bias is not None and site.bias is not None:
             shift = (reference.bias - site.bias).double()
             drift = difference.double() @ mean.double()
@@ -270,7 +272,7 @@ def _digest(unit: Unit, state: UnitState) -> str:
         for part in (state[site.name].weight, state[site.name].bias):
             if part is not None:
                 digest.update(f"{site.name} {site.role} {tuple(part.shape)}".encode())
-                digest.update(part.contiguous().numpy())
+                digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -305,7 +307,7 @@ class _Reader:
         if stored is None:
             raise ModelError(f"{self._path}: no tensor {name}; the teacher's files are incomplete")
         with safe_open(self._file_of[stored], framework="pt") as file:
-            tensor = file.get_tensor(stored).float()
+            tensor: torch.Tensor = file.get_tensor(stored).float()
         if tuple(tensor.shape) != shape:
             raise ModelError(f"{self._path}: {stored} is {tuple(tensor.shape)}, not {shape}")
         if not torch.isfinite(tensor).all():

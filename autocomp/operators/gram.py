@@ -31,7 +31,9 @@ _derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def derived(gram: Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """`make()`, computed once per (Gram matrix, key) and forgotten with the matrix."""
-    memory = cast(dict[Any, Any], _derived.setdefault(gram, {}))
+    if gram not in _derived:
+        _derived[gram] = {}
+    memory = cast(dict[Any, Any], _derived[gram])
     full_key = (gram._version, *key)
     if full_key not in memory:
         memory[full_key] = make()
@@ -146,7 +148,8 @@ def compensate(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = MIN_
         change = torch.linalg.lstsq(system, target.t(), driver="gelsd").solution
     else:
         change = torch.cholesky_solve(target.t(), lower)
-    return (weight[:, kept].double() + change.t()).to(weight.dtype)
+    fitted: Tensor = weight[:, kept].double() + change.t()
+    return fitted.to(weight.dtype)
 
 
 def output_error(difference: Tensor, gram: Tensor) -> float:

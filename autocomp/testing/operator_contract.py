@@ -28,7 +28,7 @@ import torch
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
-from autocomp.core.unit import Site, Unit, dense_format
+from autocomp.core.unit import Site, SiteFormat, Unit, dense_format
 from autocomp.library.store import Library
 from autocomp.models.modules import CODE_RANGE, group_count
 from autocomp.operators.protocol import (
@@ -250,7 +250,7 @@ class OperatorContract:
                 operator.apply(case.unit, case.state, case.step, case.stats), formats, str(case)
             )
 
-    def _assert_sound(self, state: UnitState, formats: dict[str, object], what: str) -> None:
+    def _assert_sound(self, state: UnitState, formats: dict[str, SiteFormat], what: str) -> None:
         assert {name: site.format for name, site in state.items()} == formats, what
         for name, site in state.items():
             form = site.format

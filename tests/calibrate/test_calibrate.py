@@ -154,7 +154,7 @@ def test_one_block_of_activations_is_on_disk_at_a_time(tmp_path: Path) -> None:
     batches = cut(example.inputs(batch=6), 2)
     sizes = []
     for _ in calibrate(example.model(), example.units(), batches, tmp_path):
-        spilled = [path for path in tmp_path.glob(".spill.*/*")]
+        spilled = list(tmp_path.glob(".spill.*/*"))
         sizes.append(sum(path.stat().st_size for path in spilled))
         assert len(spilled) == len(batches)
     floats = 6 * 7 * example.config["hidden_size"] * 4

@@ -109,7 +109,8 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     jitter = torch.finfo(system.dtype).eps * diagonal.mean(dim=-1, keepdim=True).clamp_min(1e-30)
     safe = system + torch.diag_embed(jitter.expand_as(diagonal))
-    return torch.linalg.solve(safe, right)
+    solution: Tensor = torch.linalg.solve(safe, right)
+    return solution
 
 
 def _greedy(moment: Tensor, inverse_: Tensor, size: int, count: int) -> list[int]:

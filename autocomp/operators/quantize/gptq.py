@@ -65,8 +65,8 @@ class Gptq:
         for name, site in state.items():
             if name not in stats:
                 raise InternalError(f"gptq at {unit.name}: no calibration statistics for {name}")
-            kept = None if site.kept_columns is None else tuple(site.kept_columns.tolist())
-            together.setdefault((id(stats[name].gram), kept), []).append(name)
+            columns = None if site.kept_columns is None else tuple(site.kept_columns.tolist())
+            together.setdefault((id(stats[name].gram), columns), []).append(name)
         result: UnitState = dict(state)
         for names in together.values():
             weights = [state[name].weight for name in names]

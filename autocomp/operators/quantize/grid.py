@@ -30,7 +30,7 @@ def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
     # In pieces that stay in the processor's cache: a table is far larger.
     piece = max(1, _PIECE // weight.shape[1])
     if weight.shape[0] > piece:
-        return torch.cat([search_scales(part, format) for part in weight.split(piece)])
+        return torch.cat([search_scales(part, format) for part in torch.split(weight, piece)])
     low, high = CODE_RANGE[format.weight_bits]
     grouped = _grouped(weight, group_size(format))  # (rows, groups, group)
     largest = grouped.abs().amax(dim=2)
@@ -67,7 +67,7 @@ def dequantise(codes: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     size = group_size(format)
     whole = columns // size * size
     if whole:
-        grouped = weight[:, :whole].unflatten(1, (-1, size))
+        grouped = torch.unflatten(weight[:, :whole], 1, (-1, size))
         grouped.mul_(scales[:, : whole // size].unsqueeze(2))
     if whole < columns:
         weight[:, whole:].mul_(scales[:, -1:])
