@@ -113,10 +113,10 @@ def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int) -> None
         elif weights.weight is not None and _address(weights.weight) in tables:
             piece = _tied(site, weights, x, output, tables[_address(weights.weight)])
         else:
-            if shared[x] > 1 and x not in quantised:
-                if recipes.recipe(weights.format, tokens) == "int8":
-                    quantised[x] = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
-                    nodes.append(helper.make_node("DynamicQuantizeLinear", [x], quantised[x]))
+            integer = recipes.recipe(weights.format, tokens) == "int8"
+            if integer and shared[x] > 1 and x not in quantised:
+                quantised[x] = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
+                nodes.append(helper.make_node("DynamicQuantizeLinear", [x], quantised[x]))
             piece = recipes.lower_linear(site, weights, x, output, tokens, quantised.get(x))
         nodes += piece.nodes
         graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})

@@ -39,7 +39,7 @@ _PROTOBUF_LIMIT = 2_000_000_000
 
 
 def open_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
-    """A session as a deployment would open it: default optimisations, `threads` intra-op threads."""
+    """A session as a deployment opens it: default optimisations, `threads` intra-op threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -76,11 +76,9 @@ class OnnxRuntimeTarget:
 
     @property
     def tokens(self) -> int:
-        """Tokens per run; images count as many."""
+        """Tokens per run; an image is taken for at least 64 patches."""
         image = getattr(self.workload, "image", None)
-        return self.workload.batch * (
-            max(self.workload.sequence, 64) if image else self.workload.sequence
-        )
+        return self.workload.batch * max(self.workload.sequence, 64 if image else 1)
 
     def describe(self) -> dict[str, Any]:
         """Device, runtime, version, workload."""

@@ -1,7 +1,7 @@
 """What a target is: a device, a runtime and a workload that models are lowered to and measured on.
 
-Call sequence: `export` once per dense model (slow: seconds), `lower` per candidate (fast: a tenth
-of a second), `write` to a directory, then `verify`, `run`, `measure`, `peak_memory` on the artifact.
+Call sequence: `export` once per dense model (seconds), `lower` per candidate (a tenth of a second),
+`write` to a directory, then `verify`, `run`, `measure`, `peak_memory` on the artifact.
 """
 
 from __future__ import annotations

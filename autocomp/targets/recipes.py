@@ -69,13 +69,9 @@ def unsupported(format: SiteFormat) -> str | None:
         if format.activation_bits == 8:
             return "8-bit activations need 8-bit or 4-bit weights"
         return None
-    group = format.group
-    if format.embedding:
-        if group is not None and group < format.columns and (group < 16 or group & (group - 1)):
-            return f"an embedding's group must be a power of two of at least 16, not {group}"
-        return None
-    if group is not None and group < format.columns and format.columns % group:
-        return f"group {group} does not divide {format.columns} columns"
+    group = format.group or format.columns
+    if format.embedding and group < format.columns and (group < 16 or group & (group - 1)):
+        return f"an embedding's group must be a power of two of at least 16, not {group}"
     return None
 
 
@@ -125,8 +121,8 @@ def size_bytes(format: SiteFormat, tokens: int) -> int:
 
 def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
     """A table: Gather, or GatherBlockQuantized. `(B, T)` → `(B, T, columns)`."""
-    format = weights.format
-    if format.weight_bits == 32:
+    spec = weights.format
+    if spec.weight_bits == 32:
         assert weights.weight is not None
         return Piece(
             [helper.make_node("Gather", [f"{site}.weight", ids], [output], axis=0)],
@@ -134,17 +130,17 @@ def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> P
         )
     assert weights.codes is not None
     assert weights.scales is not None
-    offset = 1 << (format.weight_bits - 1)
+    offset = 1 << (spec.weight_bits - 1)
     codes = (weights.codes.astype(np.int16) + offset).astype(np.uint8)
-    if format.weight_bits == 4:
+    if spec.weight_bits == 4:
         codes = _pack_nibbles(codes)
     node = helper.make_node(
         "GatherBlockQuantized",
         [f"{site}.codes", ids, f"{site}.scales"],
         [output],
         domain=MICROSOFT,
-        bits=format.weight_bits,
-        block_size=_table_block(format),
+        bits=spec.weight_bits,
+        block_size=_table_block(spec),
         gather_axis=0,
         quantize_axis=1,
     )
@@ -253,14 +249,16 @@ def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: 
 
     All of it is constant: the runtime computes it once, when the session is made.
     """
-    format, codes = weights.format, weights.codes
+    spec, codes = weights.format, weights.codes
     assert codes is not None
-    rows, columns, groups = format.rows, format.columns, factors.shape[1]
-    transposed = np.ascontiguousarray(codes.T)
-    if format.weight_bits == 4:
-        stored = TensorProto(
-            name=f"{site}.codes", data_type=TensorProto.INT4, dims=transposed.shape
-        )
+    rows, columns, groups = spec.rows, spec.columns, factors.shape[1]
+    width = -(-columns // groups) if spec.group is None else min(spec.group, columns)
+    padded = groups * width
+    transposed = np.zeros((padded, rows), np.int8)
+    transposed[:columns] = codes.T
+    if spec.weight_bits == 4:
+        stored = TensorProto(name=f"{site}.codes", data_type=TensorProto.INT4)
+        stored.dims.extend(transposed.shape)
         stored.raw_data = _pack_nibbles((transposed.reshape(1, -1) & 15).view(np.uint8)).tobytes()
     else:
         stored = numpy_helper.from_array(transposed, f"{site}.codes")
@@ -284,28 +282,33 @@ def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: 
     if factor.dtype == np.float16:
         factor_name = node("Cast", [factor_name], to=TensorProto.FLOAT)
     if groups > 1:
-        grouped = shape((groups, columns // groups, rows), "grouped")
+        grouped = shape((groups, width, rows), "grouped")
         name = node("Reshape", [name, grouped])
     name = node("Mul", [name, factor_name])
     if to == TensorProto.INT8:
         name = node("Round", [name])
         name = node("Cast", [name], to=TensorProto.INT8)
-    return node("Reshape", [name, shape((columns, rows), "matrix")])
+    name = node("Reshape", [name, shape((padded, rows), "matrix")])
+    if padded == columns:
+        return name
+    return node(
+        "Slice", [name, shape((0,), "start"), shape((columns,), "stop"), shape((0,), "axis")]
+    )
 
 
 def _nbits(site: str, weights: SiteWeights, x: str, output: str) -> Piece:
-    format, codes, scales = weights.format, weights.codes, weights.scales
+    spec, codes, scales = weights.format, weights.codes, weights.scales
     assert codes is not None
     assert scales is not None
-    block = _block(format)
+    block = _block(spec)
     assert block is not None
-    bits, rows, columns = format.weight_bits, format.rows, format.columns
+    bits, rows, columns = spec.weight_bits, spec.rows, spec.columns
     blocks = -(-columns // block)
     offset = 1 << (bits - 1)
     padded = np.full((rows, blocks * block), offset, np.uint8)
     padded[:, :columns] = (codes.astype(np.int16) + offset).astype(np.uint8)
     packed = (_pack_nibbles(padded) if bits == 4 else padded).reshape(rows, blocks, -1)
-    if format.group is None:
+    if spec.group is None:
         scales = np.repeat(scales, blocks, axis=1)
     names = [f"{site}.codes", f"{site}.scales"]
     piece = Piece(
@@ -329,7 +332,7 @@ def _nbits(site: str, weights: SiteWeights, x: str, output: str) -> Piece:
             N=rows,
             bits=bits,
             block_size=block,
-            accuracy_level=4 if format.activation_bits == 8 else 1,
+            accuracy_level=4 if spec.activation_bits == 8 else 1,
         )
     )
     return piece

@@ -43,15 +43,21 @@ _MASKED = -1e9
 class _LinearMarker(nn.Module):
     """Stands for a linear layer; keeps the parameters out of the graph."""
 
-    def __init__(self, site: str, rows: int) -> None:
+    def __init__(self, site: str, linear: nn.Linear) -> None:
         super().__init__()
-        self.site, self.rows = site, rows
+        self.rows = linear.out_features
+        self.attributes = {
+            "site": site,
+            "rows": linear.out_features,
+            "columns": linear.in_features,
+            "bias": int(linear.bias is not None),
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Linear",
             (x,),
-            attrs={"site": self.site},
+            attrs=self.attributes,
             dtype=torch.float32,
             shape=(*x.shape[:-1], self.rows),
             version=1,
@@ -61,15 +67,21 @@ class _LinearMarker(nn.Module):
 class _EmbeddingMarker(nn.Module):
     """Stands for an embedding table."""
 
-    def __init__(self, site: str, width: int) -> None:
+    def __init__(self, site: str, table: nn.Embedding) -> None:
         super().__init__()
-        self.site, self.width = site, width
+        self.width = table.embedding_dim
+        self.attributes = {
+            "site": site,
+            "rows": table.num_embeddings,
+            "columns": table.embedding_dim,
+            "bias": 0,
+        }
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Embedding",
             (ids,),
-            attrs={"site": self.site},
+            attrs=self.attributes,
             dtype=torch.float32,
             shape=(*ids.shape, self.width),
             version=1,
@@ -87,15 +99,12 @@ def _attention_marker(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H·D)` out."""
     batch, heads, length, head_dim = query.shape
-    # A mask with more than one row per example already holds the causal pattern.
-    complete = attention_mask is not None and getattr(attention_mask, "_complete", False)
-    causal = bool(getattr(module, "is_causal", False)) and not complete
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::Attention",
         (query, key, value) if attention_mask is None else (query, key, value, attention_mask),
         attrs={
             "head_dim": int(head_dim),
-            "causal": int(causal),
+            "causal": int(getattr(module, "is_causal", False)),
             "scale": float(head_dim**-0.5 if scaling is None else scaling),
         },
         dtype=torch.float32,
@@ -115,7 +124,7 @@ def _mask(
     attention_mask: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask interface: additive `(B, 1, T, T)` of padding; causality is an attribute."""
+    """transformers' mask interface: additive `(B, 1, T, T)` of padding alone."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     if mask_function not in (bidirectional_mask_function, causal_mask_function):
@@ -151,9 +160,9 @@ def _marked_copy(model: nn.Module, embedding_sites: set[str]) -> nn.Module:
         for child, part in list(module.named_children()):
             site = f"{name}.{child}" if name else child
             if isinstance(part, nn.Linear):
-                setattr(module, child, _LinearMarker(site, part.out_features))
+                setattr(module, child, _LinearMarker(site, part))
             elif site in embedding_sites and isinstance(part, nn.Embedding):
-                setattr(module, child, _EmbeddingMarker(site, part.embedding_dim))
+                setattr(module, child, _EmbeddingMarker(site, part))
     return marked.eval()
 
 
@@ -230,7 +239,7 @@ def _quiet(*names: str) -> Iterator[None]:
 
 
 def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx.ModelProto:
-    """Names of parameters as in torch, named dynamic axes, no metadata; attention sites resolved."""
+    """Parameters named as in torch, dynamic axes named, metadata dropped, attention resolved."""
     graph = Graph(model)
     graph.rename_initializers(lambda name: name.removeprefix("m."))
     for value in model.graph.input:
@@ -341,12 +350,3 @@ def skeleton_path(
 ) -> Path:
     """The file `cached_skeleton` keeps."""
     return directory / f"skeleton-{skeleton_key(model, units, task)}.onnx"
-
-
-def marker_sites(skeleton: onnx.ModelProto) -> list[str]:
-    """Sites of the linear and embedding markers, in graph order."""
-    return [
-        str(attribute(node, "site"))
-        for node in skeleton.graph.node
-        if node.domain == DOMAIN and node.op_type != "Attention"
-    ]

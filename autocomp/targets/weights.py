@@ -71,8 +71,8 @@ def model_weights(model: nn.Module) -> Provider:
         rows, columns = module.weight.shape
         if not hasattr(module, "codes"):
             embedding = hasattr(module, "num_embeddings")
-            format = SiteFormat(rows, columns, bias is not None, embedding=embedding)
-            return SiteWeights(format, weight=_array(module.weight), bias=bias)
+            dense = SiteFormat(rows, columns, bias is not None, embedding=embedding)
+            return SiteWeights(dense, weight=_array(module.weight), bias=bias)
         scales = _array(module.scales).reshape(rows, -1)
         return SiteWeights(module.format, codes=_array(module.codes()), scales=scales, bias=bias)
 
@@ -97,17 +97,17 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
     codes[4] = rng.integers(-8, 8, 1 << 16, dtype=np.int8)
 
     def provide(site: str) -> SiteWeights | None:
-        format = formats.get(site)
-        if format is None:
+        spec = formats.get(site)
+        if spec is None:
             return None
-        shape = (format.rows, format.columns)
-        bias = np.zeros(format.rows, np.float32) if format.bias else None
-        if format.weight_bits == 32:
-            return SiteWeights(format, weight=np.resize(noise, shape), bias=bias)
-        groups = -(-format.columns // (format.group or format.columns))
-        scales = np.full((format.rows, groups), 0.06 / 2 ** (format.weight_bits - 1), np.float32)
+        shape = (spec.rows, spec.columns)
+        bias = np.zeros(spec.rows, np.float32) if spec.bias else None
+        if spec.weight_bits == 32:
+            return SiteWeights(spec, weight=np.resize(noise, shape), bias=bias)
+        groups = -(-spec.columns // (spec.group or spec.columns))
+        scales = np.full((spec.rows, groups), 0.06 / 2 ** (spec.weight_bits - 1), np.float32)
         return SiteWeights(
-            format, codes=np.resize(codes[format.weight_bits], shape), scales=scales, bias=bias
+            spec, codes=np.resize(codes[spec.weight_bits], shape), scales=scales, bias=bias
         )
 
     return provide

@@ -1,0 +1,288 @@
+"""Filling a cost table: every distinct sublayer timed alone, then a dozen whole candidates.
+
+A unit's piece is cut from the skeleton, from what feeds its first sites to the output of its last;
+what else it reads (mask, rotary tables) is recorded once from a run of the dense graph. Pieces and
+candidates are lowered from formats with made-up weights, so no torch model is needed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx
+from onnx import helper
+
+from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
+from autocomp.targets import recipes
+from autocomp.targets.cost_table import Choice, CostTable, Entry
+from autocomp.targets.graph import Graph, attribute, cut
+from autocomp.targets.onnxruntime_cpu import Array, OnnxRuntimeTarget
+from autocomp.targets.skeleton_format import DOMAIN, dense_formats
+from autocomp.targets.weights import stand_in_weights
+
+Progress = Callable[[int, int], None]
+UnitFormats = Mapping[str, Mapping[str, UnitFormat]]
+"""Unit name → option key → formats."""
+
+_PIECE = {"runs": 40, "rounds": 4, "seconds": 0.08}
+_WHOLE = {"runs": 40, "rounds": 5, "seconds": 0.25}
+
+
+def profile(
+    target: OnnxRuntimeTarget,
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    unit_formats: UnitFormats,
+    inputs: Mapping[str, Array],
+    *,
+    candidates: int = 12,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CostTable:
+    """Measure the table of a model on `target`.
+
+    Args:
+        unit_formats: the formats of every option of every unit; an empty one is a skipped unit.
+        inputs: model inputs at the workload's shape.
+        candidates: whole random candidates measured for the correction.
+    """
+    pieces = _pieces(target, skeleton, units, unit_formats, inputs)
+    total = len(pieces) + candidates + 1
+    times: dict[object, float] = {}
+    for done, (key, (piece, feed)) in enumerate(pieces.items()):
+        _report(progress, done, total)
+        times[key] = target.to_ms(target.time_graph(piece, feed, **_PIECE))
+    entries = {
+        unit.name: {
+            key: Entry(
+                times[_cost_key(unit, formats, target)] if formats else 0.0,
+                sum(target.size_bytes(format) for format in formats.values()),
+                skipped=not formats,
+            )
+            for key, formats in unit_formats[unit.name].items()
+        }
+        for unit in units
+    }
+    dense = {unit.name: dense_format(unit) for unit in units}
+    whole = lower_formats(target, skeleton, units, dense)
+    in_units = sum(target.size_bytes(f) for formats in dense.values() for f in formats.values())
+    smallest = {
+        unit.name: min(unit_formats[unit.name], key=lambda k: _rank(entries[unit.name][k]))
+        for unit in units
+    }
+    _report(progress, len(pieces), total)
+    least = _measure_choice(target, skeleton, units, unit_formats, smallest, inputs)
+    known = sum(entries[unit][key].latency_ms for unit, key in smallest.items())
+    table = CostTable(
+        device=target.fingerprint(),
+        workload=target.describe()["workload"],
+        kinds={unit.name: unit.kind for unit in units},
+        entries=entries,
+        base_ms=max(least - known, 0.1 * least),
+        rest_bytes=whole.ByteSize() - in_units,
+        ties=_ties(units, unit_formats, dense),
+    )
+    pairs: list[tuple[Choice, float]] = [(smallest, least)]
+    rng = random.Random(seed)
+    for index in range(candidates):
+        _report(progress, len(pieces) + 1 + index, total)
+        choice = random_choice(rng, unit_formats)
+        pairs.append(
+            (choice, _measure_choice(target, skeleton, units, unit_formats, choice, inputs))
+        )
+    table.fit(pairs)
+    _report(progress, total, total)
+    return table
+
+
+def random_choice(rng: random.Random, unit_formats: UnitFormats) -> dict[str, str]:
+    """A random candidate whose mean cost varies from candidate to candidate.
+
+    Independent draws per unit would all cost about the same; each candidate therefore has its own
+    inclination to skip and its own favoured few options per unit.
+    """
+    lean = rng.random()
+    choice = {}
+    for unit, options in unit_formats.items():
+        skipped = [key for key, formats in options.items() if not formats]
+        kept = sorted(
+            (key for key, formats in options.items() if formats),
+            key=lambda key: sum(
+                f.rows * f.columns * min(f.weight_bits, f.activation_bits * 2)
+                for f in options[key].values()
+            ),
+        )
+        if skipped and (not kept or rng.random() < 0.6 * lean):
+            choice[unit] = rng.choice(skipped)
+            continue
+        position = min(max(rng.gauss(1.0 - lean, 0.3), 0.0), 1.0)
+        choice[unit] = kept[round(position * (len(kept) - 1))]
+    return choice
+
+
+def lower_formats(
+    target: OnnxRuntimeTarget,
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    formats: Mapping[str, UnitFormat],
+) -> onnx.ModelProto:
+    """A whole model with made-up weights in these formats; what is in no unit stays dense."""
+    sites: dict[str, SiteFormat] = dense_formats(skeleton)
+    for unit in units:
+        for site in unit.sites:
+            sites.pop(site.name, None)
+        sites.update(formats[unit.name])
+    return target.lower_weights(skeleton, stand_in_weights(sites))
+
+
+def measure_formats(
+    target: OnnxRuntimeTarget,
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    formats: Mapping[str, UnitFormat],
+    inputs: Mapping[str, Array],
+) -> float:
+    """Latency in reference milliseconds of a whole model with made-up weights."""
+    lowered = lower_formats(target, skeleton, units, formats)
+    return target.to_ms(target.time_graph(lowered, inputs, **_WHOLE))
+
+
+def _measure_choice(
+    target: OnnxRuntimeTarget,
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    unit_formats: UnitFormats,
+    choice: Choice,
+    inputs: Mapping[str, Array],
+) -> float:
+    formats = {unit: unit_formats[unit][key] for unit, key in choice.items()}
+    return measure_formats(target, skeleton, units, formats, inputs)
+
+
+def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> object:
+    """Equal for options that run the same kernels on the same shapes."""
+    shapes = []
+    for site in unit.sites:
+        format = formats[site.name]
+        kind = recipes.recipe(format, target.tokens)
+        kernel: object = kind
+        if kind == "unpacked":
+            kernel = "float"
+        elif kind in ("nbits", "gather-blocks"):
+            kernel = (kind, format.weight_bits, format.group, format.activation_bits)
+        shapes.append((site.role, format.rows, format.columns, format.bias, kernel))
+    return (unit.kind, unit.head_dim, tuple(shapes))
+
+
+def _pieces(
+    target: OnnxRuntimeTarget,
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    unit_formats: UnitFormats,
+    inputs: Mapping[str, Array],
+) -> dict[object, tuple[onnx.ModelProto, dict[str, Array]]]:
+    """Every distinct piece, lowered, with the inputs to run it on."""
+    graph = Graph(skeleton)
+    wanted: dict[object, tuple[Unit, UnitFormat]] = {}
+    for unit in units:
+        for formats in unit_formats[unit.name].values():
+            if formats:
+                wanted.setdefault(_cost_key(unit, formats, target), (unit, formats))
+    owners = {unit.name: unit for unit, _ in wanted.values()}
+    cuts = {name: _cut_unit(graph, unit) for name, unit in owners.items()}
+    needed = sorted({name for _, outside, _ in cuts.values() for name in outside} - set(inputs))
+    values = dict(inputs) | _record(target, skeleton, inputs, needed)
+    result: dict[object, tuple[onnx.ModelProto, dict[str, Array]]] = {}
+    for key, (unit, formats) in wanted.items():
+        nodes, outside, end = cuts[unit.name]
+        piece = _as_model(skeleton, nodes, {name: values[name] for name in outside}, end)
+        lowered = target.lower_weights(piece, stand_in_weights(formats))
+        result[key] = (lowered, {name: values[name] for name in outside})
+    return result
+
+
+def _cut_unit(graph: Graph, unit: Unit) -> tuple[list[onnx.NodeProto], list[str], str]:
+    """Nodes, outside tensors and output of a unit's piece."""
+    sites = {site.name for site in unit.sites}
+    markers = [
+        node
+        for node in graph.nodes
+        if node.domain == DOMAIN and attribute(node, "site", "") in sites
+    ]
+    made = {node.output[0] for node in markers}
+    below = set(made)
+    for node in graph.nodes:
+        if any(name in below for name in node.input):
+            below.update(node.output)
+    starts = {node.input[0] for node in markers if node.input[0] not in below}
+    end = markers[-1].output[0]
+    nodes, outside = cut(graph, starts, end)
+    return nodes, outside, end
+
+
+def _record(
+    target: OnnxRuntimeTarget,
+    skeleton: onnx.ModelProto,
+    inputs: Mapping[str, Array],
+    names: Sequence[str],
+) -> dict[str, Array]:
+    """Values of inner tensors of the dense graph."""
+    if not names:
+        return {}
+    dense = target.lower_weights(skeleton, stand_in_weights(dense_formats(skeleton)))
+    for name in names:
+        dense.graph.output.append(onnx.ValueInfoProto(name=name))
+    return target.run_graph(dense, inputs, names)
+
+
+def _as_model(
+    skeleton: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    outside: Mapping[str, Array],
+    end: str,
+) -> onnx.ModelProto:
+    model = onnx.ModelProto(ir_version=skeleton.ir_version)
+    model.opset_import.extend(skeleton.opset_import)
+    model.graph.name = "piece"
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(skeleton.graph.initializer)
+    for name, value in outside.items():
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        dims = [None] * value.ndim
+        model.graph.input.append(helper.make_tensor_value_info(name, kind, dims))
+    output = helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None)
+    model.graph.output.append(output)
+    return model
+
+
+def _ties(
+    units: Sequence[Unit],
+    unit_formats: UnitFormats,
+    dense: Mapping[str, UnitFormat],
+) -> dict[str, tuple[str, str, str]]:
+    """Tied units share bytes while both are dense."""
+    dense_key = {
+        unit.name: next(
+            (k for k, formats in unit_formats[unit.name].items() if formats == dense[unit.name]),
+            None,
+        )
+        for unit in units
+    }
+    ties = {}
+    for unit in units:
+        owner = unit.tied_to
+        if owner is not None and owner in dense_key:
+            own_key, owner_key = dense_key[unit.name], dense_key[owner]
+            if own_key is not None and owner_key is not None:
+                ties[unit.name] = (owner, own_key, owner_key)
+    return ties
+
+
+def _rank(entry: Entry) -> tuple[bool, float]:
+    return (not entry.skipped, entry.latency_ms)
+
+
+def _report(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)
