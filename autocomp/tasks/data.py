@@ -149,7 +149,7 @@ def _parse_labels(records: Records) -> tuple[npt.NDArray[np.int64], tuple[str, .
             f"{records.locate(odd)}: label {raw[odd]!r} is no {type(raw[0]).__name__} like the "
             f"ones before it. Labels are all text or all whole numbers"
         )
-    values = sorted(set(raw))  # type: ignore[type-var]
+    values = sorted(set(raw))
     if len(values) < 2:
         raise DataError(
             f"{records.locate(0)}: every example has the label {values[0]!r}; classification "

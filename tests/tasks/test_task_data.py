@@ -108,7 +108,7 @@ def test_missing_column_lists_the_columns(tmp_path: Path, fields, message):
         ("text,label\nhello,a\nyou,\n", r"row 1: label None cannot be read"),
         ("text,label\nhello,a\n  ,b\n", r"row 1: empty text"),
         ("text,label\nhello,a\nyou,a\n", r"every example has the label 'a'"),
-        ("text,label\n", r"data\.csv' as csv: .*no data"),
+        ("text,label\n", r"data\.csv cannot be read as csv: .*no data"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str):
@@ -143,7 +143,7 @@ def test_unreadable_files(tmp_path: Path):
         load_examples(section(broken), "image")
     cut = tmp_path / "data.parquet"
     cut.write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="as parquet"):
+    with pytest.raises(DataError, match=r"data\.parquet cannot be read as parquet"):
         load_examples(section(cut), "text")
     pickled = tmp_path / "objects.npz"
     np.savez(pickled, image=np.array([{}], dtype=object), label=np.zeros(1))
@@ -153,6 +153,25 @@ def test_unreadable_files(tmp_path: Path):
     text.write_text("words")
     with pytest.raises(DataError, match="running text, without labels"):
         load_examples(section(text), "text")
+
+
+def test_unreachable_hub_is_said_at_once_and_the_cache_is_tried(monkeypatch):
+    seen = []
+
+    def unreachable(self, name, timeout):
+        raise ConnectionError("no route")
+
+    def load(name, subset, split):
+        seen.append((name, subset, split, datasets.config.HF_HUB_OFFLINE))
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    before = datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(DataError, match=r"no file or directory 'some/news', and .* not in the c"):
+        load_examples(section("some/news", subset="en", split="test"), "text")
+    assert seen == [("some/news", "en", "test", True)]
+    assert before == datasets.config.HF_HUB_OFFLINE
 
 
 def test_npz_shapes_are_checked(tmp_path: Path):
