@@ -2,7 +2,7 @@
 
 An entry names the places (module paths as transformers builds them), says which config keys hold
 the dimensions, and how a sublayer is taken out. To add a layout, write one `Layout(...)`, put it in
-`LAYOUTS`, and add a small config of that model to `tests/models/examples.py`: the tests of
+`LAYOUTS`, and add a small config of that model to `tests/models/model_examples.py`: the tests of
 discovery and surgery run over every entry.
 """
 

@@ -1,4 +1,4 @@
-"""Load a model, tokenizer or image processor from a local directory through transformers.
+"""Load a model or its tokenizer from a local directory through transformers.
 
 Nothing is fetched, no code of the model is run unless asked, only safetensors are read, and
 transformers' progress bars and reports are silenced while it happens.
@@ -86,7 +86,8 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         ModelError: when there is none or it cannot be loaded.
     """
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
+    if not any((path / name).is_file() for name in names):
         raise ModelError(f"{path}: no tokenizer.json; text tasks need the model's tokenizer")
     with quiet():
         try:
@@ -96,30 +97,10 @@ def load_tokenizer(path: Path) -> Any:
             raise ModelError(f"{path}: transformers cannot load the tokenizer: {reason}") from error
 
 
-def load_image_processor(path: Path) -> Any | None:
-    """The image processor in `path`, or `None` when the model came without one.
-
-    Raises:
-        ModelError: when there is one but it cannot be loaded.
-    """
-    if not (path / "preprocessor_config.json").is_file():
-        return None
-    with quiet():
-        try:
-            return transformers.AutoImageProcessor.from_pretrained(
-                path, local_files_only=True, backend="pil"
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ModelError(
-                f"{path}: transformers cannot load the image processor: {reason}"
-            ) from error
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' log below errors and its progress bars inside the block."""
-    control = transformers.utils.logging
+    control: Any = transformers.utils.logging
     level, bars = control.get_verbosity(), control.is_progress_bar_enabled()
     control.set_verbosity_error()
     control.disable_progress_bar()
