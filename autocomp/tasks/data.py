@@ -183,8 +183,9 @@ def _label(value: Any, index: int, records: Records) -> int | str:
 def _check_text(records: Records) -> None:
     for i, text in enumerate(records.contents):
         if not isinstance(text, str):
+            found = "nothing" if text is None else type(text).__name__
             raise DataError(
-                f"{records.locate(i)}: {text!r} is no text. Remove the example, or set "
+                f"{records.locate(i)}: expected text, found {found}. Remove the example, or set "
                 f"task.data.text to the column with the text"
             )
         if not text.strip():

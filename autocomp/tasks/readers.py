@@ -6,6 +6,7 @@ Tables (csv, jsonl, parquet, hub) go through `datasets`; npz through numpy, neve
 from __future__ import annotations
 
 import io
+import logging
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def locate_source(data: DataSection) -> tuple[str, Path | None]:
         DataError: for a missing file, or a format that cannot be told from the name.
     """
     source = data.source
+    if not source.strip():
+        raise DataError("task.data.source is empty. Give a path, package:NAME/path or a hub id")
     if data.format == "hub":
         return "hub", None
     if source.startswith("package:"):
@@ -192,18 +195,23 @@ def _read_table(
 ) -> Records:
     import datasets
 
-    datasets.disable_progress_bars()
     origin = data.source
+    level = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # a bad file is reported once, by us
     try:
         if path is None:
             with _offline_unless_reachable(data.source):
                 table = datasets.load_dataset(data.source, data.subset, split=data.split)
         else:
-            files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
             table = datasets.load_dataset(
-                _BUILDERS[form], data_files=files, split="train", **options
+                _BUILDERS[form],
+                data_files=_files(path, form),
+                split="train",
+                **_options(path, form),
             )
+    except DataError:
+        raise
     except Exception as error:  # datasets raises anything from OSError to its own classes
         cause = str(error.__cause__ or error).strip().splitlines()
         what = (
@@ -212,9 +220,11 @@ def _read_table(
             else f"there is no file or directory {origin!r}, and it cannot be read from the hub"
         )
         raise DataError(
-            f"task.data.source: {what}: {cause[0] if cause else repr(error)}. Check the path or "
-            f"dataset id, task.data.format, .subset and .split"
+            f"task.data.source: {what}: {cause[0].rstrip('.') if cause else repr(error)}. Check "
+            f"the path or dataset id, task.data.format, .subset and .split"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(level)
     for name in (content, label):
         if name is not None:
             _check_column(name, table.column_names, origin, "column")
@@ -235,6 +245,22 @@ def _read_table(
         class_names,
         lambda i: f"{origin} row {i}",
     )
+
+
+def _files(path: Path, form: str) -> list[str]:
+    if not path.is_dir():
+        return [str(path)]
+    files = sorted(str(file) for file in path.glob(f"*.{form}"))
+    if not files:
+        raise DataError(f"task.data.source: {path} holds no *.{form}. Name a file")
+    return files
+
+
+def _options(path: Path, form: str) -> dict[str, Any]:
+    if form != "csv":
+        return {}
+    # "NA", "null" or "None" are words like any other, not missing values
+    return {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
 
 
 @contextmanager
