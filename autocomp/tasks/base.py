@@ -95,8 +95,8 @@ class EncodedTask(ABC):
         digest = hashlib.sha256()
         for name in sorted(encoded.inputs):
             digest.update(f"{name}{encoded.inputs[name].shape}".encode())
-            digest.update(np.ascontiguousarray(encoded.inputs[name]))
-        digest.update(np.ascontiguousarray(encoded.labels))
+            digest.update(np.ascontiguousarray(encoded.inputs[name]).data)
+        digest.update(np.ascontiguousarray(encoded.labels).data)
         return content_key([self.name, list(self.label_names), digest.hexdigest()])
 
     def batches(
@@ -145,6 +145,8 @@ class EncodedTask(ABC):
         """See `Task.evaluate`."""
         encoded = self.splits[split]
         size, count = batch or self._batch, len(encoded)
+        if teacher is not None and not callable(teacher) and len(teacher) != count:
+            raise InternalError(f"{split}: {len(teacher)} teacher logits for {count} examples")
         scores, divergences, kept = [], [], []
         for start in range(0, count, size):
             stop = min(start + size, count)
@@ -178,7 +180,8 @@ class Classification(EncodedTask):
 
     def per_example(self, logits: Array, labels: Array) -> Array:
         """1 where the largest logit is the label's, else 0."""
-        return (logits.argmax(axis=-1) == labels).astype(np.float64)
+        right: Array = (logits.argmax(axis=-1) == labels).astype(np.float64)
+        return right
 
     def aggregate(self, per_example: Array) -> float:
         """Accuracy."""
@@ -214,6 +217,20 @@ def index_batches(
     if seed is not None and lengths is not None:
         batches = [batches[i] for i in generator.permutation(len(batches))]
     return iter(batches)
+
+
+def check_sequence(sequence: int, config: Mapping[str, Any]) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        UserError: naming the limit.
+    """
+    positions = config.get("max_position_embeddings")
+    if positions is not None and sequence > positions:
+        raise UserError(
+            f"target.workload.sequence: {sequence} tokens, but the model has {positions} "
+            f"positions. Use {positions} or fewer"
+        )
 
 
 def _check_logits(logits: Array, count: int, split: str) -> None:

@@ -149,7 +149,7 @@ def _parse_labels(records: Records) -> tuple[npt.NDArray[np.int64], tuple[str, .
             f"{records.locate(odd)}: label {raw[odd]!r} is no {type(raw[0]).__name__} like the "
             f"ones before it. Labels are all text or all whole numbers"
         )
-    values = sorted(set(raw))  # type: ignore[type-var]
+    values = sorted(set(raw))
     if len(values) < 2:
         raise DataError(
             f"{records.locate(0)}: every example has the label {values[0]!r}; classification "
@@ -183,8 +183,9 @@ def _label(value: Any, index: int, records: Records) -> int | str:
 def _check_text(records: Records) -> None:
     for i, text in enumerate(records.contents):
         if not isinstance(text, str):
+            found = "nothing" if text is None else type(text).__name__
             raise DataError(
-                f"{records.locate(i)}: {text!r} is no text. Remove the example, or set "
+                f"{records.locate(i)}: expected text, found {found}. Remove the example, or set "
                 f"task.data.text to the column with the text"
             )
         if not text.strip():

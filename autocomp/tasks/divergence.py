@@ -34,13 +34,12 @@ def kl_per_example(
     mean over its real positions. Returns `(N,)`.
     """
     teacher = log_softmax(teacher_logits)
+    divergence: npt.NDArray[np.float64]
     divergence = (np.exp(teacher) * (teacher - log_softmax(student_logits))).sum(axis=-1)
     if divergence.ndim == 1:
         return divergence
-    if mask is None:
-        return divergence.mean(axis=1)
-    weight = mask.astype(np.float64)
-    return (divergence * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1.0)
+    weight = np.ones(divergence.shape) if mask is None else mask.astype(np.float64)
+    return np.average(divergence, axis=1, weights=weight)
 
 
 def teacher_kl(

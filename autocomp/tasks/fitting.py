@@ -50,7 +50,7 @@ def fit_full(
         for epoch in range(settings.epochs):
             for batch in task.batches("distil", settings.batch, seed=seed + epoch):
                 loss = task.loss(task.logits(model, batch), batch["labels"])
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
                 optimiser.step()
                 schedule.step()
@@ -158,8 +158,8 @@ def _logistic_regression(
         solver.zero_grad()
         loss = F.cross_entropy(features @ weight.T + bias, labels)
         loss = loss + _HEAD_PENALTY / 2 * weight.square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return cast(float, loss)
 
-    solver.step(objective)
+    solver.step(objective)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()

@@ -14,7 +14,7 @@ from autocomp.core.errors import DataError, ModelError
 from autocomp.core.hashing import content_key
 from autocomp.models.sources import read_config
 from autocomp.spec.schema import TaskSection, WorkloadSection
-from autocomp.tasks.base import Classification, LazySplits
+from autocomp.tasks.base import Classification, LazySplits, tiled
 from autocomp.tasks.data import Examples, align_labels, load_examples, pick, split_sizes
 from autocomp.tasks.protocol import Array, Encoded, Split
 from autocomp.tasks.splits import Indices, split_indices
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbering, as processor files have it
+_FIXED_SIZE = ("vit", "deit")  # their position embeddings are not interpolated
 _BATCH = 256
 
 
@@ -51,7 +52,7 @@ class Preprocessing:
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
         return cls(
-            size=size or int(read_config(model_path).get("image_size", 224)),
+            size=size or _side(processor) or int(read_config(model_path).get("image_size", 224)),
             mean=tuple(processor.get("image_mean") or cls.mean),
             std=tuple(processor.get("image_std") or cls.std),
             mode=_MODES.get(processor.get("resample", 3), "bicubic"),
@@ -90,6 +91,17 @@ class Preprocessing:
         std = torch.tensor(self.std).view(1, 3, 1, 1) * 255
         normalised: Array = ((pixels.expand(-1, 3, -1, -1) - mean) / std).contiguous().numpy()
         return normalised
+
+
+def _side(processor: Mapping[str, Any]) -> int | None:
+    """The image side a processor file ends with, if it says one."""
+    for key in ("crop_size", "size"):
+        size = processor.get(key)
+        if isinstance(size, dict):
+            size = size.get("height", size.get("shortest_edge"))
+        if isinstance(size, int):
+            return size
+    return None
 
 
 class ImageClassification(Classification):
@@ -141,6 +153,12 @@ class ImageClassification(Classification):
         )
         preprocessing = Preprocessing.of_model(model_path, workload.image)
         patch = int(config.get("patch_size", 16))
+        fixed = config.get("image_size") if config.get("model_type") in _FIXED_SIZE else None
+        if fixed is not None and fixed != preprocessing.size:
+            raise DataError(
+                f"target.workload.image: {preprocessing.size} pixels, but the model "
+                f"({config['model_type']}) takes {fixed} and nothing else"
+            )
         if preprocessing.size < patch:
             raise DataError(
                 f"target.workload.image: {preprocessing.size} pixels are less than one patch of "
@@ -168,8 +186,6 @@ class ImageClassification(Classification):
 
     def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
         """Calibration images `(batch, 3, S, S)`; `sequence` is ignored."""
-        from autocomp.tasks.base import tiled
-
         return {"pixel_values": tiled(self.splits["calibrate"].inputs["pixel_values"], batch)}
 
     def _encode(self, split: Split) -> Encoded:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocomp.models.sources import read_config
 from autocomp.spec.schema import TaskSection, WorkloadSection
-from autocomp.tasks.base import EncodedTask
+from autocomp.tasks.base import EncodedTask, check_sequence, tiled
 from autocomp.tasks.data import load_corpus, split_sizes
 from autocomp.tasks.divergence import log_softmax
 from autocomp.tasks.protocol import Array, Encoded, Split
@@ -46,6 +47,7 @@ class LanguageModeling(EncodedTask):
         """See `Task.build`."""
         from autocomp.models.load import load_tokenizer
 
+        check_sequence(workload.sequence, read_config(model_path))
         sizes = split_sizes(section.data)
         chunks = chunk_corpus(
             load_corpus(section.data),
@@ -76,7 +78,8 @@ class LanguageModeling(EncodedTask):
     def per_example(self, logits: Array, labels: Array) -> Array:
         """Mean log-likelihood of each chunk's tokens after the first, nats."""
         predicted = log_softmax(logits[:, :-1])
-        return np.take_along_axis(predicted, labels[:, 1:, None], axis=-1)[..., 0].mean(axis=1)
+        likelihood: Array = np.take_along_axis(predicted, labels[:, 1:, None], axis=-1)
+        return np.asarray(likelihood[..., 0].mean(axis=1))
 
     def aggregate(self, per_example: Array) -> float:
         """exp(mean log-likelihood); every chunk has as many tokens."""
@@ -98,8 +101,6 @@ class LanguageModeling(EncodedTask):
 
     def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
         """Calibration chunks, `(batch, sequence)`, cut or repeated along the sequence."""
-        from autocomp.tasks.base import tiled
-
         ids = self.splits["calibrate"].inputs["input_ids"]
         return {"input_ids": tiled(ids[:, np.arange(sequence) % ids.shape[1]], batch)}
 

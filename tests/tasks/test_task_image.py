@@ -68,6 +68,14 @@ def test_processor_file_of_the_model_is_used(spec, vit_path, tmp_path):
     (path / "preprocessor_config.json").write_text(json.dumps(processor))
     found = Preprocessing.of_model(path, None)
     assert found == Preprocessing(16, (0.5,) * 3, (0.25,) * 3, "bilinear")
+    for sizes in (
+        {"size": {"shortest_edge": 20}, "crop_size": {"height": 18, "width": 18}},
+        {"size": 18},
+    ):
+        (path / "preprocessor_config.json").write_text(json.dumps(processor | sizes))
+        assert Preprocessing.of_model(path, None).size == 18
+        assert Preprocessing.of_model(path, 24).size == 24
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
     assert make_task(spec, path).fingerprint("search") != make_task(spec, vit_path).fingerprint(
         "search"
     )
@@ -98,7 +106,13 @@ def test_tokens_count_patches_and_the_class_token(spec, vit_path):
     assert torch.equal(inputs["pixel_values"][20], inputs["pixel_values"][0])
 
 
-def test_an_image_smaller_than_a_patch_is_refused(image_npz, spec_of, vit_path):
-    spec = spec_of("image-classification", image_npz, workload={"image": 4}, **NPZ)
-    with pytest.raises(DataError, match=r"4 pixels are less than one patch of the model \(8\)"):
+def test_an_image_the_model_cannot_take_is_refused(image_npz, spec_of, vit_path, tmp_path):
+    spec = spec_of("image-classification", image_npz, workload={"image": 24}, **NPZ)
+    with pytest.raises(DataError, match=r"24 pixels, but the model \(vit\) takes 16"):
         make_task(spec, vit_path)
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "dinov2", "patch_size": 14}))
+    spec = spec_of("image-classification", image_npz, workload={"image": 4}, **NPZ)
+    with pytest.raises(DataError, match=r"4 pixels are less than one patch of the model \(14\)"):
+        make_task(spec, path)

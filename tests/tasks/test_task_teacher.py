@@ -19,7 +19,7 @@ from autocomp.tasks import teacher as teacher_module
 from autocomp.tasks.fitting import _HEAD_PENALTY, _logistic_regression
 from autocomp.tasks.teacher import make_teacher, teacher_logits
 
-FULL = {"fit": "full", "epochs": 20, "lr": 3e-3, "batch": 16}
+FULL = {"fit": "full", "epochs": 1, "lr": 3e-3, "batch": 16}
 
 
 @pytest.fixture
@@ -37,7 +37,9 @@ def accuracy(path, task, split="search"):
     return task.score(teacher_logits(model, task, split), split).value
 
 
-def test_full_fit_learns_and_is_kept(spec, task, bert_path, tmp_path):
+def test_full_fit_learns_and_is_kept(text_csv, spec_of, bert_path, tmp_path):
+    spec = spec_of("text-classification", text_csv, teacher=FULL | {"epochs": 20})
+    task = make_task(spec, bert_path)
     steps = []
     path = make_teacher(spec, task, bert_path, tmp_path, lambda *step: steps.append(step))
     assert steps == [(i, 80) for i in range(1, 81)]
@@ -160,7 +162,7 @@ def test_head_makes_no_sense_for_a_language_model(corpus_txt, spec_of, llama_pat
         make_teacher(spec, task, llama_path, tmp_path)
     as_is = spec_of("language-modeling", corpus_txt, teacher={"fit": "none"})
     assert make_teacher(as_is, task, llama_path, tmp_path) == llama_path
-    full = spec_of("language-modeling", corpus_txt, teacher=FULL | {"lr": 1e-2})
+    full = spec_of("language-modeling", corpus_txt, teacher=FULL | {"lr": 1e-2, "epochs": 4})
     fitted = make_teacher(full, task, llama_path, tmp_path)
     loss = {}
     for path in (llama_path, fitted):

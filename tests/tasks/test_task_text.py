@@ -158,6 +158,8 @@ def test_broken_logits_are_refused(task):
         task.score(np.where(np.arange(20)[:, None] == 3, np.nan, np.zeros((20, 3))), "search")
     with pytest.raises(InternalError, match="19 rows of logits for 20 examples"):
         task.score(np.zeros((19, 3)), "search")
+    with pytest.raises(InternalError, match="500 teacher logits for 20 examples"):
+        task.evaluate(lambda inputs: np.zeros((3, 3)), "search", teacher=np.zeros((500, 3)))
     with pytest.raises(InternalError, match="not finite"):
         task.evaluate(lambda inputs: np.full((3, 3), np.inf), "search")
 
@@ -180,6 +182,9 @@ def test_example_inputs_have_the_asked_shape(task, model):
 def test_errors_name_what_is_wrong(bert_path, text_csv, spec_of, task):
     with pytest.raises(DataError, match=r"has 200 examples, but .* distil 500"):
         make_task(spec_of("text-classification", text_csv, distil=500), bert_path)
+    long = spec_of("text-classification", text_csv, workload={"sequence": 33})
+    with pytest.raises(UserError, match=r"33 tokens, but the model has 32 positions"):
+        make_task(long, bert_path)
     with pytest.raises(UserError, match=r"Did you mean 'text-classification'\?"):
         make_task(spec_of("text-clasification", text_csv), bert_path)
     with pytest.raises(DataError, match=r"label 'blue' is none of the model's"):
