@@ -171,7 +171,7 @@ class Candidate:
 
     def to_yaml(self) -> str:
         """A line per unit: `layers.0.attention: {heads: {keep: 6}, gptq: {weights: 4}}`."""
-        lines = ["units:"]
+        lines = ["units:" if self.options else "units: {}"]
         lines += [f"  {unit}: {_flow(option.to_json())}" for unit, option in self.options]
         return "\n".join([*lines, f"distillation: {_flow(self.distillation.to_json())}", ""])
 

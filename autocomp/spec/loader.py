@@ -8,6 +8,7 @@ is a hub id, and that and `package:NAME/path` stay as written.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,31 +31,47 @@ class LoadedSpec(NamedTuple):
     source: SpecSource
 
 
-def load_spec(
-    path: Path | str, overrides: Mapping[str, Any] | None = None, *, check_files: bool = True
-) -> LoadedSpec:
-    """Read and check a spec file.
+def load_spec(path: Path | str, overrides: Mapping[str, Any] | None = None) -> LoadedSpec:
+    """Read and check a spec file; local sources must exist.
 
     Args:
         path: the YAML file.
         overrides: dotted path → value, put over the file's (`{"search.trials": 3}`).
-        check_files: whether local sources must exist. A study's own copy is read without.
 
     Raises:
         SpecError: `file:line dotted.path: problem`, one line for each problem.
     """
+    source = _read(path)
+    source.override(overrides or {})
+    source.problems += _resolve_sources(source)
+    return LoadedSpec(_validate(source), source)
+
+
+def load_stored_spec(path: Path) -> Spec:
+    """Read the copy of a spec that a study keeps: sources are absolute, and may be gone by now.
+
+    Raises:
+        SpecError: if it was damaged.
+    """
+    return _validate(_read(path))
+
+
+def _read(path: Path | str) -> SpecSource:
     source = SpecSource.read(path)
     if source.data is not None and not isinstance(source.data, dict):
         raise source.error_at((), "a spec is a mapping with the keys version, model, task, …")
-    source.override(overrides or {})
-    problems = [*source.problems, *_resolve_sources(source, check_files)]
+    return source
+
+
+def _validate(source: SpecSource) -> Spec:
     try:
         spec = Spec.model_validate(source.data or {}, strict=True)
     except ValidationError as error:
-        raise source.error([*problems, *schema_problems(error.errors(), source.data)]) from None
-    if problems:
-        raise source.error(problems)
-    return LoadedSpec(spec, source)
+        found = schema_problems(error.errors(), source.data)
+        raise source.error([*source.problems, *found]) from None
+    if source.problems:
+        raise source.error(source.problems)
+    return spec
 
 
 def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
@@ -72,7 +89,7 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
-def _resolve_sources(source: SpecSource, check_files: bool) -> list[tuple[Parts, str]]:
+def _resolve_sources(source: SpecSource) -> list[tuple[Parts, str]]:
     """Make local sources absolute, in place; the problems are those that do not exist."""
     problems: list[tuple[Parts, str]] = []
     for place in _SOURCES:
@@ -87,7 +104,7 @@ def _resolve_sources(source: SpecSource, check_files: bool) -> list[tuple[Parts,
         if local is None:
             continue
         section["source"] = str(local)
-        if check_files and not local.exists():
+        if not local.exists():
             problems.append((place, _missing(local, ".".join(map(str, place)))))
     return problems
 
@@ -98,7 +115,7 @@ def _local_path(value: str, base: Path, *, data: bool) -> Path | None:
     path = base / Path(value).expanduser() if value.startswith("~") else base / value
     like_file = data and Path(value).suffix.lower() in _DATA_ENDINGS
     if value[0] in "./~" or like_file or path.exists():
-        return path.resolve()
+        return Path(os.path.normpath(path.absolute()))  # symbolic links stay as they are
     return None
 
 

@@ -76,6 +76,8 @@ def _describe(place: Parts, errors: list[ErrorDetails]) -> str:
         return f"{words} {context[name]}, got {_show(value)}"
     if kind == "too_short":
         return f"needs at least {context['min_length']} entry"
+    if kind == "finite_number":
+        return f"must be a finite number, got {_show(value)}"
     if kind == "value_error":
         return str(context["error"])
     return f"{first['msg']}, got {_show(value)}"

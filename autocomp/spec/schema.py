@@ -80,9 +80,9 @@ class TeacherSection(_Section):
         description="none: the model is the teacher. head: fit a new head on the distil split. "
         "full: fit head and encoder.",
     )
-    epochs: int = Field(4, gt=0)
-    lr: float = Field(1e-4, gt=0)
-    batch: int = Field(32, gt=0)
+    epochs: int = Field(4, gt=0, description="Passes over the distil split.")
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate (AdamW).")
+    batch: int = Field(32, gt=0, description="Examples per step.")
 
 
 class TaskSection(_Section):
@@ -96,7 +96,7 @@ class TaskSection(_Section):
 class WorkloadSection(_Section):
     """The shape latency is measured at."""
 
-    batch: int = Field(1, gt=0)
+    batch: int = Field(1, gt=0, description="Examples per run.")
     sequence: int = Field(128, gt=0, description="Tokens per example (text).")
     image: int | None = Field(None, gt=0, description="Image side in pixels (vision).")
     threads: int = Field(1, gt=0, description="Intra-op threads of the runtime.")
@@ -105,17 +105,23 @@ class WorkloadSection(_Section):
 class TargetSection(_Section):
     """Device, runtime, workload."""
 
-    device: str = "cpu"
-    runtime: str = "onnxruntime"
+    device: str = Field("cpu", description="What the model runs on.")
+    runtime: str = Field("onnxruntime", description="What runs the model.")
     workload: WorkloadSection = WorkloadSection()
 
 
 class BudgetSection(_Section):
     """Hard upper limits, absolute ("4 ms") or relative to dense ("25%")."""
 
-    latency: Annotated[str | None, _limit("latency")] = None
-    size: Annotated[str | None, _limit("size")] = None
-    peak_memory: Annotated[str | None, _limit("peak_memory")] = None
+    latency: Annotated[str | None, _limit("latency")] = Field(
+        None, description="Of one run of the workload: 4 ms, 800 us, 25%."
+    )
+    size: Annotated[str | None, _limit("size")] = Field(
+        None, description="Of the exported model on disk: 12 MB, 8 MiB, 25%."
+    )
+    peak_memory: Annotated[str | None, _limit("peak_memory")] = Field(
+        None, description="Of a process that loads and runs the model: 200 MB, 50%."
+    )
     quality: float | None = Field(None, description="Floor on the task metric, optional.")
 
     def limits(self) -> RelativeBudget:
@@ -170,9 +176,9 @@ class RuleSection(_Section):
 class FloatRange(_Section):
     """A range to search."""
 
-    low: float
-    high: float
-    log: bool = False
+    low: float = Field(description="Smallest value.")
+    high: float = Field(description="Largest value.")
+    log: bool = Field(False, description="Search on a logarithmic scale.")
 
     @model_validator(mode="after")
     def _ordered(self) -> FloatRange:
@@ -224,11 +230,9 @@ class Spec(_Section):
     task: TaskSection
     target: TargetSection = TargetSection()
     budget: BudgetSection
-    objectives: list[Literal["quality", "latency", "size", "peak_memory"]] = [
-        "quality",
-        "latency",
-        "size",
-    ]
+    objectives: list[Literal["quality", "latency", "size", "peak_memory"]] = Field(
+        ["quality", "latency", "size"], description="What the front trades against each other."
+    )
     space: list[RuleSection] = Field(
         min_length=1,
         description="Rules: which units, and what may be done to them. The last rule that matches "

@@ -50,7 +50,7 @@ class SpecSource:
         data: mappings, lists and scalars; whatever the file holds, not yet checked.
         lines: place → line of its key (or of its list entry), from 1.
         overridden: places set from outside the file; complaints about them name `--set`.
-        problems: found while reading (keys written twice); raised with those of the schema.
+        problems: found before the schema is applied (keys written twice), raised with its own.
     """
 
     file: Path

@@ -29,7 +29,7 @@ from typing import Any
 from autocomp.core.errors import StudyError, did_you_mean
 from autocomp.core.files import storage_error, sweep_temporaries, write_text_atomic
 from autocomp.spec.difference import dump_spec, spec_diff
-from autocomp.spec.loader import load_spec
+from autocomp.spec.loader import load_stored_spec
 from autocomp.spec.schema import Spec
 from autocomp.study import lease
 from autocomp.study.ledger import Ledger
@@ -236,7 +236,7 @@ def _stored_spec(paths: StudyPaths) -> Spec:
             f"{paths.root}: the study was interrupted while it was made (no spec.yaml). "
             f"Start its search again"
         )
-    return load_spec(paths.spec, check_files=False).spec
+    return load_stored_spec(paths.spec)
 
 
 def _check_same(paths: StudyPaths, about: dict[str, Any], spec: Spec) -> None:

@@ -1,0 +1,88 @@
+"""Forks: a study of a changed spec that starts from what another study has built and measured.
+
+What may be taken over follows from what changed. Built options and teachers are addressed by
+content, so they always may. A cost table needs the same model and target; scores and measured
+trials also the same task and seed (the splits). The search's own trials need the same space and
+distillation too, since they must be points of the new space; baselines do not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from autocomp.core.errors import StudyError
+from autocomp.core.files import storage_error
+from autocomp.spec.schema import Spec
+from autocomp.study.directory import Study, append_trial
+from autocomp.study.records import TrialRecord
+
+
+def fork_study(source: Study, path: Path | str, spec: Spec) -> Study:
+    """The study of `spec` at `path`, made if need be, with what `source` can lend it.
+
+    Files are linked where the file system allows. `source` is only read, and may be running.
+    Repeating an interrupted fork completes it.
+
+    Raises:
+        StudyError: as `Study.create_or_open`, or if `path` is the source's own.
+        StorageError: if the file system refuses.
+    """
+    if Path(path).resolve() == source.paths.root.resolve():
+        raise StudyError(f"{path} is the study to fork from. Name another directory")
+    study = Study.create_or_open(path, spec)
+    old, new = source.paths, study.paths
+    with study.lease():
+        _link_tree(old.library, new.library)
+        _link_tree(old.teacher, new.teacher)
+        if not _agree(source.spec, spec, "model", "target"):
+            return study
+        for device in source.devices:
+            study.record_device(device)
+        study.ledger.append_many("reference", source.ledger.read().of("reference").items())
+        if old.cost_table.exists():
+            _link(old.cost_table, new.cost_table)
+        if _agree(source.spec, spec, "task") and source.spec.search.seed == spec.search.seed:
+            study.ledger.append_many("score", source.ledger.read().of("score").items())
+            same_space = _agree(source.spec, spec, "space", "distill")
+            for record in source.trials():
+                if record.state == "complete" and (record.kind != "search" or same_space):
+                    _take_over(record, source, study)
+    return study
+
+
+def _agree(one: Spec, other: Spec, *sections: str) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in sections)
+
+
+def _take_over(record: TrialRecord, source: Study, study: Study) -> None:
+    if record.artifact is not None:
+        _link_tree(source.paths.root / record.artifact, study.paths.root / record.artifact)
+    append_trial(study.ledger, record)
+
+
+def _link_tree(source: Path, destination: Path) -> None:
+    """Link every whole file; what others are still writing (`.*.tmp`) is left out."""
+    for directory, _, names in os.walk(source):
+        for name in names:
+            if not (name.startswith(".") and name.endswith(".tmp")):
+                file = Path(directory, name)
+                _link(file, destination / file.relative_to(source))
+
+
+def _link(source: Path, destination: Path) -> None:
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if destination.exists():
+            return
+        try:
+            destination.hardlink_to(source)
+        except FileNotFoundError:
+            return  # evicted from the library meanwhile
+        except OSError:
+            temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+            shutil.copy2(source, temporary)
+            temporary.replace(destination)
+    except OSError as error:
+        raise storage_error(destination, error.errno, error) from error

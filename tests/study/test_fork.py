@@ -1,0 +1,107 @@
+"""A fork takes over exactly what the change of spec leaves valid."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from autocomp.core.errors import StudyError
+from autocomp.spec.schema import Spec
+from autocomp.study.directory import Study
+from autocomp.study.fork import fork_study
+
+
+@pytest.fixture
+def source(tmp_path, make_spec, make_record):
+    """A study that has built and measured something; opened for reading."""
+    study = Study.create_or_open(tmp_path / "old", make_spec())
+    for name in ("library/ab/item", "library/ab/.item.1-2.tmp", "teacher/model", "artifacts/s/m"):
+        (study.paths.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (study.paths.root / name).write_text(name)
+    study.paths.cost_table.write_text("{}")
+    study.record_device("cpu-a")
+    study.ledger.append("reference", "cpu-a", {"anchor_ms": 1.0})
+    study.ledger.append("score", "layers.0.ffn/x", {"kl": 0.1})
+    study.ledger.append("note", "x", {})
+    study.add_trial(make_record("dense", kind="dense"))
+    study.add_trial(make_record("s", artifact="artifacts/s"))
+    study.add_trial(make_record("f", "failed"))
+    return Study.open(tmp_path / "old")
+
+
+def changed(spec, **changes):
+    """`spec` with other values at dotted paths written with `__`."""
+    data = spec.model_dump(mode="json")
+    for name, value in changes.items():
+        *above, last = name.split("__")
+        section = data
+        for part in above:
+            section = section[part]
+        section[last] = value
+    return Spec.model_validate(data)
+
+
+def files(study):
+    return {
+        str(path.relative_to(study.paths.root))
+        for path in study.paths.root.rglob("*")
+        if path.is_file()
+    }
+
+
+BUILT = {"library/ab/item", "teacher/model"}
+OURS = {"study.json", "spec.yaml", "lease"}
+MEASURED = {"cost_table.json", "ledger.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept", "kinds", "trials"),
+    [
+        (
+            {"budget__latency": "30%"},
+            MEASURED | {"artifacts/s/m"},
+            {"reference", "score", "trial"},
+            ["dense", "s"],
+        ),
+        ({"distill__tokens": [5]}, MEASURED, {"reference", "score", "trial"}, ["dense"]),
+        ({"space": [{"match": "head"}]}, MEASURED, {"reference", "score", "trial"}, ["dense"]),
+        ({"search__seed": 1}, MEASURED, {"reference"}, []),
+        ({"task__data__lines": 1}, MEASURED, {"reference"}, []),
+        ({"target__workload__sequence": 8}, set(), set(), []),
+        ({"model__source": "other"}, set(), set(), []),
+    ],
+)
+def test_takes_over_what_stays_valid(tmp_path, source, changes, kept, kinds, trials):
+    spec = changed(source.spec, **changes)
+    fork = fork_study(source, tmp_path / "new", spec)
+    assert fork.spec == spec
+    assert files(fork) == OURS | BUILT | kept
+    assert {entry.kind for entry in fork.ledger.read()} == kinds
+    assert [trial.id for trial in fork.trials()] == trials
+    assert fork.devices == (["cpu-a"] if kinds else [])
+
+
+def test_the_source_is_untouched_and_repeating_is_harmless(tmp_path, source, make_spec):
+    before = {name: (source.paths.root / name).read_bytes() for name in files(source)}
+    for _ in range(2):
+        fork = fork_study(source, tmp_path / "new", make_spec("30%"))
+    assert len(fork.ledger.read()) == 4
+    assert {name: (source.paths.root / name).read_bytes() for name in files(source)} == before
+
+
+def test_copies_where_it_cannot_link(tmp_path, source, make_spec, monkeypatch):
+    def refuse(self, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    fork = fork_study(source, tmp_path / "new", make_spec("30%"))
+    item = fork.paths.library / "ab" / "item"
+    assert item.read_text() == "library/ab/item"
+    assert item.stat().st_nlink == 1
+    assert files(fork) == OURS | BUILT | MEASURED | {"artifacts/s/m"}
+
+
+def test_not_onto_itself(tmp_path, source, make_spec):
+    with pytest.raises(StudyError, match="the study to fork from"):
+        fork_study(source, tmp_path / "new" / ".." / "old", make_spec("30%"))
