@@ -1,0 +1,141 @@
+"""The pool of architectures trials are chosen from: the screened ones, and new ones when needed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+import numpy as np
+
+from autocomp.core.errors import InfeasibleError
+from autocomp.search.costs import Costs, Limits
+from autocomp.search.milp import seeds as milp_seeds
+from autocomp.search.repair import Repair
+from autocomp.search.scores import Scores
+from autocomp.search.screening import Screened
+from autocomp.search.space import Space, Vector, hamming
+
+logger = logging.getLogger(__name__)
+
+_CONSIDERED = 200
+_REPAIRED = 20
+_SOLVED = 6
+
+
+class Architectures:
+    """Vectors with their screening KL.
+
+    Args:
+        space: what may be done to each unit.
+        screened: candidates with their screening KL; those that failed are left out.
+        scores: replace-one scores, to make new vectors where the screened ones do not fit.
+    """
+
+    def __init__(self, space: Space, screened: Sequence[Screened], scores: Scores) -> None:
+        self._space = space
+        self._scores = scores
+        self._weights = scores.arrays(space)
+        self._kl: dict[Vector, float] = {}
+        self._origin: dict[Vector, str] = {}
+        for item in screened:
+            if item.kl is not None and item.candidate in space:
+                self._add(space.encode(item.candidate), item.kl, item.proposed_by)
+
+    def origin(self, vector: Vector) -> str:
+        """`milp`, `evolution` or `random`."""
+        return self._origin.get(vector, "evolution")
+
+    def fitting(
+        self, costs: Costs, limits: Limits, tried: AbstractSet[Vector], rng: np.random.Generator
+    ) -> list[Vector]:
+        """Untried vectors within the limits, best first; new ones are made when none is left."""
+        found = self._untried(costs, limits, tried)
+        if not found:
+            self._make(costs, limits, rng)
+            found = self._untried(costs, limits, tried)
+        return sorted(found, key=lambda vector: (self._kl[vector], vector))
+
+    def finalist(
+        self,
+        pool: Sequence[Vector],
+        tried: AbstractSet[Vector],
+        costs: Costs,
+        limits: Limits,
+        slack: float,
+    ) -> Vector | None:
+        """The first of the pool under a share of the limits, a tenth of the units from any tried.
+
+        Where there is none, the share and then the distance are given up.
+        """
+        tight = {metric: limit * slack for metric, limit in limits.items()}
+        apart = max(1, len(self._space.free) // 10)
+        for within, distance in ((tight, apart), (limits, apart), (limits, 1)):
+            for vector in pool:
+                if costs.fits(vector, within) and all(
+                    hamming(vector, other) >= distance for other in tried
+                ):
+                    return vector
+        return None
+
+    def of_highest_utility(
+        self,
+        pool: Sequence[Vector],
+        tried: AbstractSet[Vector],
+        measured: Sequence[tuple[Vector, float]],
+    ) -> Vector:
+        """Rank in screening, less what was learnt from trials nearby.
+
+        The utility of a vector is minus its rank in [0, 1), minus half of how far each trial below
+        the median quality fell (in units of the spread), minus 0.3 for what was tried or is
+        pending; the last two fade as exp(−Hamming distance / reach).
+
+        Args:
+            pool: not empty, best first.
+            tried: asked or finished.
+            measured: vector and quality of finished trials, not empty.
+        """
+        reach = max(1.0, len(self._space.free) / 6)
+        qualities = np.array([quality for _, quality in measured])
+        middle, spread = float(np.median(qualities)), float(np.ptp(qualities)) or 1.0
+        bad = [(vector, (middle - q) / spread) for vector, q in measured if q < middle]
+
+        def utility(item: tuple[int, Vector]) -> float:
+            rank, vector = item
+            learnt = sum(miss * math.exp(-hamming(vector, v) / reach) for v, miss in bad)
+            nearest = min((hamming(vector, other) for other in tried), default=len(vector))
+            return -rank / len(pool) - 0.5 * learnt - 0.3 * math.exp(-nearest / reach)
+
+        return max(enumerate(pool[:_CONSIDERED]), key=utility)[1]
+
+    def _add(self, vector: Vector, kl: float, origin: str) -> None:
+        if vector not in self._kl:
+            self._kl[vector] = kl
+            self._origin[vector] = origin
+
+    def _untried(self, costs: Costs, limits: Limits, tried: AbstractSet[Vector]) -> list[Vector]:
+        return [v for v in self._kl if v not in tried and costs.fits(v, limits)]
+
+    def _make(self, costs: Costs, limits: Limits, rng: np.random.Generator) -> None:
+        """Bring the best of the pool within the limits, and solve anew under them.
+
+        The KL of what was never screened is the additive estimate, scaled as the screened ones are.
+        """
+        repair = Repair(self._weights, costs, limits)
+        best = sorted(self._kl, key=lambda vector: self._kl[vector])[:_REPAIRED]
+        made = [(repair.fit(vector, rng), "evolution") for vector in best]
+        try:
+            solved = milp_seeds(self._weights, costs, limits, _SOLVED, int(rng.integers(2**31)))
+            made = [(vector, "milp") for vector in solved] + made
+        except InfeasibleError as error:
+            logger.warning("%s", error)
+        ratios = [
+            kl / estimate
+            for vector, kl in self._kl.items()
+            if (estimate := self._scores.estimate(self._space, vector)) > 0
+        ]
+        scale = float(np.median(ratios)) if ratios else 1.0
+        for vector, origin in made:
+            if vector is not None:
+                self._add(vector, scale * self._scores.estimate(self._space, vector), origin)

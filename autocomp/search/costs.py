@@ -1,0 +1,118 @@
+"""What options cost, as linear terms: the view of a cost table that search works on.
+
+Search never imports a target: anything with the `Predictor` methods will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocomp.core.budget import Budget
+from autocomp.core.candidate import Option
+from autocomp.core.measurement import Measurement
+from autocomp.search.space import Space
+
+Limits = Mapping[str, float]
+"""Metric (`latency_ms`, `size_bytes`, `peak_memory_bytes`) → upper limit."""
+
+METRICS = ("latency_ms", "size_bytes", "peak_memory_bytes")
+
+
+class Predictor(Protocol):
+    """A cost model that is linear in the options of the units.
+
+    For any candidate, `predict(options).latency_ms` equals `base_latency_ms` plus the sum of
+    `latency_ms(unit, option)`, likewise for size: corrections are folded into the terms.
+    """
+
+    @property
+    def base_latency_ms(self) -> float:
+        """Latency of what no unit accounts for."""
+        ...
+
+    @property
+    def base_size_bytes(self) -> float:
+        """Bytes of what no unit accounts for."""
+        ...
+
+    def latency_ms(self, unit: str, option: Option) -> float:
+        """Latency that `unit` adds under `option`."""
+        ...
+
+    def size_bytes(self, unit: str, option: Option) -> float:
+        """Bytes that `unit` adds under `option`."""
+        ...
+
+    def predict(self, options: Mapping[str, Option]) -> Measurement:
+        """Estimated cost of the whole model, `provenance="estimated"`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak memory as an affine function of size: `base_bytes + per_byte · size_bytes`."""
+
+    base_bytes: float
+    per_byte: float
+
+
+class Costs:
+    """Cost terms of a space in arrays: `terms[metric][unit index][option index]`.
+
+    Args:
+        space: the space.
+        predictor: the cost model.
+        peak_memory: how peak memory follows from size; without it, peak memory is not predicted.
+    """
+
+    def __init__(
+        self, space: Space, predictor: Predictor, peak_memory: PeakMemory | None = None
+    ) -> None:
+        self.space = space
+        self.base: dict[str, float] = {
+            "latency_ms": predictor.base_latency_ms,
+            "size_bytes": predictor.base_size_bytes,
+        }
+        offered = [[(name, option) for option in space.options[name]] for name in space.names]
+        self.terms: dict[str, list[NDArray[np.float64]]] = {
+            "latency_ms": [np.array([predictor.latency_ms(*o) for o in os]) for os in offered],
+            "size_bytes": [np.array([predictor.size_bytes(*o) for o in os]) for os in offered],
+        }
+        if peak_memory is not None:
+            bytes_ = peak_memory.base_bytes + peak_memory.per_byte * self.base["size_bytes"]
+            self.base["peak_memory_bytes"] = bytes_
+            self.terms["peak_memory_bytes"] = [
+                peak_memory.per_byte * sizes for sizes in self.terms["size_bytes"]
+            ]
+
+    def limits(self, budget: Budget, margin: Mapping[str, float] | float = 0.0) -> dict[str, float]:
+        """The budget's limits on metrics that are predicted, each lowered by a relative margin."""
+        limits: dict[str, float] = {}
+        for metric in self.terms:
+            limit = getattr(budget, metric)
+            if limit is not None:
+                share = margin if isinstance(margin, float) else margin.get(metric, 0.0)
+                limits[metric] = limit * (1.0 - share)
+        return limits
+
+    def total(self, metric: str, vector: Sequence[int]) -> float:
+        """Predicted cost of a whole candidate."""
+        terms = self.terms[metric]
+        return self.base[metric] + float(sum(terms[u][o] for u, o in enumerate(vector)))
+
+    def excess(self, vector: Sequence[int], limits: Limits) -> dict[str, float]:
+        """Relative overshoot per limited metric; ≤ 0 meets it."""
+        return {metric: self.total(metric, vector) / limits[metric] - 1.0 for metric in limits}
+
+    def fits(self, vector: Sequence[int], limits: Limits) -> bool:
+        """Whether every limit is met, to a rounding error."""
+        return all(value <= 1e-9 for value in self.excess(vector, limits).values())
+
+    def smallest(self, metric: str) -> float:
+        """The smallest cost any candidate reaches in this metric, other metrics aside."""
+        return self.base[metric] + float(sum(terms.min() for terms in self.terms[metric]))

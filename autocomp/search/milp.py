@@ -1,0 +1,191 @@
+"""Solve for a budget: one option per unit, least summed score, every limit met.
+
+A multiple-choice knapsack as a mixed-integer linear programme (`scipy.optimize.milp`, HiGHS):
+minimise Σ score[u, o]·x[u, o], Σ_o x[u, o] = 1, base + Σ cost[u, o]·x[u, o] ≤ limit per metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from autocomp.core.errors import InfeasibleError
+from autocomp.core.quantities import format_bytes, format_ms
+from autocomp.search.costs import Costs, Limits
+from autocomp.search.space import Vector
+
+Weights = Sequence[NDArray[np.float64]]
+"""One array of option scores per unit; `inf` forbids an option."""
+
+_NAMES = {"latency_ms": "latency", "size_bytes": "size", "peak_memory_bytes": "peak memory"}
+
+
+def solve(
+    weights: Weights,
+    costs: Costs,
+    limits: Limits,
+    *,
+    avoid: Sequence[tuple[Vector, int]] = (),
+    seconds: float = 5.0,
+) -> Vector | None:
+    """The vector of least summed weight within the limits, or `None` if there is none.
+
+    Args:
+        weights: scores; `inf` forbids an option.
+        costs: linear cost terms.
+        limits: upper limit per metric.
+        avoid: (vector, distance) pairs: the result differs from each in at least that many units.
+        seconds: time limit; the best solution found by then is returned.
+    """
+    counts = [len(row) for row in weights]
+    flat = np.concatenate(list(weights))
+    allowed = np.isfinite(flat)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    columns = int(starts[-1])
+    unit_of = np.repeat(np.arange(len(counts)), counts)
+    choose = csr_array(
+        (np.ones(columns), (unit_of, np.arange(columns))), shape=(len(counts), columns)
+    )
+    constraints = [LinearConstraint(choose, 1, 1)]
+    for metric, limit in limits.items():
+        row = np.concatenate(costs.terms[metric]) / limit  # relative: well scaled for the solver
+        room = 1.0 - costs.base[metric] / limit
+        constraints.append(LinearConstraint(row[None, :], -np.inf, room))
+    for vector, distance in avoid:
+        same = np.zeros((1, columns))
+        same[0, starts[:-1] + np.array(vector)] = 1.0
+        constraints.append(LinearConstraint(same, -np.inf, len(counts) - distance))
+    scale = float(flat[allowed].max()) or 1.0
+    result = milp(
+        np.where(allowed, flat, 0.0) / scale,
+        integrality=np.ones(columns),
+        bounds=Bounds(0.0, allowed.astype(float)),
+        constraints=constraints,
+        options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+    )
+    if result.x is None:
+        return None
+    return tuple(int(np.argmax(result.x[starts[u] : starts[u + 1]])) for u in range(len(counts)))
+
+
+def seeds(
+    weights: Weights,
+    costs: Costs,
+    limits: Limits,
+    count: int,
+    seed: int,
+    *,
+    tightest: float = 0.7,
+    jitter: float = 0.3,
+) -> list[Vector]:
+    """Diverse good starts: solutions at a spread of budgets, with jittered scores.
+
+    The first is the optimum of the additive model under the limits themselves. The others solve
+    for fractions of the limits between `tightest` and 1, with scores multiplied by
+    exp(N(0, jitter²)), each differing from all earlier ones in a tenth of the units or more.
+
+    Returns:
+        At most `count` distinct vectors, all within the limits; fewer if no more exist.
+
+    Raises:
+        InfeasibleError: if nothing meets the limits themselves.
+    """
+    rng = np.random.default_rng(seed)
+    first = solve(weights, costs, limits)
+    if first is None:
+        raise InfeasibleError(why_infeasible(weights, costs, limits))
+    found = [first]
+    distance = max(1, len(costs.space.free) // 10)
+    fractions = np.linspace(1.0, tightest, max(2, min(count, 6)))
+    for index in range(1, count):
+        fraction = float(fractions[index % len(fractions)])
+        noisy = [row * np.exp(rng.normal(0.0, jitter, len(row))) for row in weights]
+        tight = {metric: limit * fraction for metric, limit in limits.items()}
+        avoid = [(vector, distance) for vector in found]
+        vector = solve(noisy, costs, tight, avoid=avoid, seconds=2.0)
+        if vector is None and fraction < 1.0:
+            vector = solve(noisy, costs, limits, avoid=avoid, seconds=2.0)
+        if vector is None and distance > 1:
+            distance = 1
+            avoid = [(old, 1) for old in found]
+            vector = solve(noisy, costs, limits, avoid=avoid, seconds=2.0)
+        if vector is None:
+            break
+        found.append(vector)
+    return found
+
+
+def check_reachable(weights: Weights, costs: Costs, limits: Limits) -> None:
+    """Raise if no candidate meets the limits.
+
+    Raises:
+        InfeasibleError: with the smallest reachable value of each limit, what binds, what to allow.
+    """
+    if solve([np.where(np.isfinite(row), 0.0, np.inf) for row in weights], costs, limits) is None:
+        raise InfeasibleError(why_infeasible(weights, costs, limits))
+
+
+def why_infeasible(weights: Weights, costs: Costs, limits: Limits) -> str:
+    """Why nothing meets the limits: what is reachable, which unit holds most of it, what to do."""
+    usable = [np.isfinite(row) for row in weights]
+    reasons, advice = [], []
+    for metric, limit in limits.items():
+        shares = [
+            float(terms[ok].min()) for terms, ok in zip(costs.terms[metric], usable, strict=True)
+        ]
+        smallest = costs.base[metric] + sum(shares)
+        if smallest > limit:
+            largest = int(np.argmax(shares))
+            name = costs.space.names[largest]
+            reasons.append(
+                f"No candidate meets {_limit(metric, limit)}: the smallest in this space is "
+                f"{_value(metric, smallest)} ({name} {_value(metric, shares[largest])} of it)."
+            )
+            advice.extend(_allow(costs, largest))
+    if not reasons:
+        alone = [
+            f"{_NAMES[metric]} alone can reach {_value(metric, costs.smallest(metric))}"
+            for metric in limits
+        ]
+        reasons.append(
+            f"No candidate meets {' and '.join(_limit(*item) for item in limits.items())} "
+            f"together: {', '.join(alone)}."
+        )
+        for metric, limit in limits.items():
+            others = {name: value for name, value in limits.items() if name != metric}
+            cost = [
+                np.where(ok, terms / limit, np.inf)
+                for terms, ok in zip(costs.terms[metric], usable, strict=True)
+            ]
+            best = solve(cost, costs, others)
+            if best is not None:
+                reached = _value(metric, costs.total(metric, best))
+                kept = " and ".join(_limit(*item) for item in others.items())
+                reasons.append(f"Within {kept} the smallest {_NAMES[metric]} is {reached}.")
+    next_step = f"Allow {' or '.join(dict.fromkeys(advice))}, or raise" if advice else "Raise"
+    return f"{' '.join(reasons)} {next_step} the budget."
+
+
+def _allow(costs: Costs, unit: int) -> list[str]:
+    """What this unit is not offered yet that would shrink it."""
+    described = costs.space.units[unit]
+    offered = [step for option in costs.space.options[described.name] for step in option.steps]
+    bits = [dict(step.args).get("weights") for step in offered]
+    advice = []
+    if 4 not in bits:
+        advice.append(f"4-bit {described.name} (bits.weights)")
+    if described.skippable and not any(step.operator == "skip" for step in offered):
+        advice.append(f"skipping {described.name} (structure.skip)")
+    return advice
+
+
+def _value(metric: str, value: float) -> str:
+    return format_ms(value) if metric == "latency_ms" else format_bytes(value)
+
+
+def _limit(metric: str, limit: float) -> str:
+    return f"{_NAMES[metric]} ≤ {_value(metric, limit)}"

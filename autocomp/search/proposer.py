@@ -1,0 +1,348 @@
+"""Which candidate becomes the next full trial, with which distillation settings.
+
+Call sequence: `ask()` until it returns `None`; `tell(id, outcome)` once per proposal, in any
+order; `correct(predictor)` whenever the cost table was refitted. The state is an in-memory Optuna
+study, a projection that is rebuilt from the ledger's records when a search resumes.
+
+How it chooses, in order:
+1. baselines, as given;
+2. until three feasible trials are measured: the best of the screened at the whole limits and, in
+   turn, at nine and eight tenths of them (insurance against an optimistic estimate, and points for
+   the front), each a tenth of the units or more away from all earlier ones; settings are spread;
+3. then: one in three repeats the best architecture under settings near its own; the others take
+   the architecture of highest utility — its rank in screening, lowered near trials that turned
+   out worse than the median, and near what was tried or is pending.
+
+Every proposal is predicted within the budget less a margin; the margin grows to what measured
+trials that missed the budget exceeded their prediction by.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState, create_trial
+
+from autocomp.core.budget import Budget
+from autocomp.core.candidate import Candidate, Distillation
+from autocomp.core.errors import InternalError
+from autocomp.core.measurement import Measurement
+from autocomp.front.pick import OBJECTIVES, Objective, feasible, objective, rankable
+from autocomp.search.architectures import Architectures
+from autocomp.search.baselines import Baseline
+from autocomp.search.costs import Costs, PeakMemory, Predictor
+from autocomp.search.evolution import ORIGIN, distributions, to_params
+from autocomp.search.scores import Scores
+from autocomp.search.screening import Screened, new_study
+from autocomp.search.settings import Settings
+from autocomp.search.space import Space, Vector
+from autocomp.study.records import TrialKind, TrialRecord
+
+logger = logging.getLogger(__name__)
+
+_SLACK = (1.0, 0.9, 1.0, 0.8)
+_ADAPT_AFTER = 3
+_LARGEST_MARGIN = 0.2
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial to run. `id` is readable for baselines, else the first digits of the key."""
+
+    id: str
+    kind: TrialKind
+    candidate: Candidate
+    proposed_by: str
+    estimated: Measurement | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mapping, the payload of a worker."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "candidate": self.candidate.to_json(),
+            "proposed_by": self.proposed_by,
+            "estimated": None if self.estimated is None else self.estimated.to_json(),
+        }
+
+
+def trial_id(candidate: Candidate) -> str:
+    """The id of a proposal of the search."""
+    return candidate.key[:10]
+
+
+class TrialProposer:
+    """Proposes trials within the budget. Thread-safe; parallel asks never give the same trial.
+
+    Args:
+        space: what may be done to each unit, and the ranges of the distillation settings.
+        screened: candidates with their screening KL.
+        predictor: linear cost model.
+        budget: absolute limits.
+        scores: replace-one scores, to make new candidates where the screened ones do not fit.
+        trials: proposals of the search in all, those of `finished` included.
+        seed: of every random choice.
+        finished: records of earlier runs (from the ledger); never proposed again.
+        baselines: proposed first, not counted as `trials`.
+        margin: share of each predicted limit that is always left unused.
+        peak_memory: how peak memory follows from size, if it is limited.
+        objectives: the values told to the Optuna study.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        screened: Sequence[Screened],
+        predictor: Predictor,
+        budget: Budget,
+        *,
+        scores: Scores,
+        trials: int,
+        seed: int = 0,
+        finished: Sequence[TrialRecord] = (),
+        baselines: Sequence[Baseline] = (),
+        margin: float = 0.01,
+        peak_memory: PeakMemory | None = None,
+        objectives: Sequence[Objective] = OBJECTIVES,
+    ) -> None:
+        self._space, self._budget, self._objectives = space, budget, tuple(objectives)
+        self._peak_memory, self._least_margin = peak_memory, margin
+        self._architectures = Architectures(space, screened, scores)
+        self._settings = Settings(space.distill)
+        self._rng = np.random.default_rng([seed, len(finished)])
+        self._trials = trials
+        self._lock = threading.Lock()
+        directions = ["maximize" if name == "quality" else "minimize" for name in self._objectives]
+        self.study = new_study(optuna.samplers.RandomSampler(seed), directions)  # type: ignore[arg-type]
+        self._records: dict[str, TrialRecord] = {}
+        self._pending: dict[str, tuple[Proposal, optuna.Trial | None]] = {}
+        self._failed: set[str] = set()
+        self.correct(predictor)
+        for record in finished:
+            self._replay(record)
+        self._baselines = deque(b for b in baselines if b[0] not in self._records)
+
+    @property
+    def in_flight(self) -> list[Proposal]:
+        """Asked and not yet told."""
+        with self._lock:
+            return [proposal for proposal, _ in self._pending.values()]
+
+    def correct(self, predictor: Predictor) -> None:
+        """Take a refitted cost model; later proposals are within its prediction."""
+        with self._lock:
+            self._predictor = predictor
+            self._costs = Costs(self._space, predictor, self._peak_memory)
+
+    def extend(self, trials: int) -> None:
+        """Allow this many more proposals (the budget was missed; search on)."""
+        with self._lock:
+            self._trials += trials
+
+    def margins(self) -> dict[str, float]:
+        """Share of each limit left unused now."""
+        margins: dict[str, float] = {}
+        for metric in self._costs.limits(self._budget):
+            over = [
+                getattr(record.measured, metric)
+                / max(self._costs.total(metric, self._space.encode(record.candidate)), 1e-12)
+                - 1.0
+                for record in self._records.values()
+                if record.candidate in self._space
+                and rankable(record)
+                and record.measured is not None
+                and self._budget.excess(record.measured).get(metric, 0.0) > 0
+                and record.kind == "search"
+            ]
+            extra = max([value for value in over if math.isfinite(value)], default=0.0)
+            margins[metric] = min(self._least_margin + max(extra, 0.0), _LARGEST_MARGIN)
+        return margins
+
+    def ask(self) -> Proposal | None:
+        """The next trial, or `None` when there is none left to propose."""
+        with self._lock:
+            if self._baselines:
+                name, kind, candidate = self._baselines.popleft()
+                return self._begin(name, kind, candidate, "baseline")
+            if self._asked() >= self._trials:
+                return None
+            chosen = self._choose()
+            if chosen is None:
+                return None
+            candidate, origin = chosen
+            return self._begin(trial_id(candidate), "search", candidate, origin)
+
+    def tell(self, id: str, outcome: TrialRecord | str) -> None:
+        """Report a trial: its record, or the cause of its failure.
+
+        A record with a missing or non-finite figure is told as failed.
+
+        Raises:
+            InternalError: for an id that was not asked.
+        """
+        with self._lock:
+            if id not in self._pending:
+                raise InternalError(f"trial {id!r} was not asked, or was told before")
+            proposal, trial = self._pending.pop(id)
+            if isinstance(outcome, str):
+                outcome = TrialRecord(
+                    id, proposal.kind, proposal.proposed_by, "failed", proposal.candidate,
+                    error=outcome,
+                )  # fmt: skip
+            self._records[id] = outcome
+            if trial is None:
+                self._project(outcome)
+                return
+            for name, value in self._constraints(outcome).items():
+                trial.set_constraint(name, value)
+            values = self._values(outcome)
+            if values is not None:
+                self.study.tell(trial, values)
+            else:
+                trial.set_user_attr("error", outcome.error or "a figure is missing or not finite")
+                pruned = outcome.state == "pruned"
+                self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+
+    # -- the Optuna study, a projection of the records
+
+    def _begin(self, id: str, kind: TrialKind, candidate: Candidate, origin: str) -> Proposal:
+        estimated = self._predictor.predict(candidate.by_unit) if candidate in self._space else None
+        proposal = Proposal(id, kind, candidate, origin, estimated)
+        trial = None
+        if kind == "search":
+            params, dimensions = self._dimensions(candidate)
+            self.study.enqueue_trial(params, user_attrs={"id": id, ORIGIN: origin})
+            trial = self.study.ask(fixed_distributions=dimensions)
+        self._pending[id] = (proposal, trial)
+        return proposal
+
+    def _dimensions(
+        self, candidate: Candidate
+    ) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+        """Parameters and distributions; none for what lies outside the space."""
+        settings = candidate.distillation
+        if candidate not in self._space or not self._settings.holds(settings):
+            return {}, {}
+        params = {
+            **to_params(self._space, self._space.encode(candidate)),
+            **self._settings.to_params(settings),
+        }
+        return params, {**distributions(self._space), **self._settings.distributions(settings)}
+
+    def _replay(self, record: TrialRecord) -> None:
+        if record.id not in self._records:
+            self._records[record.id] = record
+            self._project(record)
+
+    def _project(self, record: TrialRecord) -> None:
+        """Add a record to the study as a finished trial."""
+        values = self._values(record)
+        params, dimensions = self._dimensions(record.candidate)
+        pruned = record.state == "pruned"
+        unfinished = TrialState.PRUNED if pruned else TrialState.FAIL
+        self.study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if values is not None else unfinished,
+                values=values,
+                params=params,
+                distributions=dimensions,
+                user_attrs={"id": record.id, ORIGIN: record.proposed_by},
+                constraints=self._constraints(record),
+            )
+        )
+
+    def _values(self, record: TrialRecord) -> list[float] | None:
+        if not rankable(record, self._objectives):
+            return None
+        return [float(objective(record, name) or 0.0) for name in self._objectives]
+
+    def _constraints(self, record: TrialRecord) -> dict[str, float]:
+        """Relative overshoot per limit, the same keys for every trial; unmeasured is infinite."""
+        cost = record.measured or Measurement("measured", None, None)
+        excess = self._budget.excess(cost, record.quality)
+        return {name: math.inf if math.isnan(value) else value for name, value in excess.items()}
+
+    # -- choosing
+
+    def _asked(self) -> int:
+        pending = sum(proposal.kind == "search" for proposal, _ in self._pending.values())
+        return pending + sum(record.kind == "search" for record in self._records.values())
+
+    def _tried(self) -> dict[str, Candidate]:
+        """Candidate key → candidate of everything asked or finished."""
+        candidates = [record.candidate for record in self._records.values()]
+        candidates += [proposal.candidate for proposal, _ in self._pending.values()]
+        return {candidate.key: candidate for candidate in candidates}
+
+    def _choose(self) -> tuple[Candidate, str] | None:
+        tried = self._tried()
+        vectors = {self._space.encode(c) for c in tried.values() if c in self._space}
+        limits = self._costs.limits(self._budget, self.margins())
+        pool = self._architectures.fitting(self._costs, limits, vectors, self._rng)
+        good = [r for r in self._records.values() if r.kind == "search" and self._good(r)]
+        best = max(good, key=lambda record: record.quality or 0.0) if good else None
+        index = self._asked()
+        if best is None or len(good) < _ADAPT_AFTER:
+            slack = _SLACK[index % len(_SLACK)]
+            vector = self._architectures.finalist(pool, vectors, self._costs, limits, slack)
+            if vector is not None:
+                return self._named(vector, self._settings.spread(index), tried)
+        elif index % 3 == 0 and self._costs.fits(self._space.encode(best.candidate), limits):
+            again = self._named(
+                self._space.encode(best.candidate),
+                self._near(best.candidate.distillation, index),
+                tried,
+            )
+            if again is not None:
+                return again
+        if best is not None and pool:
+            measured = [
+                (self._space.encode(record.candidate), record.quality or 0.0)
+                for record in self._records.values()
+                if record.kind == "search" and rankable(record) and record.candidate in self._space
+            ]
+            vector = self._architectures.of_highest_utility(pool, vectors, measured)
+            return self._named(vector, self._near(best.candidate.distillation, index), tried)
+        return self._repeat(tried, limits, index)
+
+    def _good(self, record: TrialRecord) -> bool:
+        return record.candidate in self._space and feasible(record, self._budget)
+
+    def _near(self, settings: Distillation, index: int) -> Distillation:
+        if settings.tokens == 0 or not self._settings.holds(settings):
+            return self._settings.spread(index)
+        return self._settings.near(settings, self._rng)
+
+    def _named(
+        self, vector: Vector, settings: Distillation, tried: dict[str, Candidate]
+    ) -> tuple[Candidate, str] | None:
+        """The candidate, under other settings if exactly this one was tried."""
+        for attempt in range(16):
+            candidate = self._space.decode(vector, settings)
+            if candidate.key not in tried:
+                return candidate, self._architectures.origin(vector)
+            settings = self._settings.spread(attempt)
+        return None
+
+    def _repeat(
+        self, tried: dict[str, Candidate], limits: dict[str, float], index: int
+    ) -> tuple[Candidate, str] | None:
+        """No new architecture fits: old ones that fit, under new settings."""
+        for candidate in tried.values():
+            if candidate in self._space and candidate.distillation.tokens:
+                vector = self._space.encode(candidate)
+                if self._costs.fits(vector, limits):
+                    named = self._named(vector, self._settings.spread(index), tried)
+                    if named is not None:
+                        return named
+        logger.info("no candidate is left to propose within the predicted budget")
+        return None

@@ -1,0 +1,205 @@
+"""Screening: evaluate many stitched candidates without training, in batches, resumably.
+
+The evaluation is a callable, so this room needs no torch and no workers: the caller stitches,
+runs the calibration tokens through and returns each candidate's KL to the teacher.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from autocomp.core.budget import Budget
+from autocomp.core.candidate import Candidate
+from autocomp.core.errors import InternalError
+from autocomp.core.measurement import Measurement
+from autocomp.search.costs import Costs, PeakMemory, Predictor
+from autocomp.search.evolution import (
+    ORIGIN,
+    SwapRepairSampler,
+    distributions,
+    from_params,
+    to_params,
+)
+from autocomp.search.milp import seeds as milp_seeds
+from autocomp.search.repair import Repair
+from autocomp.search.scores import Scores
+from autocomp.search.space import Space
+
+logger = logging.getLogger(__name__)
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A candidate and the divergence of its stitched model.
+
+    Attributes:
+        kl: mean KL(teacher ‖ stitched) in nats, or `None` if it was not finite.
+        proposed_by: `milp`, `evolution` or `random`.
+        estimated: predicted cost.
+    """
+
+    candidate: Candidate
+    kl: float | None
+    proposed_by: str
+    estimated: Measurement | None = None
+
+    @property
+    def key(self) -> str:
+        """The stitched model's key, under which the ledger keeps it."""
+        return self.candidate.stitch_key
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mapping."""
+        return {
+            "candidate": self.candidate.to_json(),
+            "kl": self.kl,
+            "proposed_by": self.proposed_by,
+            "estimated": None if self.estimated is None else self.estimated.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Screened:
+        """Inverse of `to_json`."""
+        estimated = data.get("estimated")
+        return cls(
+            Candidate.from_json(data["candidate"]),
+            data["kl"],
+            data["proposed_by"],
+            None if estimated is None else Measurement.from_json(estimated),
+        )
+
+
+def screen(
+    space: Space,
+    predictor: Predictor,
+    evaluate: Callable[[list[Candidate]], Sequence[float]],
+    budget: Budget,
+    n: int,
+    seed: int,
+    known: Sequence[Screened] = (),
+    *,
+    scores: Scores,
+    batch: int = 16,
+    starts: int = 8,
+    margin: float = 0.0,
+    peak_memory: PeakMemory | None = None,
+    on_batch: Callable[[list[Screened]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Screened]:
+    """Screen candidates within the predicted budget until `n` are known.
+
+    Args:
+        space: what may be done to each unit.
+        predictor: linear cost model.
+        evaluate: KL of each candidate of a batch, in order; not finite means it failed.
+        budget: absolute limits; the quality floor plays no part here.
+        n: how many candidates are to be known in the end, `known` included.
+        seed: of every random choice.
+        known: screened before (from the ledger): replayed into the study, not evaluated again.
+        scores: replace-one scores; they guide seeds and repairs.
+        batch: candidates asked for at once; a multiple of the number of workers.
+        starts: how many MILP seeds; as many random budget-tight ones follow.
+        margin: share of each limit that is left unused.
+        peak_memory: how peak memory follows from size, if it is limited.
+        on_batch: called with each batch of new records as soon as it is known (ledger).
+        progress: called with (known, n).
+
+    Returns:
+        `known`, then the new ones in the order they were proposed. Fewer than `n` if the space
+        holds no more candidates.
+
+    Raises:
+        InfeasibleError: if nothing meets the limits.
+    """
+    results = list({item.key: item for item in known if item.candidate in space}.values())
+    if len(results) >= n:
+        return results
+    costs = Costs(space, predictor, peak_memory)
+    limits = costs.limits(budget, margin)
+    weights = scores.arrays(space)
+    sampler = SwapRepairSampler(
+        space,
+        Repair(weights, costs, limits),
+        milp_seeds(weights, costs, limits, starts, seed),
+        seed=seed + 7919 * len(results),
+    )
+    study = new_study(sampler, ["minimize"])
+    dimensions = distributions(space)
+    for item in results:
+        vector = space.encode(item.candidate)
+        study.add_trial(
+            create_trial(
+                state=TrialState.FAIL if item.kl is None else TrialState.COMPLETE,
+                value=item.kl,
+                params=to_params(space, vector),
+                distributions=dimensions,
+                user_attrs={ORIGIN: item.proposed_by},
+                constraints=costs.excess(vector, limits),
+            )
+        )
+    seen = {item.key for item in results}
+    if progress is not None:
+        progress(len(results), n)
+    while len(results) < n:
+        asked: list[tuple[optuna.Trial, Candidate]] = []
+        for _ in range(min(batch, n - len(results))):
+            trial = study.ask(fixed_distributions=dimensions)
+            vector = from_params(space, trial.params)
+            trial.set_user_attr(ORIGIN, sampler.origin(vector))
+            for metric, excess in costs.excess(vector, limits).items():
+                trial.set_constraint(metric, excess)
+            candidate = space.decode(vector)
+            if candidate.stitch_key in seen:  # nothing new could be proposed
+                study.tell(trial, state=TrialState.PRUNED)
+                break
+            seen.add(candidate.stitch_key)
+            asked.append((trial, candidate))
+        if not asked:
+            logger.info("the space within the budget is exhausted after %d", len(results))
+            break
+        values = evaluate([candidate for _, candidate in asked])
+        if len(values) != len(asked):
+            raise InternalError(f"evaluate returned {len(values)} values for {len(asked)}")
+        fresh = [
+            _tell(study, trial, candidate, float(value), predictor)
+            for (trial, candidate), value in zip(asked, values, strict=True)
+        ]
+        results.extend(fresh)
+        if on_batch is not None:
+            on_batch(fresh)
+        if progress is not None:
+            progress(len(results), n)
+    return results
+
+
+def new_study(
+    sampler: optuna.samplers.BaseSampler, directions: Sequence[Direction]
+) -> optuna.Study:
+    """An in-memory Optuna study that does not log: the ledger is the record, this a projection."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(sampler=sampler, directions=list(directions))
+
+
+def _tell(
+    study: optuna.Study, trial: optuna.Trial, candidate: Candidate, kl: float, predictor: Predictor
+) -> Screened:
+    finite = math.isfinite(kl)
+    if finite:
+        study.tell(trial, kl)
+    else:
+        study.tell(trial, state=TrialState.FAIL)
+    return Screened(
+        candidate,
+        kl if finite else None,
+        trial.user_attrs[ORIGIN],
+        predictor.predict(candidate.by_unit),
+    )

@@ -1,0 +1,152 @@
+"""Resident actors: workers that load once and answer many short calls."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+from autocomp.core.errors import InternalError
+from autocomp.workers.tasks import surfaced
+
+logger = logging.getLogger(__name__)
+
+_QUEUED_PER_ACTOR = 2
+
+
+class ActorPool:
+    """`workers` actors of one class, each in its own process.
+
+    A call whose actor died is made again on a new actor, built from the same arguments; an item
+    that kills its actor more than `retries` times fails the pool. Use as a context manager.
+
+    Args:
+        cls: importable class.
+        args: picklable constructor arguments, the same for every actor.
+        workers: number of actors.
+        retries: repetitions of a call whose actor died.
+    """
+
+    def __init__(
+        self, cls: type, args: tuple[Any, ...] = (), workers: int = 1, *, retries: int = 2
+    ) -> None:
+        import ray
+
+        self._class = ray.remote(num_cpus=1, max_restarts=0)(cls)
+        self._args = args
+        self._name = cls.__name__
+        self._retries = retries
+        self._actors: list[Any] = [self._class.remote(*args) for _ in range(workers)]
+
+    def map_unordered(
+        self,
+        method: str,
+        items: Iterable[Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Call `actor.method(item)` for every item; yield (index, result) as they come.
+
+        Two calls are queued per actor, so that none waits for the driver, and no more.
+
+        Raises:
+            AutocompError: what the method raised, if it is one of ours.
+            InternalError: for anything else, or an item whose actor keeps dying.
+        """
+        import ray
+
+        waiting = deque((index, item, 0) for index, item in enumerate(items))
+        total, done = len(waiting), 0
+        running: dict[Any, tuple[int, tuple[int, Any, int]]] = {}
+        load = [0] * len(self._actors)
+        if progress is not None:
+            progress(0, total)
+        try:
+            while waiting or running:
+                while waiting and min(load) < _QUEUED_PER_ACTOR:
+                    slot = load.index(min(load))
+                    job = waiting.popleft()
+                    call = getattr(self._actors[slot], method)
+                    running[call.remote(job[1])] = (slot, job)
+                    load[slot] += 1
+                ready, _ = ray.wait(list(running), num_returns=1)
+                slot, (index, item, tries) = running.pop(ready[0])
+                load[slot] -= 1
+                try:
+                    result = ray.get(ready[0])
+                except ray.exceptions.RayActorError as error:
+                    lost = self._lost(running, slot)
+                    if getattr(error, "cause", None) is not None or tries >= self._retries:
+                        raise surfaced(
+                            error, f"{self._name}.{method}: worker died on item {index + 1}"
+                        ) from error
+                    logger.warning("a %s worker died; its work is repeated", self._name)
+                    self._actors[slot] = self._class.remote(*self._args)
+                    load[slot] = 0
+                    waiting.extendleft(lost)
+                    waiting.appendleft((index, item, tries + 1))
+                    continue
+                except ray.exceptions.RayError as error:
+                    raise surfaced(
+                        error, f"{self._name}.{method} failed on item {index + 1} of {total}"
+                    ) from error
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+                yield index, result
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+    @staticmethod
+    def _lost(running: dict[Any, tuple[int, tuple[int, Any, int]]], slot: int) -> list[Any]:
+        """Take the calls queued on a dead actor out of `running`."""
+        references = [reference for reference, (at, _) in running.items() if at == slot]
+        return [running.pop(reference)[1] for reference in references]
+
+    def map(
+        self,
+        method: str,
+        items: Iterable[Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
+        """`map_unordered`, results in the order of the items."""
+        results = dict(self.map_unordered(method, items, progress))
+        return [results[index] for index in range(len(results))]
+
+    def broadcast(self, method: str, *args: Any) -> list[Any]:
+        """Call `actor.method(*args)` on every actor and wait for all.
+
+        Raises:
+            AutocompError: what the method raised, if it is one of ours, else InternalError.
+        """
+        import ray
+
+        calls = [getattr(actor, method).remote(*args) for actor in self._actors]
+        try:
+            return list(ray.get(calls))
+        except ray.exceptions.RayError as error:
+            raise surfaced(error, f"{self._name}.{method} failed") from error
+
+    def close(self) -> None:
+        """End the actors' processes."""
+        import ray
+
+        actors, self._actors = self._actors, []
+        if ray.is_initialized():
+            for actor in actors:
+                ray.kill(actor)
+
+    def __enter__(self) -> ActorPool:
+        if not self._actors:
+            raise InternalError("this pool was closed")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
