@@ -21,6 +21,7 @@ from pathlib import Path
 
 import click
 
+from autocomp.cli.output import ReaderGoneError
 from autocomp.core.errors import AutocompError, InternalError
 
 INTERRUPTED = 130
@@ -41,7 +42,7 @@ def run(action: Callable[[], object], arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _say(arguments, "Interrupted", _stopped(arguments), INTERRUPTED)
         return INTERRUPTED
-    except BrokenPipeError:
+    except (ReaderGoneError, BrokenPipeError):
         _abandon_stdout()
         return BROKEN_PIPE
     except InternalError as error:

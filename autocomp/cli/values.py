@@ -10,10 +10,11 @@ import click
 from autocomp.core.errors import UserError
 from autocomp.core.quantities import Dimension, parse_limit
 
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_DURATION = re.compile(rf"(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?|{_NUMBER}")
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]
     """`20m`, `1h30m`, `90s`, `90` (seconds) → seconds."""
 
     name = "duration"
@@ -26,13 +27,13 @@ class Duration(click.ParamType):
             return float(value)
         match = _DURATION.fullmatch(value.strip().lower().replace(" ", ""))
         parts = [float(part or 0) for part in match.groups()] if match else [0.0]
-        seconds = sum(part * scale for part, scale in zip(parts, (3600, 60, 1), strict=False))
+        seconds = sum(part * scale for part, scale in zip(parts, (3600, 60, 1, 1), strict=False))
         if seconds <= 0:
             self.fail(f"{value!r} is no duration: write 90s, 20m or 1h30m", param, ctx)
         return seconds
 
 
-class Quantity(click.ParamType):
+class Quantity(click.ParamType):  # type: ignore[type-arg]
     """A budget entry; checked here, passed on as written."""
 
     def __init__(self, dimension: Dimension) -> None:

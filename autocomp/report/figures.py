@@ -63,6 +63,6 @@ def _summarise_step(operator: str, args: Mapping[str, Any]) -> str:
         words.append(str(rest.pop("keep")))
     for name in ("weights", "activations", "group"):
         value = rest.pop(name, None)
-        if value and value not in (32, "dense"):
+        if value and (name == "group" or value not in (32, "dense")):
             words.append(f"{name[0]}{value}")
     return " ".join([*words, *(f"{name}={value}" for name, value in rest.items())])

@@ -198,7 +198,7 @@ class LiveView(SearchState):
             value = record.measured.size_bytes if by_size else record.measured.latency_ms
             if not value:
                 continue
-            name = record.kind if record.kind != "search" else "over"
+            name: str = record.kind if record.kind != "search" else "over"
             if record.kind == "search" and not self.excess(record):
                 name = "best" if record is best else "found"
             symbol, style, order = marks[name]
@@ -217,8 +217,8 @@ class LiveView(SearchState):
             ascii_only=ascii_only,
         )
         legend = Text.assemble(("quality  ", "dim"))
-        for name, word in _LEGEND:
-            symbol, style, _ = marks[name]
+        for mark, word in _LEGEND:
+            symbol, style, _ = marks[mark]
             legend.append(f"{symbol} ", style=style)
             legend.append(f"{word}  ", style="dim")
         return [_fit(legend, width), *plot]

@@ -137,7 +137,9 @@ class MlflowProjector:
             units: the model's units, so that means are weighted by parameters.
             interval_s: pause between looks at the ledger.
         """
-        self._make = lambda: _Projection(Path(study_dir), tracking_uri, experiment, front, units)
+        self._make: Callable[[], _Projection] = lambda: _Projection(
+            Path(study_dir), tracking_uri, experiment, front, units
+        )
         self._interval_s = interval_s
         self._closing = threading.Event()
         self._status = "FINISHED"

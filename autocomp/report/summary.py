@@ -89,7 +89,8 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
     if "mean_bits" in figures:
         parts.append(f"mean {figures['mean_bits']:.3g} bits")
     if figures.get("skipped_units"):
-        parts.append(f"{figures['skipped_units']} units skipped")
+        count = figures["skipped_units"]
+        parts.append(f"{count} unit{'' if count == 1 else 's'} skipped")
     if figures.get("removed_share"):
         parts.append(f"{100 * float(figures['removed_share']):.0f}% of weights removed")
     tokens = figures.get("tokens")

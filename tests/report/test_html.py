@@ -1,0 +1,114 @@
+"""The web page: self-contained, escaped, and holding the figures of the study."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+from samples import baselines, failed, record, records, view
+
+from autocomp.report.html import front_html
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and the text of the data block."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.title = ""
+        self._inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts.append(data)
+        elif self._inside == "title":
+            self.title += data
+
+    @property
+    def data(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads(self.scripts[0])
+        return loaded
+
+
+def test_it_needs_nothing_from_the_network() -> None:
+    text = front_html(view())
+    page = Page(text)
+    assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed")]
+    assert not [1 for _, attributes in page.tags if "src" in attributes or "href" in attributes]
+    urls = set(re.findall(r"https?://[^\"'\s]+", text))
+    assert urls == {"http://www.w3.org/2000/svg"}
+    assert "@import" not in text
+    assert "localStorage" not in text
+    assert "cookie" not in text
+
+
+def test_it_is_small() -> None:
+    assert len(front_html(view([]))) < 20_000
+    each = len(front_html(view(records(30)))) - len(front_html(view(records(10))))
+    assert each / 20 < 2_000
+
+
+def test_names_cannot_break_out() -> None:
+    evil = "</script><img src=x onerror=alert(1)>&\u2028"
+    data = view([*baselines(), record(1, id=evil)])
+    data["study"] = evil
+    text = front_html(data)
+    page = Page(text)
+    assert len(page.scripts) == 2
+    assert "<img" not in text
+    assert page.title == f"{evil}: front"
+    assert page.data["study"] == evil
+    assert page.data["trials"][-1]["id"] == evil
+
+
+def test_scripts_insert_text_never_markup() -> None:
+    text = front_html(view())
+    assert "innerHTML" not in text
+    assert "insertAdjacentHTML" not in text
+    assert "document.write" not in text
+
+
+def test_the_figures_are_the_study_s() -> None:
+    source = view()
+    page = Page(front_html(source)).data
+    assert page["budget"] == "latency ≤ 1.3 ms, size ≤ 10.1 MB"
+    assert len(page["trials"]) == len(source["trials"])
+    for shown, trial in zip(page["trials"], source["trials"], strict=True):
+        assert (shown["id"], shown["front"]) == (trial["id"], trial["on_front"])
+        assert shown["latency_ms"] == trial["latency_ms"]
+        assert shown["chosen"] == (trial["id"] == source["chosen"])
+    dense = page["trials"][0]
+    assert dense["text"]["latency_ms"] == "6.5 ms"
+    assert dense["text"]["size_bytes_share"] == "100%"
+    latency, size = page["costs"]
+    assert (latency["limit"], size["limit"]) == (1.3, 10.1e6)
+    for axis in (latency, size):
+        shown = [trial[axis["name"]] for trial in page["trials"] if trial["drawn"]]
+        assert axis["low"] < min(shown)
+        assert max(shown) < axis["high"]
+        assert all(axis["low"] <= tick <= axis["high"] for tick, _ in axis["ticks"])
+
+
+def test_unmeasured_and_failed_trials_are_not_drawn() -> None:
+    page = Page(front_html(view([failed(3), record(1, measured=None)]))).data
+    assert [trial["drawn"] for trial in page["trials"]] == [False, False]
+    assert page["failed"] == 1
+
+
+def test_an_empty_study_has_a_page() -> None:
+    page = Page(front_html(view([]))).data
+    assert page["trials"] == []
+    assert page["hypervolume"] is None

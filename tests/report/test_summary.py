@@ -1,0 +1,108 @@
+"""A candidate in figures, against sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from autocomp.core.candidate import Candidate, Distillation, Option, Step
+from autocomp.core.unit import Site, Unit
+from autocomp.report.figures import format_excess, format_share, summarise_option
+from autocomp.report.summary import candidate_figures, figures_text
+
+
+def unit(name: str, parameters: int, *, heads: int | None = None, width: int | None = None) -> Unit:
+    site = Site(f"{name}.site", "up", parameters, 1, bias=False)
+    kind = "attention" if heads else "ffn" if width else "embedding"
+    return Unit(name, kind, (site,), heads=heads, width=width, head_dim=32 if heads else None)
+
+
+UNITS = [
+    unit("embeddings", 1000),
+    unit("layers.0.attention", 400, heads=4),
+    unit("layers.0.ffn", 600, width=64),
+    unit("layers.1.attention", 400, heads=4),
+    unit("layers.1.ffn", 600, width=64),
+]
+CANDIDATE = Candidate.of(
+    {
+        "embeddings": Option((Step.of("rtn", weights=4, group=32),)),
+        "layers.0.attention": Option((Step.of("heads", keep=2), Step.of("gptq", weights=8))),
+        "layers.0.ffn": Option(),
+        "layers.1.attention": Option((Step.of("skip"),)),
+        "layers.1.ffn": Option((Step.of("width", keep=16),)),
+    },
+    Distillation(tokens=50_000, lr=2e-4, temperature=4.0),
+).to_json()
+
+
+def test_with_units_means_are_weighted() -> None:
+    figures = candidate_figures(CANDIDATE, UNITS)
+    weights = [(1000, 4), (200, 8), (600, 32), (150, 32)]
+    total = sum(count for count, _ in weights)
+    assert figures["mean_bits"] == pytest.approx(sum(c * b for c, b in weights) / total, abs=1e-3)
+    assert figures["removed_share"] == pytest.approx(1 - total / 3000, abs=1e-4)
+    assert figures["heads_kept"] == pytest.approx((0.5 + 0.0) / 2)
+    assert figures["width_kept"] == pytest.approx((1.0 + 0.25) / 2)
+    assert figures["skipped_units"] == 1
+    assert (figures["tokens"], figures["lr"], figures["temperature"]) == (50_000, 2e-4, 4.0)
+
+
+def test_without_units_every_unit_counts_the_same() -> None:
+    figures = candidate_figures(CANDIDATE)
+    assert figures["mean_bits"] == pytest.approx((4 + 8 + 32 + 32) / 4)
+    assert "heads_kept" not in figures
+
+
+def test_under_grouped_queries_keep_counts_groups() -> None:
+    grouped = Unit(
+        "layers.0.attention",
+        "attention",
+        (Site("q", "query", 100, 1, bias=False),),
+        heads=8,
+        kv_heads=2,
+        head_dim=4,
+    )
+    option = Candidate.of({"layers.0.attention": Option((Step.of("heads", keep=1),))})
+    assert candidate_figures(option.to_json(), [grouped])["heads_kept"] == 0.5
+
+
+def test_all_skipped() -> None:
+    gone = Candidate.of({"layers.0.ffn": Option((Step.of("skip"),))}).to_json()
+    figures = candidate_figures(gone, UNITS)
+    assert "mean_bits" not in figures
+    assert figures["removed_share"] == 1.0
+
+
+def test_text() -> None:
+    text = figures_text(candidate_figures(CANDIDATE, UNITS))
+    assert text.startswith(
+        "mean 15.2 bits · 1 unit skipped · 35% of weights removed · 50,000 tokens"
+    )
+    assert figures_text(candidate_figures(Candidate.of({}).to_json())) == "not distilled"
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({}, "dense"),
+        ({"skip": {}}, "skip"),
+        (
+            {"heads": {"keep": 6}, "gptq": {"activations": 8, "group": 0, "weights": 8}},
+            "heads 6 + gptq w8 a8",
+        ),
+        ({"rtn": {"group": 32, "weights": 4, "activations": 32}}, "rtn w4 g32"),
+        ({"other": {"alpha": 0.5}}, "other alpha=0.5"),
+    ],
+)
+def test_options_are_short(option: dict[str, dict[str, object]], text: str) -> None:
+    assert summarise_option(option) == text
+
+
+def test_shares_and_overshoots() -> None:
+    assert format_share(1.3, 6.5) == "20%"
+    assert format_share(0.05, 1.0) == "5.0%"
+    assert format_share(None, 1.0) == ""
+    assert format_share(1.0, 0) == ""
+    assert format_excess({"latency_ms": 0.123, "size_bytes": 1.5}) == "latency +12%, size ×2.5"
+    assert format_excess({"peak_memory_bytes": float("inf")}) == "peak memory unmeasured"
+    assert format_excess({"quality": 0.02}) == "quality −0.02"

@@ -1,0 +1,167 @@
+"""Tables in the terminal: nothing is cut, the marks are right, the next command works."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from typing import Any
+
+import pytest
+from rich.console import Console
+from samples import BUDGET, baselines, record, records, view
+
+from autocomp.core.budget import Budget, RelativeBudget
+from autocomp.core.quantities import parse_limit
+from autocomp.front.pick import pick
+from autocomp.report.tables import print_check, print_kind, print_mapping, print_picked
+from autocomp.report.terminal import print_front
+
+
+def text_of(data: dict[str, Any], width: int = 80, **options: Any) -> str:
+    output = io.StringIO()
+    print_front(Console(file=output, width=width), data, **options)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_is_cut(width: int) -> None:
+    text = text_of(view(), width)
+    assert "…" not in text
+    assert all(trial.id in text for trial in records() if trial.state == "complete")
+
+
+def test_rows_and_marks() -> None:
+    data = view()
+    lines = text_of(data).splitlines()
+    for trial in data["trials"]:
+        if trial["state"] == "failed":
+            continue
+        (row,) = [line for line in lines if re.search(rf"^.. ?{trial['id']} ", line)]
+        mark = "▸" if trial["id"] == data["chosen"] else "●" if trial["on_front"] else " "
+        assert row[0] == mark
+        assert row.rstrip().endswith("met") == (trial["feasible"] and trial["kind"] != "dense")
+    dense = next(line for line in lines if " dense " in line)
+    assert re.search(r"0\.902 +6\.5 ms 100% +91\.6 MB 100%", dense)
+
+
+def test_it_ends_with_the_next_command() -> None:
+    assert text_of(view()).endswith("  autocomp pick runs/quickstart --export out/\n")
+
+
+def test_when_nothing_fits_the_suggested_command_picks_the_nearest() -> None:
+    budget = Budget(latency_ms=0.5, size_bytes=5e6)
+    text = text_of(view(budget=budget))
+    assert "No measured model meets the budget." in text
+    words = shlex.split(text.rstrip().splitlines()[-1])
+    limits = {
+        flag.removeprefix("--"): words[words.index(flag) + 1] for flag in ("--latency", "--size")
+    }
+    relaxed = RelativeBudget(
+        latency=parse_limit(limits["latency"], "latency"), size=parse_limit(limits["size"], "size")
+    ).resolve(baselines()[0].measured)  # type: ignore[arg-type]
+    nearest = re.search(r"Nearest: (\w+)\.", text)
+    assert nearest is not None
+    chosen = pick(records(), relaxed)
+    figures = next(r for r in records() if r.id == nearest.group(1)).measured
+    assert figures is not None
+    assert relaxed.feasible(figures)
+    assert chosen.quality is not None
+
+
+def test_estimates_come_apart_and_only_when_asked() -> None:
+    trial = record(1, id="only")
+    data = view([*baselines(), trial])
+    assert "Predicted" not in text_of(data)
+    text = text_of(data, estimated=True)
+    after = text.partition("Predicted by the cost table")[2]
+    assert trial.estimated is not None
+    assert trial.measured is not None
+    error = 100 * (trial.estimated.latency_ms / trial.measured.latency_ms - 1)  # type: ignore[operator]
+    assert f"{error:+.1f}%" in after
+    assert "dense" not in after
+
+
+def test_a_study_without_trials() -> None:
+    text = text_of(view([]))
+    assert "No measured model meets the budget." in text
+
+
+def test_an_unmeasured_trial_is_not_called_over() -> None:
+    text = text_of(view([*baselines(), record(2, id="pruned", state="pruned", measured=None)]))
+    (row,) = [line for line in text.splitlines() if " pruned " in line]
+    assert row.rstrip().endswith("–")
+
+
+def test_a_picked_trial() -> None:
+    data = view()
+    chosen = next(t for t in data["trials"] if t["id"] == data["chosen"])
+    output = io.StringIO()
+    print_picked(
+        Console(file=output, width=100), chosen, data["trials"][0], None, "autocomp pick x"
+    )
+    text = output.getvalue()
+    assert f"{chosen['quality'] - 0.902:+.3f}" in text
+    assert all(unit in text for unit in chosen["candidate"]["units"])
+    assert text.endswith("  autocomp pick x\n")
+    output = io.StringIO()
+    exported = {"directory": "out"}
+    print_picked(Console(file=output, width=100), chosen, None, exported, "")
+    assert output.getvalue().endswith("Exported and verified: out\n")
+
+
+def test_a_check() -> None:
+    report = {
+        "rules": [{"match": "layers.*.ffn", "units": ["layers.0.ffn", "layers.1.ffn"]}],
+        "units": [{"name": "layers.0.ffn", "kind": "ffn", "parameters": 1_200_000, "options": 12}],
+        "space_log10": 23.4,
+        "smallest_size_bytes": 7_900_000,
+        "budget": {"latency": "20%", "size": None},
+        "problems": [],
+    }
+    output = io.StringIO()
+    print_check(Console(file=output, width=100), report, "s.yaml")
+    text = output.getvalue()
+    assert re.search(r"space\[0\] +layers\.\*\.ffn +2", text)
+    assert "10^23.4 candidates" in text
+    assert "7.9 MB" in text
+    assert "1,200,000" in text
+    assert text.endswith("  autocomp search s.yaml\n")
+    output = io.StringIO()
+    print_check(Console(file=output, width=100), {**report, "problems": ["too small"]}, "s.yaml")
+    assert "✗ too small" in output.getvalue()
+    assert "autocomp search" not in output.getvalue()
+
+
+def test_a_mapping() -> None:
+    output = io.StringIO()
+    data = {
+        "device": "cpu",
+        "fit": {"error": 0.0214},
+        "entries": [{"unit": "ffn", "latency_ms": 1.25}],
+    }
+    print_mapping(Console(file=output, width=100), data)
+    text = output.getvalue()
+    assert re.search(r"fit\.error +0\.0214", text)
+    assert re.search(r"unit +latency_ms\s+ffn +1\.25", text)
+
+
+def test_extensions() -> None:
+    output = io.StringIO()
+    row = {
+        "name": "gptq",
+        "summary": "Rounds with compensation.",
+        "paper": "Frantar et al., 2022",
+        "options": "weights=8|4",
+        "speeds_up": ["onnxruntime-cpu"],
+        "shrinks": [],
+    }
+    print_kind(Console(file=output, width=100), [row])
+    text = output.getvalue()
+    assert "gptq  Rounds with compensation." in text
+    assert "speeds up: onnxruntime-cpu" in text
+    assert "shrinks" not in text
+
+
+def test_the_budget_of_the_heading_is_the_study_s() -> None:
+    assert f"budget  {BUDGET.describe()}" in text_of(view())
