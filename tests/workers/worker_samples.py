@@ -93,3 +93,7 @@ class BrokenSetup(Runner):
 
     def setup(self, context: Mapping[str, Any]) -> None:
         raise FileNotFoundError("teacher.safetensors is missing")
+
+
+def doze(seconds: float) -> None:
+    time.sleep(seconds)
