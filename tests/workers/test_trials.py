@@ -40,6 +40,7 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
     payloads: dict[str, dict[str, Any]] = {f"t{i}": {"x": i, "sleep": 0.2} for i in range(6)}
     payloads["broken"] = {"x": 0, "raise": True}
     payloads["mortal"] = {"x": 7, "die": str(tmp_path / "died")}
+    payloads["deadly"] = {"x": 8, "always": True}
     queue = Queue(payloads)
     started: list[str] = []
     finished: list[str] = []
@@ -52,7 +53,7 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
         most = max(most, len(started) - len(finished))
 
     def on_result(key: str, result: dict[str, Any] | None, error: str | None) -> None:
-        assert queue.told[key] == (result, error) or key in queue.told
+        assert queue.told[key] == (result, error)
         finished.append(key)
 
     count = run_trials(
@@ -61,10 +62,11 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
         workers=cluster.workers,
         storage=tmp_path / "ray",
         context={"teacher": "path"},
+        max_failures=1,
         on_start=on_start,
         on_result=on_result,
     )
-    assert count == 8
+    assert count == 9
     assert sorted(queue.told) == sorted(started) == sorted(finished) == sorted(payloads)
     for i in range(6):
         result, error = queue.told[f"t{i}"]
@@ -77,20 +79,12 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
     assert (tmp_path / "died").exists()
     assert queue.told["mortal"][0] is not None
     assert queue.told["mortal"][0]["value"] == 70
+    assert queue.told["deadly"] == (None, "the worker process died each of the 2 times it was run")
     assert most == 2
     assert max(result["runs"] for result, _ in queue.told.values() if result) >= 2, "not reused"
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
-
-
-def test_a_payload_that_always_kills_its_worker_is_told_as_failed(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    queue = Queue({"deadly": {"x": 1, "always": True}, "fine": {"x": 2}})
-    run_trials(queue, RUNNER, workers=1, storage=tmp_path / "ray", max_failures=1)
-    assert queue.told["deadly"] == (None, "the worker process died each of the 2 times it was run")
-    assert queue.told["fine"][0] is not None
 
 
 def test_a_runner_that_cannot_be_set_up_fails_each_trial_with_the_cause(
