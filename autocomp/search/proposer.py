@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 _SLACK = (1.0, 0.9, 1.0, 0.8)
 _ADAPT_AFTER = 3
-_LARGEST_MARGIN = 0.2
+_LARGEST_MARGIN = 0.4
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,9 @@ class TrialProposer:
         """Share of each limit left unused now."""
         margins: dict[str, float] = {}
         for metric in self._costs.limits(self._budget):
-            over = [
+            ratios = [
                 getattr(record.measured, metric)
                 / max(self._costs.total(metric, self._space.encode(record.candidate)), 1e-12)
-                - 1.0
                 for record in self._records.values()
                 if record.candidate in self._space
                 and rankable(record)
@@ -163,8 +162,8 @@ class TrialProposer:
                 and self._budget.excess(record.measured).get(metric, 0.0) > 0
                 and record.kind == "search"
             ]
-            extra = max([value for value in over if math.isfinite(value)], default=0.0)
-            margins[metric] = min(self._least_margin + max(extra, 0.0), _LARGEST_MARGIN)
+            worst = max([1.0, *(value for value in ratios if math.isfinite(value))])
+            margins[metric] = min(1.0 - (1.0 - self._least_margin) / worst, _LARGEST_MARGIN)
         return margins
 
     def ask(self) -> Proposal | None:

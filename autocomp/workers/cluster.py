@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from autocomp.core.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -41,7 +43,7 @@ def quieten() -> None:
         "RAY_USAGE_STATS_PROMPT_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_AUTO_INIT": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -88,10 +90,25 @@ def start(address: str | None = None, workers: int | None = None) -> Iterator[Cl
                 count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         except ConnectionError as error:
             raise UserError(
-                f"no Ray cluster answers at {address!r}: {error}. Start one with 'ray start --head', "
-                f"or leave --ray out to run on this machine"
+                f"no Ray cluster answers at {address!r}: {error}. Start one with "
+                f"'ray start --head', or leave --ray out to run on this machine"
             ) from error
+    _log_instead_of_print()
     try:
         yield Cluster(count, address or "local")
     finally:
         ray.shutdown()
+
+
+def _log_instead_of_print() -> None:
+    """Ray prints "a worker died" to stdout, across any live view, and has no setting for it.
+
+    Best effort on a private function: where it is gone, Ray prints.
+    """
+    import ray._private.worker as driver
+
+    def log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        logger.info("ray: %s", " ".join(data.get("lines", [])))
+
+    if hasattr(driver, "print_to_stdstream"):
+        driver.print_to_stdstream = log

@@ -71,7 +71,7 @@ def run_tasks(
 
 
 def surfaced(error: BaseException, what: str) -> AutocompError:
-    """Our own error as the worker raised it, anything else as an `InternalError` naming the cause."""
+    """Our own error as the worker raised it; anything else as an `InternalError` with its cause."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, AutocompError):
         return cause

@@ -7,12 +7,16 @@ Tuner.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from autocomp.workers.cluster import quieten
 from autocomp.workers.protocol import Proposer, RunnerFactory, TrialRunner
@@ -24,7 +28,13 @@ from ray.tune.search import Searcher  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-E = TypeVar("E")
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A trial's result or error, opaque to Tune, which would flatten a dictionary."""
+
+    result: dict[str, Any] | None = None
+    error: str | None = None
 
 
 class _Trainable(tune.Trainable):
@@ -52,11 +62,11 @@ class _Trainable(tune.Trainable):
                 runner = self._factory()
                 runner.setup(self._context)
                 self._runner = runner
-            result, error = self._runner.run(self._config["payload"]), None
+            outcome = _Outcome(result=self._runner.run(json.loads(self._config["payload"])))
         except Exception as failure:
-            result, error = None, f"{type(failure).__name__}: {failure}"
+            outcome = _Outcome(error=f"{type(failure).__name__}: {failure}")
             logger.warning("trial %s failed\n%s", self._config["key"], traceback.format_exc())
-        return {"outcome": {"result": result, "error": error}, "done": True}
+        return {"outcome": outcome, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the ledger is the truth."""
@@ -72,27 +82,30 @@ class _Searcher(Searcher):
         self,
         proposer: Proposer,
         workers: int,
+        max_failures: int,
         on_start: Callable[[str, dict[str, Any]], None] | None,
         on_result: Callable[[str, dict[str, Any] | None, str | None], None] | None,
     ) -> None:
         super().__init__()
-        self._proposer, self._workers = proposer, workers
+        self._proposer, self._workers, self._max_failures = proposer, workers, max_failures
         self._on_start, self._on_result = on_start, on_result
         self.in_flight: dict[str, str] = {}
         self.finished = 0
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
         if len(self.in_flight) >= self._workers:
             return None
-        asked = self._proposer.ask()
+        with self._kept():
+            asked = self._proposer.ask()
         if asked is None:
             return Searcher.FINISHED
         key, payload = asked
         self.in_flight[trial_id] = key
         if self._on_start is not None:
-            self._on_start(key, payload)
-        return {"key": key, "payload": payload}
+            with self._kept():
+                self._on_start(key, payload)
+        return {"key": key, "payload": json.dumps(payload)}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -100,13 +113,26 @@ class _Searcher(Searcher):
         key = self.in_flight.pop(trial_id, None)
         if key is None:
             return
-        outcome = (result or {}).get("outcome") if not error else None
+        outcome = None if error else (result or {}).get("outcome")
         if outcome is None:
-            outcome = {"result": None, "error": "the worker process died, every time it was tried"}
+            times = self._max_failures + 1
+            outcome = _Outcome(
+                error=f"the worker process died each of the {times} times it was run"
+            )
         self.finished += 1
-        self._proposer.tell(key, outcome["result"], outcome["error"])
-        if self._on_result is not None:
-            self._on_result(key, outcome["result"], outcome["error"])
+        with self._kept():
+            self._proposer.tell(key, outcome.result, outcome.error)
+            if self._on_result is not None:
+                self._on_result(key, outcome.result, outcome.error)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Keep what the caller's own code raised: Tune wraps it in an error of its own."""
+        try:
+            yield
+        except Exception as failure:
+            self.failure = failure
+            raise
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the truth."""
@@ -142,13 +168,21 @@ def run_trials(
         The number of trials that were told.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C; trials in flight are ended and not told.
+        KeyboardInterrupt: on Ctrl-C; trials in flight end with the cluster and are not told.
+        Exception: whatever the proposer or a callback raised.
     """
-    searcher = _Searcher(proposer, workers, on_start, on_result)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)  # else processes start one by one
+    searcher = _Searcher(proposer, workers, max_failures, on_start, on_result)
     trainable = tune.with_parameters(_Trainable, factory=factory, context=dict(context or {}))
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
-        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
         run_config=tune.RunConfig(
             name="trials",
             storage_path=str(storage.resolve()),
@@ -159,7 +193,28 @@ def run_trials(
             ),
         ),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tuner.fit()
+    with _quiet():
+        try:
+            tuner.fit()
+        except Exception as error:
+            raise searcher.failure or error from None
     return searcher.finished
+
+
+def _name(trial: Any) -> str:
+    """Tune would put the payload into directory names."""
+    return str(trial.trial_id)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings or logs of Tune's own: failures reach the proposer, which tells the user."""
+    log = logging.getLogger("ray.tune")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

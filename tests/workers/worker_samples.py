@@ -81,7 +81,7 @@ class Runner:
         time.sleep(payload.get("sleep", 0.0))
         return {
             "value": payload["x"] * self.factor,
-            "nested": {"nan": float("nan"), "list": [1, 2]},
+            "nested": {"infinite": float("inf"), "list": [1, 2]},
             "context": self.context,
             "pid": os.getpid(),
             "runs": self.runs,
@@ -93,3 +93,7 @@ class BrokenSetup(Runner):
 
     def setup(self, context: Mapping[str, Any]) -> None:
         raise FileNotFoundError("teacher.safetensors is missing")
+
+
+def doze(seconds: float) -> None:
+    time.sleep(seconds)

@@ -1,0 +1,158 @@
+"""The Ray Tune driver: every trial told once, failures told with their message, deaths retried."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worker_samples as samples
+
+from autocomp.core.errors import InfeasibleError
+from autocomp.workers import Cluster, RunnerFactory
+from autocomp.workers.trials import run_trials
+
+RUNNER = RunnerFactory(samples.Runner, (10,))
+
+
+class Queue:
+    """Proposes a fixed list."""
+
+    def __init__(self, payloads: dict[str, dict[str, Any]]) -> None:
+        self.waiting = list(payloads.items())
+        self.told: dict[str, tuple[dict[str, Any] | None, str | None]] = {}
+
+    def ask(self) -> tuple[str, dict[str, Any]] | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    def tell(self, key: str, result: dict[str, Any] | None, error: str | None) -> None:
+        assert key not in self.told
+        self.told[key] = (result, error)
+
+
+def test_trials_complete_fail_alone_and_survive_a_dead_worker(
+    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    payloads: dict[str, dict[str, Any]] = {f"t{i}": {"x": i, "sleep": 0.2} for i in range(6)}
+    payloads["broken"] = {"x": 0, "raise": True}
+    payloads["mortal"] = {"x": 7, "die": str(tmp_path / "died")}
+    payloads["deadly"] = {"x": 8, "always": True}
+    queue = Queue(payloads)
+    started: list[str] = []
+    finished: list[str] = []
+    most = 0
+
+    def on_start(key: str, payload: dict[str, Any]) -> None:
+        nonlocal most
+        assert payload == payloads[key]
+        started.append(key)
+        most = max(most, len(started) - len(finished))
+
+    def on_result(key: str, result: dict[str, Any] | None, error: str | None) -> None:
+        assert queue.told[key] == (result, error)
+        finished.append(key)
+
+    count = run_trials(
+        queue,
+        RUNNER,
+        workers=cluster.workers,
+        storage=tmp_path / "ray",
+        context={"teacher": "path"},
+        max_failures=1,
+        on_start=on_start,
+        on_result=on_result,
+    )
+    assert count == 9
+    assert sorted(queue.told) == sorted(started) == sorted(finished) == sorted(payloads)
+    for i in range(6):
+        result, error = queue.told[f"t{i}"]
+        assert error is None
+        assert result is not None
+        assert result["value"] == 10 * i
+        assert result["context"] == {"teacher": "path"}
+        assert result["nested"]["list"] == [1, 2]
+    assert queue.told["broken"] == (None, "ValueError: this trial is broken")
+    assert (tmp_path / "died").exists()
+    assert queue.told["mortal"][0] is not None
+    assert queue.told["mortal"][0]["value"] == 70
+    assert queue.told["deadly"] == (None, "the worker process died each of the 2 times it was run")
+    assert most == 2
+    assert max(result["runs"] for result, _ in queue.told.values() if result) >= 2, "not reused"
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_a_runner_that_cannot_be_set_up_fails_each_trial_with_the_cause(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    queue = Queue({"a": {"x": 1}, "b": {"x": 2}})
+    factory = RunnerFactory(samples.BrokenSetup, (1,))
+    run_trials(queue, factory, workers=1, storage=tmp_path / "ray")
+    message = "FileNotFoundError: teacher.safetensors is missing"
+    assert queue.told == {"a": (None, message), "b": (None, message)}
+
+
+def test_nothing_to_propose_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    assert run_trials(Queue({}), RUNNER, workers=2, storage=tmp_path / "ray") == 0
+
+
+def test_what_the_proposer_raises_comes_back_as_it_was(cluster: Cluster, tmp_path: Path) -> None:
+    class Raises(Queue):
+        def ask(self) -> None:
+            raise InfeasibleError("nothing fits")
+
+    with pytest.raises(InfeasibleError, match="nothing fits"):
+        run_trials(Raises({}), RUNNER, workers=1, storage=tmp_path / "ray")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import worker_samples as samples
+from autocomp.workers import RunnerFactory, start
+from autocomp.workers.trials import run_trials
+
+class Endless:
+    count = 0
+    def ask(self):
+        self.count += 1
+        return str(self.count), {"x": self.count, "sleep": 600}
+    def tell(self, *outcome):
+        print("told", outcome, flush=True)
+
+try:
+    with start(workers=1):
+        run_trials(Endless(), RunnerFactory(samples.Runner, (1,)), workers=1,
+                   storage=Path(sys.argv[1]), on_start=lambda *_: print("started", flush=True))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_raises_in_the_driver_and_leaves_no_process(tmp_path: Path) -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "ray")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "started\n"
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: the whole group
+    output, _ = driver.communicate(timeout=60)
+    assert output == "interrupted\n"
+    assert driver.returncode == 130
+    left = subprocess.run(
+        ["ps", "-s", str(driver.pid), "-o", "stat=,args="], capture_output=True, text=True
+    )
+    alive = [line for line in left.stdout.splitlines() if not line.startswith("Z")]
+    assert alive == []
