@@ -84,7 +84,9 @@ def report(plan: Plan) -> CheckReport:
         )
     notes = []
     if spec.budget.latency is not None:
-        notes.append("latency is measured, not guessed: autocomp profile SPEC tells what is reached")
+        notes.append(
+            "latency is measured, not guessed: autocomp profile SPEC tells what is reached"
+        )
     unmatched = [unit.name for unit in plan.units if unit.name not in plan.rules]
     if unmatched:
         notes.append(f"no rule for {', '.join(unmatched)}: stays dense")

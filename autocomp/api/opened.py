@@ -75,7 +75,9 @@ class OpenStudy:
             budget = RelativeBudget(
                 latency=None if latency is None else parse_limit(latency, "latency"),
                 size=None if size is None else parse_limit(size, "size"),
-                peak_memory=None if peak_memory is None else parse_limit(peak_memory, "peak_memory"),
+                peak_memory=None
+                if peak_memory is None
+                else parse_limit(peak_memory, "peak_memory"),
                 quality=quality,
             ).resolve(dense.measured)
         return Picked(self, pick(self.trials(), budget), budget)

@@ -76,7 +76,9 @@ class Plan:
     def rest_bytes(self) -> int:
         """Bytes of the float32 tensors that belong to no unit: norms, positions, a patch conv."""
         inside = sum(unit.parameters for unit in self.units if unit.kind != "head")
-        whole = sum(_count(shape) for name, shape in self.shapes.items() if "position_ids" not in name)
+        whole = sum(
+            _count(shape) for name, shape in self.shapes.items() if "position_ids" not in name
+        )
         head = sum(unit.parameters for unit in self.units if unit.kind == "head")
         named = {part for name in self.shapes for part in (name.rpartition(".")[0],)}
         held = any(site.name in named for u in self.units if u.kind == "head" for site in u.sites)
@@ -112,9 +114,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
     rules = match_rules(loaded, [unit.name for unit in units])
     target = make_target(spec.target)
-    options = {
-        unit.name: _options(loaded, unit, rules.get(unit.name), target) for unit in units
-    }
+    options = {unit.name: _options(loaded, unit, rules.get(unit.name), target) for unit in units}
     return Plan(loaded, model_path, config, shapes, data, units, rules, options)
 
 

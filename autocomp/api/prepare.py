@@ -7,11 +7,12 @@ trial and the cost table belong to the study.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autocomp.api.plan import Plan
 from autocomp.core.candidate import Candidate, Option
@@ -24,6 +25,11 @@ from autocomp.study.records import TrialRecord
 from autocomp.tasks.protocol import Task
 from autocomp.trial.context import TrialContext
 from autocomp.workers.cluster import Cluster
+
+if TYPE_CHECKING:
+    from autocomp.targets.cost_table import CostTable
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_BATCH = 32
 
@@ -58,6 +64,18 @@ def prepare_teacher(plan: Plan, progress: SearchProgress) -> Teacher:
     return Teacher(task, path)
 
 
+def untrained_teacher(plan: Plan, directory: Path) -> Teacher:
+    """The source model with the task's head, untrained: for costs, which depend on shapes alone."""
+    from autocomp.models.load import load_model, quiet
+    from autocomp.tasks import make_task
+
+    task = make_task(plan.spec, plan.model_path)
+    model = load_model(plan.model_path, task.name, task.num_labels)
+    with quiet():
+        model.save_pretrained(directory / "teacher")
+    return Teacher(task, directory / "teacher")
+
+
 def prepare_library(
     plan: Plan, teacher: Teacher, cluster: Callable[[], Cluster], progress: SearchProgress
 ) -> dict[tuple[str, str], str]:
@@ -79,7 +97,9 @@ def prepare_library(
     batches = list(teacher.task.batches("calibrate", CALIBRATION_BATCH, trim=True))
     statistics = fingerprint(batches, digest)
     directory = cache_directory() / "statistics" / statistics[:16]
-    paths = {u.name: directory / f"{u.name}.safetensors" for u in plan.units if u.kind != "embedding"}
+    paths = {
+        u.name: directory / f"{u.name}.safetensors" for u in plan.units if u.kind != "embedding"
+    }
     build = plan_build(teacher.path, plan.units, plan.options, paths, statistics, library)
     if build.tasks:
         model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
@@ -172,3 +192,42 @@ def measure_dense(
         dense = study.dense() or record
     progress.trial_finished(dense)
     return dense, context
+
+
+def prepare_cost_table(
+    plan: Plan, study: Study, context: TrialContext, progress: SearchProgress
+) -> CostTable:
+    """Measure the target, unless the study has a table of this device and these options."""
+    import onnx
+
+    from autocomp.export.companions import Companions
+    from autocomp.targets import make_target
+    from autocomp.targets.cost_table import CostTable
+    from autocomp.targets.profile import profile
+
+    reference = None if context.reference is None else dict(context.reference)
+    target = make_target(plan.spec.target, context.gate, reference)
+    path = study.paths.cost_table
+    if path.exists():
+        try:
+            table = CostTable.load(path)
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged: measured again", path)
+        else:
+            covered = all(
+                set(options) <= set(table.entries.get(unit, {}))
+                for unit, options in plan.formats.items()
+            )
+            if table.device == target.fingerprint() and covered:
+                return table
+    table = profile(
+        target,
+        onnx.load(context.skeleton_path),
+        plan.units,
+        plan.formats,
+        Companions(study.paths.companions).inputs,
+        seed=plan.spec.search.seed,
+        progress=progress.advance,
+    )
+    table.save(path)
+    return table

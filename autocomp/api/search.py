@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.api.opened import OpenStudy
 from autocomp.api.plan import Plan, make_plan
+from autocomp.api.predictor import TablePredictor
 from autocomp.core.budget import Budget
 from autocomp.front.pick import NothingFitsError, feasible, front, pick
 from autocomp.study.directory import Study, append_trial
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from autocomp.search.proposer import TrialProposer
     from autocomp.search.scores import Scores
     from autocomp.search.screening import Screened
-    from autocomp.targets.cost_table import CostTable
     from autocomp.trial.context import TrialContext
     from autocomp.workers.actors import ActorPool
     from autocomp.workers.cluster import Cluster
@@ -130,7 +130,7 @@ class _Search:
         assert dense.measured is not None
         budget = spec.budget.limits().resolve(dense.measured)
         progress.header(budget=budget)
-        table = prepare.prepare_cost_table(plan, study, context, progress)
+        table = TablePredictor(prepare.prepare_cost_table(plan, study, context, progress))
         screened, scores = self._screen(context, table, budget)
         self._run_trials(context, table, budget, screened, scores)
         chosen = pick(study.trials(), budget)
@@ -149,7 +149,7 @@ class _Search:
     # -- screening
 
     def _screen(
-        self, context: TrialContext, table: CostTable, budget: Budget
+        self, context: TrialContext, table: TablePredictor, budget: Budget
     ) -> tuple[list[Screened], Scores]:
         """Replace-one scores, then screening within the predicted budget."""
         import numpy as np
@@ -187,9 +187,7 @@ class _Search:
                 count = self.cluster().workers
                 size = max(1, -(-len(candidates) // (4 * count)))
                 chunks = _chunks([c.to_json() for c in candidates], size)
-                values: dict[int, list[float]] = dict(
-                    screeners().map_unordered("evaluate", chunks)
-                )
+                values: dict[int, list[float]] = dict(screeners().map_unordered("evaluate", chunks))
                 return [value for index in sorted(values) for value in values[index]]
 
             self.progress.phase("screening", self.plan.spec.search.screen)
@@ -237,7 +235,10 @@ class _Search:
                 ledger.append_many(
                     "score",
                     [
-                        (_score_key(unit, option.key), {"unit": unit, "option": option.key, "kl": kl})
+                        (
+                            _score_key(unit, option.key),
+                            {"unit": unit, "option": option.key, "kl": kl},
+                        )
                         for (unit, option, _), kl in zip(chunks[index], values, strict=True)
                     ],
                 )
@@ -253,7 +254,7 @@ class _Search:
     def _run_trials(
         self,
         context: TrialContext,
-        table: CostTable,
+        table: TablePredictor,
         budget: Budget,
         screened: list[Screened],
         scores: Scores,
@@ -362,7 +363,11 @@ class _Dispatcher:
     """The workers' view of the proposer; refits the cost table as measurements come in."""
 
     def __init__(
-        self, search: _Search, proposer: TrialProposer, table: CostTable, deadline: float | None
+        self,
+        search: _Search,
+        proposer: TrialProposer,
+        table: TablePredictor,
+        deadline: float | None,
     ) -> None:
         self._search, self._proposer, self._table = search, proposer, table
         self._deadline = deadline

@@ -78,7 +78,9 @@ def _rows(
         value = getattr(measured, name, None)
         reference = getattr(dense, name, None)
         share = f"{value / reference:.1%}" if value is not None and reference else "–"
-        rows.append(f"| {label} | {show(value)} | {share} | {show(getattr(estimated, name, None))} |")
+        rows.append(
+            f"| {label} | {show(value)} | {share} | {show(getattr(estimated, name, None))} |"
+        )
     return rows
 
 

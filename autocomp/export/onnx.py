@@ -78,7 +78,9 @@ class OnnxExporter:
         """See `Exporter.verify`."""
         written = Artifact(
             directory / request.artifact.path.name,
-            sum((directory / f.name).stat().st_size for f in request.artifact.path.parent.iterdir()),
+            sum(
+                (directory / f.name).stat().st_size for f in request.artifact.path.parent.iterdir()
+            ),
         )
         if written.size_bytes != request.artifact.size_bytes:
             raise InternalError(

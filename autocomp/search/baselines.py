@@ -30,20 +30,25 @@ def baselines(
     Args:
         space: the space.
         units: the units to compress, normally all of `space.units`.
-        distillation: settings of the uniform baselines; untrained by default. Dense is untrained.
+        distillation: settings of the baselines that change structure, untrained by default. Dense
+            and uniform bits are untrained: that is what they are to a user.
     """
     names = {unit.name for unit in units}
     dense = Candidate.of({name: Option() for name in space.names})
     found: list[Baseline] = [("dense", "dense", dense)]
     seen = {dense.stitch_key}
 
-    def add(id: str, choose: Callable[[Unit, Sequence[Option]], Option | None]) -> None:
+    def add(
+        id: str,
+        choose: Callable[[Unit, Sequence[Option]], Option | None],
+        settings: Distillation | None = None,
+    ) -> None:
         chosen = {
             unit.name: (choose(unit, space.options[unit.name]) if unit.name in names else None)
             or Option()
             for unit in space.units
         }
-        candidate = Candidate.of(chosen, distillation)
+        candidate = Candidate.of(chosen, settings)
         if candidate.stitch_key not in seen:
             seen.add(candidate.stitch_key)
             found.append((id, "uniform", candidate))
@@ -51,7 +56,7 @@ def baselines(
     add("uniform-int8", lambda unit, options: _bits(options, 8))
     add("uniform-int4", lambda unit, options: _bits(options, 4))
     for fraction in _fractions(space):
-        add(f"uniform-width-{fraction:g}", partial(_width, wanted=fraction))
+        add(f"uniform-width-{fraction:g}", partial(_width, wanted=fraction), distillation)
     return found
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,12 @@ class CostTable:
             slopes=dict(zip(kinds, map(float, solution[1 : 1 + count]), strict=True)),
             steps=dict(zip(kinds, map(float, solution[1 + count :]), strict=True)),
         )
+
+    def with_pairs(self, pairs: Sequence[tuple[Choice, float]]) -> CostTable:
+        """A copy whose correction is fitted to these measured candidates too."""
+        copy = replace(self, pairs=list(self.pairs), correction=None)
+        copy.fit(pairs)
+        return copy
 
     def _mean_latency(self, kind: str) -> float:
         found = [

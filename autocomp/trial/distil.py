@@ -8,9 +8,11 @@ hold most of a small model's bytes and move little within the tokens a trial can
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,9 +41,7 @@ class DistillationResult:
     last_loss: float
 
 
-def logit_loss(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """Temperature-scaled KL(teacher ‖ student), times τ² (Hinton et al., 2015, section 2.1).
 
     Logits are `(..., C)`; the mean over everything before the last axis is returned, in nats.
@@ -69,8 +69,9 @@ def _unshare(student: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, buffer.detach().clone(), name not in
-                                   module._non_persistent_buffers_set)
+            module.register_buffer(
+                name, buffer.detach().clone(), name not in module._non_persistent_buffers_set
+            )
 
 
 def distil(
@@ -82,12 +83,14 @@ def distil(
     batch: int,
     seed: int,
     gate: Gate,
+    teacher_logits: np.ndarray[Any, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DistillationResult:
     """Train `student` in place on the distil split until `settings.tokens` real tokens were seen.
 
     AdamW, linear warm-up over the first tenth, cosine decay to zero, gradients clipped to norm 1.
-    The learning rate follows tokens, not steps, so that batches of short texts weigh as little as
+    `teacher_logits` are those of the whole distil split, in its order, if they are at hand; else the
+    teacher runs beside the student. The learning rate follows tokens, not steps, so that batches of short texts weigh as little as
     they hold. Each step holds the gate shared, so that a measurement can come between two steps.
 
     Raises:
@@ -105,14 +108,13 @@ def distil(
     seen, step, epoch = 0, 0, 0
     losses: list[float] = []
     while seen < settings.tokens:
-        for inputs in task.batches("distil", batch, seed=seed + epoch):
+        for inputs in task.batches("distil", batch, seed=seed + epoch, index=True):
             with gate.working():
                 done = seen / settings.tokens
                 rate = min(1.0, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
                 for group in optimiser.param_groups:
                     group["lr"] = settings.lr * rate
-                with torch.no_grad():
-                    target = task.logits(teacher, inputs)
+                target = _target(task, teacher, teacher_logits, inputs)
                 loss = logit_loss(task.logits(student, inputs), target, settings.temperature)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -134,6 +136,17 @@ def distil(
         epoch += 1
     student.eval()
     tenth = max(1, len(losses) // 10)
-    return DistillationResult(
-        seen, step, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    )
+    return DistillationResult(seen, step, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth)
+
+
+@torch.no_grad()
+def _target(
+    task: Task,
+    teacher: nn.Module,
+    known: np.ndarray[Any, Any] | None,
+    inputs: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """The teacher's logits for a batch, looked up or computed."""
+    if known is None:
+        return task.logits(teacher, inputs)
+    return torch.from_numpy(known[inputs["index"].numpy()])

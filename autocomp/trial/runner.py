@@ -112,6 +112,7 @@ class CandidateRunner:
                 batch=context.spec.distill.batch,
                 seed=context.spec.search.seed,
                 gate=context.gate,
+                teacher_logits=self._distil_logits(candidate),
             )
         directory = self.paths.artifacts / record.id
         inputs = {
@@ -143,6 +144,14 @@ class CandidateRunner:
             metric=quality.metric_json(),
             measured=measured,
             artifact=str(directory.relative_to(self.paths.root)),
+        )
+
+    def _distil_logits(self, candidate: Candidate) -> np.ndarray[Any, Any] | None:
+        """The teacher's logits on the distil split where they are small: one row per example."""
+        if self.task.num_labels is None or candidate.distillation.tokens == 0:
+            return None
+        return teacher_logits(
+            self.teacher, self.task, "distil", self.paths.work / "teacher-distil.npy"
         )
 
     @torch.no_grad()

@@ -1,0 +1,55 @@
+"""The search's view of a cost table: options in, linear terms out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autocomp.core.candidate import Option
+from autocomp.core.measurement import Measurement
+from autocomp.targets.cost_table import CostTable
+
+Measured = Sequence[tuple[Mapping[str, Option], Measurement]]
+"""Whole candidates that were measured: unit name → option, and their cost."""
+
+
+class TablePredictor:
+    """A `search.costs.Predictor` on a cost table.
+
+    Tied weights that are shared on disk are counted twice by the linear terms, once by `predict`:
+    the terms err on the safe side.
+    """
+
+    def __init__(self, table: CostTable) -> None:
+        self._table = table
+
+    @property
+    def base_latency_ms(self) -> float:
+        """Latency of what no unit accounts for."""
+        return self._table.fitted.base_ms
+
+    @property
+    def base_size_bytes(self) -> float:
+        """Bytes of what no unit accounts for."""
+        return float(self._table.rest_bytes)
+
+    def latency_ms(self, unit: str, option: Option) -> float:
+        """Latency that `unit` adds under `option`."""
+        return self._table.latency_ms(unit, option.key)
+
+    def size_bytes(self, unit: str, option: Option) -> float:
+        """Bytes that `unit` adds under `option`."""
+        return float(self._table.entry(unit, option.key).size_bytes)
+
+    def predict(self, options: Mapping[str, Option]) -> Measurement:
+        """Estimated cost of the whole model."""
+        return self._table.predict({unit: option.key for unit, option in options.items()})
+
+    def refitted(self, measured: Measured) -> TablePredictor:
+        """The same table, its correction fitted to these measurements too."""
+        pairs = []
+        for options, cost in measured:
+            choice = {unit: option.key for unit, option in options.items()}
+            known = all(key in self._table.entries.get(unit, {}) for unit, key in choice.items())
+            if known and cost.latency_ms is not None:
+                pairs.append((choice, cost.latency_ms))
+        return TablePredictor(self._table.with_pairs(pairs))
