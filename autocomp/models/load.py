@@ -100,7 +100,7 @@ def load_tokenizer(path: Path) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' log below errors and its progress bars inside the block."""
-    control = transformers.utils.logging
+    control: Any = transformers.utils.logging
     level, bars = control.get_verbosity(), control.is_progress_bar_enabled()
     control.set_verbosity_error()
     control.disable_progress_bar()

@@ -21,6 +21,10 @@ CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7)}
 """Weight bits → smallest and largest code."""
 
 
+_TINY = 1e-36
+"""Blocks of activations up to here count as zero: 127 / x would overflow float32."""
+
+
 def group_size(format: SiteFormat) -> int:
     """Columns that share a scale: the whole row when `format.group` is `None`."""
     return format.group or format.columns
@@ -74,13 +78,15 @@ def fake_quantise_per_tensor(x: torch.Tensor) -> torch.Tensor:
 def fake_quantise_blockwise(x: torch.Tensor, block: int) -> torch.Tensor:
     """`x` `(..., columns)` through int8 and back, symmetric, a scale per `block` columns.
 
-    This is what ONNX Runtime's MatMulNBits does at accuracy level 4. Straight-through.
+    This is what ONNX Runtime's MatMulNBits does at accuracy level 4. A block of zeros, or of values
+    so small that the inverse scale would overflow, becomes zero. Straight-through.
     """
     with torch.no_grad():
         columns = x.shape[-1]
-        padded = F.pad(x, (0, -columns % block)).unflatten(-1, (-1, block))
+        padded = F.pad(x, (0, -columns % block))
+        padded = padded.reshape(*x.shape[:-1], -1, block)
         largest = padded.abs().amax(dim=-1, keepdim=True)
-        inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+        inverse = torch.where(largest > _TINY, 127.0 / largest, 0.0)
         codes = (padded * inverse).round_()
         rounded = (codes * (largest / 127.0)).flatten(-2)[..., :columns]
     return _straight_through(x, rounded)
@@ -108,7 +114,8 @@ def _straight_through(
     value: torch.Tensor, rounded: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     if torch.is_grad_enabled() and value.requires_grad:
-        return _StraightThrough.apply(value, rounded, mask)  # type: ignore[no-any-return]
+        through: torch.Tensor = _StraightThrough.apply(value, rounded, mask)  # type: ignore[no-untyped-call]
+        return through
     return rounded
 
 

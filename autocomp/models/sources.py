@@ -96,20 +96,21 @@ def _download(source: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(_WANTED)))
-    except GatedRepoError as error:
-        cause, advice = error, "accept its terms on the hub and log in (hf auth login)"
-    except RepositoryNotFoundError as error:
-        cause, advice = error, "check the spelling; a private model needs hf auth login"
-    except RevisionNotFoundError as error:
-        cause, advice = error, f"it has no revision {revision!r}"
-    except LocalEntryNotFoundError as error:
-        cause, advice = error, "the hub cannot be reached; give a local directory instead"
-    except (OSError, ValueError) as error:
-        cause, advice = error, str(error).partition("\n")[0] or type(error).__name__
-    raise ModelError(
-        f"model.source {source}: neither a local directory nor a model that could be fetched from "
-        f"the hub: {advice}"
-    ) from cause
+    except (OSError, ValueError) as error:  # every error of the hub client is one of these
+        if isinstance(error, GatedRepoError):
+            advice = "accept its terms on the hub and log in (hf auth login)"
+        elif isinstance(error, RepositoryNotFoundError):
+            advice = "check the spelling; a private model needs hf auth login"
+        elif isinstance(error, RevisionNotFoundError):
+            advice = f"it has no revision {revision!r}"
+        elif isinstance(error, LocalEntryNotFoundError):
+            advice = "the hub cannot be reached; give a local directory instead"
+        else:
+            advice = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"model.source {source}: neither a local directory nor a model that could be fetched "
+            f"from the hub: {advice}"
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

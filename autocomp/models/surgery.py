@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -104,7 +104,8 @@ def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 def dense_embedding(weight: torch.Tensor, padding_idx: int | None) -> nn.Embedding:
     """A table around this tensor `(rows, columns)`, without copying."""
-    table = nn.Embedding(*weight.shape, device="meta")
+    rows, columns = weight.shape
+    table = nn.Embedding(rows, columns, device="meta")
     table.padding_idx = padding_idx
     table.weight = nn.Parameter(weight.detach())
     return table
@@ -275,8 +276,8 @@ def resize_embeddings(model: nn.Module, unit: Unit, tokens: torch.Tensor) -> Uni
         smaller = _keep_rows(linear, tokens)
         smaller.weight = kept.weight
         replace_module(model, name, smaller)
-    model.config.vocab_size = len(tokens)
-    model.config.pad_token_id = padding
+    config: Any = model.config
+    config.vocab_size, config.pad_token_id = len(tokens), padding
     return _reshaped(model, unit)
 
 
@@ -326,6 +327,6 @@ def _reshaped(model: nn.Module, unit: Unit) -> Unit:
 
 
 def _untie(model: nn.Module) -> None:
-    config = model.config
+    config: Any = model.config
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
