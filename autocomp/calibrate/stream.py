@@ -11,6 +11,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from autocomp.models.surgery import blocks as blocks_of
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
+
+STALE_SECONDS = 3600.0
 
 
 def fingerprint(batches: Sequence[Batch], model_digest: str = "") -> str:
@@ -64,7 +67,8 @@ def calibrate(
 
     Yields `(block index, {unit name: file})` as each block is done, and last, under the index
     after the last block, the units behind the blocks (the head). Embeddings have no statistics.
-    If `directory` already holds every file, the files are yielded and nothing runs.
+    If `directory` already holds every file, the files are yielded and nothing runs: a directory is
+    for one model and one calibration set, so name it by their `fingerprint`.
 
     Args:
         batches: keyword arguments of the model, `input_ids (B, T)` or `pixel_values`; positions
@@ -104,6 +108,7 @@ def _run(
     chain = blocks_of(model)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
+        _sweep(directory)
         spill = Path(tempfile.mkdtemp(dir=directory, prefix=".spill."))
         stack.callback(shutil.rmtree, spill, ignore_errors=True)
         calls = [
@@ -127,6 +132,13 @@ def _run(
                     model(**batch)
             _save(accumulator, behind, files[len(chain)])
         yield len(chain)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the activations a killed run left behind; a run that is alive writes all the time."""
+    for spill in directory.glob(".spill.*"):
+        if time.time() - spill.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(spill, ignore_errors=True)
 
 
 @dataclass

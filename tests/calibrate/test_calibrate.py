@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,18 @@ def test_an_abandoned_run_leaves_no_activations(tmp_path: Path) -> None:
     assert list(tmp_path.glob(".spill.*"))
     stream.close()  # type: ignore[attr-defined]
     assert not list(tmp_path.glob(".spill.*"))
+
+
+def test_what_a_killed_run_left_is_swept_once_it_is_old(tmp_path: Path) -> None:
+    old, young = tmp_path / ".spill.old", tmp_path / ".spill.young"
+    for spill in (old, young):
+        spill.mkdir()
+        (spill / "0").write_bytes(b"activations")
+    os.utime(old, (0, 0))
+    example = EXAMPLES["bert"]
+    collect(example.model(), example.units(), [example.inputs()], tmp_path)
+    assert not old.exists()
+    assert young.exists()
 
 
 def test_activations_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -27,10 +27,16 @@ def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
     8 bits: the largest weight over 127. 4 bits: the fraction of the largest weight that minimises
     the squared rounding error of the group. A group of zeros gets scale 1.
     """
-    # In pieces that stay in the processor's cache: a table is far larger.
-    piece = max(1, _PIECE // weight.shape[1])
-    if weight.shape[0] > piece:
-        return torch.cat([search_scales(part, format) for part in torch.split(weight, piece)])
+    return torch.cat([_search(weight[rows], format) for rows in _row_slices(weight)])
+
+
+def _row_slices(weight: Tensor) -> list[slice]:
+    """Rows in pieces that stay in the processor's cache: a table is far larger."""
+    rows, step = weight.shape[0], max(1, _PIECE // weight.shape[1])
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _search(weight: Tensor, format: SiteFormat) -> Tensor:
     low, high = CODE_RANGE[format.weight_bits]
     grouped = _grouped(weight, group_size(format))  # (rows, groups, group)
     largest = grouped.abs().amax(dim=2)
@@ -54,7 +60,10 @@ def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
 
 def round_to_grid(weight: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     """Nearest codes, int8 `(rows, columns)`."""
-    return quantise(weight, scales, format).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    for rows in _row_slices(weight):
+        codes[rows] = quantise(weight[rows], scales[rows], format).to(torch.int8)
+    return codes
 
 
 def dequantise(codes: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
