@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from target_examples import quantise_unit, target
 
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
@@ -16,7 +17,6 @@ from autocomp.models.surgery import keep_heads, keep_width, skip
 from autocomp.targets.graph import attribute
 from autocomp.targets.skeleton import cached_skeleton
 from autocomp.targets.weights import SiteWeights, model_parameters, model_weights
-from target_examples import quantise_unit, target
 
 LAYOUTS = ("bert", "llama", "vit", "dinov2")
 
