@@ -1,12 +1,13 @@
 """The cost table: what each option of each unit costs on a target, and so what a candidate costs.
 
-    latency = base + Σ over units of (slope(kind) · isolated(unit, option) + step(kind))
+    latency = base + Σ over units of (slope(kernels) · isolated(unit, option) + step)
     size    = rest + Σ over units of bytes(unit, option)
 
-`isolated` is a sublayer timed alone; a skipped unit adds nothing at all. `base`, `slope` and `step`
-are fitted on whole candidates by ridge regression towards base as measured, slope 1 and step 0, so
-that a dozen candidates suffice and a refit with later measurements only sharpens it. Bytes follow
-from the formats and need no fit. Loading and predicting need neither torch nor a runtime.
+`isolated` is a sublayer timed alone, among others; a skipped unit adds nothing at all. `base`,
+`step` and a slope per class of kernels (float, int8, …) are fitted on whole candidates by robust
+ridge regression towards base as measured, slopes 1 and step 0: a dozen candidates suffice and a
+refit with later measurements only sharpens it. Bytes follow from the formats and need no fit.
+Loading and predicting need neither torch nor a runtime.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from autocomp.core.measurement import Measurement
 Choice = Mapping[str, str]
 """Unit name → option key."""
 
-_SLOPE_PRIOR = 0.1
+_SLOPE_DEVIATION = 0.2
 """Expected deviation of a slope from 1."""
-_STEP_PRIOR = 0.02
-"""Expected deviation of a step from 0, as a fraction of the mean isolated latency of its kind."""
+_STEP_DEVIATION = 0.04
+"""Expected deviation of the step from 0, as a fraction of the mean isolated latency."""
+_BASE_DEVIATION = 0.3
+"""Expected deviation of the base, relative."""
 _NOISE = 0.02
-"""Relative error of a measured latency."""
+"""Relative error of a measured latency; what misses by more than thrice that counts less."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,21 @@ class Entry:
     Attributes:
         latency_ms: the sublayer in isolation; 0 when skipped.
         size_bytes: of its weights on disk.
-        skipped: whether the unit is gone, which takes its step away too.
+        kernels: class of the kernels that dominate it; empty when skipped.
     """
 
     latency_ms: float
     size_bytes: int
-    skipped: bool = False
+    kernels: str
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The correction from isolated to whole. Kinds are those of units."""
+    """The correction from isolated to whole; a slope per class of kernels."""
 
     base_ms: float
+    step_ms: float
     slopes: Mapping[str, float]
-    steps: Mapping[str, float]
 
 
 @dataclass
@@ -65,7 +68,6 @@ class CostTable:
     Attributes:
         device: fingerprint of the target; a table holds for no other.
         workload: what was measured, for reports.
-        kinds: unit → kind.
         entries: unit → option key → entry.
         base_ms: the model with every unit as small as it gets taken out, measured or estimated.
         rest_bytes: bytes on disk of everything outside the units.
@@ -75,7 +77,6 @@ class CostTable:
 
     device: str
     workload: Mapping[str, Any]
-    kinds: Mapping[str, str]
     entries: Mapping[str, Mapping[str, Entry]]
     base_ms: float
     rest_bytes: int
@@ -107,10 +108,11 @@ class CostTable:
 
     def latency_ms(self, unit: str, key: str) -> float:
         """What this option adds to a whole model's latency; `predict` is `base` plus these."""
-        entry, kind = self.entry(unit, key), self.kinds[unit]
-        if entry.skipped:
+        entry = self.entry(unit, key)
+        if not entry.kernels:
             return 0.0
-        return max(0.0, self.fitted.slopes[kind] * entry.latency_ms + self.fitted.steps[kind])
+        slope = self.fitted.slopes[entry.kernels]
+        return max(0.0, slope * entry.latency_ms + self.fitted.step_ms)
 
     def entry(self, unit: str, key: str) -> Entry:
         """The isolated entry. Raises InternalError if the table does not hold it."""
@@ -130,35 +132,32 @@ class CostTable:
     def fit(self, pairs: Sequence[tuple[Choice, float]]) -> None:
         """Add measured whole candidates (choice, latency in ms) and fit the correction to all."""
         self.pairs += [(dict(choice), float(latency)) for choice, latency in pairs]
-        kinds = sorted(set(self.kinds.values()))
-        scale = {kind: self._mean_latency(kind) for kind in kinds}
-        prior = np.concatenate([[self.base_ms], np.ones(len(kinds)), np.zeros(len(kinds))])
-        deviation = np.concatenate(
+        present = [e for options in self.entries.values() for e in options.values() if e.kernels]
+        classes = sorted({entry.kernels for entry in present})
+        typical = float(np.mean([entry.latency_ms for entry in present])) if present else 1.0
+        prior = np.array([self.base_ms, 0.0, *[1.0] * len(classes)])
+        deviation = np.array(
             [
-                [max(0.2 * self.base_ms, 1e-6)],
-                np.full(len(kinds), _SLOPE_PRIOR),
-                [max(_STEP_PRIOR * scale[kind], 1e-9) for kind in kinds],
+                max(_BASE_DEVIATION * self.base_ms, 1e-9),
+                max(_STEP_DEVIATION * typical, 1e-9),
+                *[_SLOPE_DEVIATION] * len(classes),
             ]
         )
-        rows = [self._features(choice, kinds) for choice, _ in self.pairs]
-        weights = [1.0 / (_NOISE * max(latency, 1e-9)) for _, latency in self.pairs]
-        design = np.vstack(
-            [np.array(row) * w for row, w in zip(rows, weights, strict=True)] or [0 * prior]
-        )
-        values = np.array(
-            [lat * w for (_, lat), w in zip(self.pairs, weights, strict=True)] or [0.0]
-        )
-        solution, *_ = np.linalg.lstsq(
-            np.vstack([design, np.diag(1.0 / deviation)]),
-            np.concatenate([values, prior / deviation]),
-            rcond=None,
-        )
-        count = len(kinds)
-        self.correction = Fit(
-            base_ms=float(max(solution[0], 0.0)),
-            slopes=dict(zip(kinds, map(float, solution[1 : 1 + count]), strict=True)),
-            steps=dict(zip(kinds, map(float, solution[1 + count :]), strict=True)),
-        )
+        features = np.array([self._features(choice, classes) for choice, _ in self.pairs])
+        features = features.reshape(-1, len(prior))
+        latencies = np.array([latency for _, latency in self.pairs])
+        precision = 1.0 / (_NOISE * np.maximum(latencies, 1e-9))
+        weights, solution = precision, prior
+        for _ in range(20):
+            solution, *_rest = np.linalg.lstsq(
+                np.vstack([features * weights[:, None], np.diag(1.0 / deviation)]),
+                np.concatenate([latencies * weights, prior / deviation]),
+                rcond=None,
+            )
+            misses = np.abs(features @ solution - latencies) * precision
+            weights = precision * np.sqrt(np.minimum(1.0, 3.0 / np.maximum(misses, 1e-9)))
+        base, step, *slopes = map(float, solution)
+        self.correction = Fit(max(base, 0.0), step, dict(zip(classes, slopes, strict=True)))
 
     def with_pairs(self, pairs: Sequence[tuple[Choice, float]]) -> CostTable:
         """A copy whose correction is fitted to these measured candidates too."""
@@ -166,24 +165,16 @@ class CostTable:
         copy.fit(pairs)
         return copy
 
-    def _mean_latency(self, kind: str) -> float:
-        found = [
-            entry.latency_ms
-            for unit, options in self.entries.items()
-            if self.kinds[unit] == kind
-            for entry in options.values()
-            if not entry.skipped
-        ]
-        return float(np.mean(found)) if found else 0.0
-
-    def _features(self, choice: Choice, kinds: Sequence[str]) -> list[float]:
-        total = dict.fromkeys(kinds, 0.0)
-        count = dict.fromkeys(kinds, 0.0)
+    def _features(self, choice: Choice, classes: Sequence[str]) -> list[float]:
+        """1, number of units present, isolated latency per class of kernels."""
+        totals = dict.fromkeys(classes, 0.0)
+        count = 0
         for unit in self.entries:
             entry = self.entry(unit, choice[unit])
-            total[self.kinds[unit]] += entry.latency_ms
-            count[self.kinds[unit]] += not entry.skipped
-        return [1.0, *total.values(), *count.values()]
+            if entry.kernels:
+                totals[entry.kernels] += entry.latency_ms
+                count += 1
+        return [1.0, float(count), *totals.values()]
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,13 @@ from autocomp.core.measurement import Measurement
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.targets.fingerprint import describe_cpu
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
-from autocomp.targets.timing import Reference, Timing, time_interleaved
+from autocomp.targets.timing import (
+    Reference,
+    Timing,
+    time_alone,
+    time_interleaved,
+    time_round_robin,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -216,11 +223,34 @@ class OnnxRuntimeTarget:
                 **settings,
             )
 
+    def time_pieces(
+        self, pieces: Sequence[tuple[onnx.ModelProto, Mapping[str, Array]]], **settings: Any
+    ) -> list[Timing]:
+        """Time many small graphs against each other and the anchor, each with its inputs."""
+        runs = []
+        for model, inputs in pieces:
+            session = open_session(model.SerializeToString(), self.workload.threads)
+            runs.append(partial(session.run, None, _feed(session, inputs)))
+        anchor = self._anchor_run()
+        with nullcontext() if self.gate is None else self.gate.measuring():
+            return time_round_robin(
+                runs, anchor, single_threaded=self.workload.threads == 1, **settings
+            )
+
     def to_ms(self, timing: Timing) -> float:
         """Reference milliseconds of a timing; the first one records the reference."""
-        if self.reference is None:
-            self.reference = Reference(timing.anchor_ms, self.fingerprint())
-        return timing.ratio * self.reference.anchor_ms
+        reference = self.reference or self.record_reference()
+        return timing.ratio * reference.anchor_ms
+
+    def record_reference(self, seconds: float = 1.0) -> Reference:
+        """Time the anchor alone, at the machine's best within `seconds`, and go by it."""
+        anchor = self._anchor_run()
+        with nullcontext() if self.gate is None else self.gate.measuring():
+            anchor_ms = time_alone(
+                anchor, single_threaded=self.workload.threads == 1, seconds=seconds
+            )
+        self.reference = Reference(anchor_ms, self.fingerprint())
+        return self.reference
 
     def run_graph(
         self, model: onnx.ModelProto, inputs: Mapping[str, Array], outputs: Sequence[str]

@@ -25,8 +25,7 @@ Progress = Callable[[int, int], None]
 UnitFormats = Mapping[str, Mapping[str, UnitFormat]]
 """Unit name → option key → formats."""
 
-_PIECE = {"runs": 40, "rounds": 4, "seconds": 0.08}
-_WHOLE = {"runs": 40, "rounds": 5, "seconds": 0.25}
+_WHOLE = {"runs": 48, "rounds": 8, "seconds": 0.4}
 
 
 def profile(
@@ -47,37 +46,36 @@ def profile(
         inputs: model inputs at the workload's shape.
         candidates: whole random candidates measured for the correction.
     """
+    total = candidates + 3
+    _report(progress, 0, total)
     pieces = _pieces(target, skeleton, units, unit_formats, inputs)
-    total = len(pieces) + candidates + 1
-    times: dict[object, float] = {}
-    for done, (key, (piece, feed)) in enumerate(pieces.items()):
-        _report(progress, done, total)
-        times[key] = target.to_ms(target.time_graph(piece, feed, **_PIECE))
+    timings = target.time_pieces(list(pieces.values()), seed=seed)
+    times = dict(zip(pieces, map(target.to_ms, timings), strict=True))
     entries = {
         unit.name: {
             key: Entry(
                 times[_cost_key(unit, formats, target)] if formats else 0.0,
-                sum(target.size_bytes(format) for format in formats.values()),
-                skipped=not formats,
+                sum(target.size_bytes(one) for one in formats.values()),
+                _kernels(formats, target),
             )
             for key, formats in unit_formats[unit.name].items()
         }
         for unit in units
     }
+    _report(progress, 1, total)
     dense = {unit.name: dense_format(unit) for unit in units}
     whole = lower_formats(target, skeleton, units, dense)
-    in_units = sum(target.size_bytes(f) for formats in dense.values() for f in formats.values())
+    in_units = sum(target.size_bytes(one) for formats in dense.values() for one in formats.values())
     smallest = {
-        unit.name: min(unit_formats[unit.name], key=lambda k: _rank(entries[unit.name][k]))
+        unit.name: min(unit_formats[unit.name], key=lambda k: entries[unit.name][k].latency_ms)
         for unit in units
     }
-    _report(progress, len(pieces), total)
     least = _measure_choice(target, skeleton, units, unit_formats, smallest, inputs)
     known = sum(entries[unit][key].latency_ms for unit, key in smallest.items())
+    _report(progress, 2, total)
     table = CostTable(
         device=target.fingerprint(),
         workload=target.describe()["workload"],
-        kinds={unit.name: unit.kind for unit in units},
         entries=entries,
         base_ms=max(least - known, 0.1 * least),
         rest_bytes=whole.ByteSize() - in_units,
@@ -86,11 +84,11 @@ def profile(
     pairs: list[tuple[Choice, float]] = [(smallest, least)]
     rng = random.Random(seed)
     for index in range(candidates):
-        _report(progress, len(pieces) + 1 + index, total)
         choice = random_choice(rng, unit_formats)
         pairs.append(
             (choice, _measure_choice(target, skeleton, units, unit_formats, choice, inputs))
         )
+        _report(progress, 3 + index, total)
     table.fit(pairs)
     _report(progress, total, total)
     return table
@@ -164,14 +162,14 @@ def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> obj
     """Equal for options that run the same kernels on the same shapes."""
     shapes = []
     for site in unit.sites:
-        format = formats[site.name]
-        kind = recipes.recipe(format, target.tokens)
+        one = formats[site.name]
+        kind = recipes.recipe(one, target.tokens)
         kernel: object = kind
         if kind == "unpacked":
             kernel = "float"
         elif kind in ("nbits", "gather-blocks"):
-            kernel = (kind, format.weight_bits, format.group, format.activation_bits)
-        shapes.append((site.role, format.rows, format.columns, format.bias, kernel))
+            kernel = (kind, one.weight_bits, one.group, one.activation_bits)
+        shapes.append((site.role, one.rows, one.columns, one.bias, kernel))
     return (unit.kind, unit.head_dim, tuple(shapes))
 
 
@@ -279,8 +277,13 @@ def _ties(
     return ties
 
 
-def _rank(entry: Entry) -> tuple[bool, float]:
-    return (not entry.skipped, entry.latency_ms)
+def _kernels(formats: UnitFormat, target: OnnxRuntimeTarget) -> str:
+    """The class of kernels that dominates a unit; empty when skipped."""
+    if not formats:
+        return ""
+    largest = max(formats.values(), key=lambda one: one.rows * one.columns)
+    kind = recipes.recipe(largest, target.tokens)
+    return {"unpacked": "float", "gather": "table", "gather-blocks": "table"}.get(kind, kind)
 
 
 def _report(progress: Progress | None, done: int, total: int) -> None:

@@ -30,7 +30,7 @@ class Timing:
     Attributes:
         ratio: model over anchor, both in the same quantiles.
         anchor_ms: the anchor in that time; drifts with the machine's state.
-        wall_ms: median wall-clock time of the model's runs.
+        wall_ms: median wall-clock time of the model's runs (by the clock in use in a round robin).
         spread: (p90 − p10) / (2 · p50) of the model's runs.
         runs: how many runs of the model were timed.
     """
@@ -68,6 +68,21 @@ def fast_mean(durations: Sequence[float]) -> float:
     low = int(0.10 * len(ordered))
     high = max(low + 1, math.ceil(0.25 * len(ordered)))
     return statistics.fmean(ordered[low:high])
+
+
+def time_alone(function: Callable[[], object], *, single_threaded: bool, seconds: float) -> float:
+    """Milliseconds of the fastest of ten bursts (each by its `fast_mean`) within `seconds`."""
+    clock = time.process_time_ns if single_threaded else time.perf_counter_ns
+    bursts = []
+    for _ in range(10):
+        durations: list[float] = []
+        end = time.perf_counter() + seconds / 10
+        while len(durations) < 4 or time.perf_counter() < end:
+            started = clock()
+            function()
+            durations.append((clock() - started) / 1e6)
+        bursts.append(fast_mean(durations))
+    return min(bursts)
 
 
 def time_interleaved(
@@ -118,3 +133,47 @@ def time_interleaved(
         spread=(deciles[-1] - deciles[0]) / (2 * deciles[4]),
         runs=len(ordered),
     )
+
+
+def time_round_robin(
+    runs: Sequence[Callable[[], object]],
+    anchor: Callable[[], object],
+    *,
+    single_threaded: bool,
+    rounds: int = 80,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Timing]:
+    """Time many small graphs at once: every round runs each of them once, in shuffled order.
+
+    Each run finds its caches emptied by the others, as a sublayer does inside a model, and all
+    share the machine's good and bad moments, so their proportions hold.
+    """
+    clock = time.process_time_ns if single_threaded else time.perf_counter_ns
+    rng = random.Random(seed)
+    order = list(range(len(runs))) + [-1] * max(3, len(runs) // 6)
+    taken: dict[int, list[float]] = {index: [] for index in order}
+    for done in range(-2, rounds):
+        if progress is not None and done >= 0:
+            progress(done, rounds)
+        rng.shuffle(order)
+        for index in order:
+            function = anchor if index < 0 else runs[index]
+            started = clock()
+            function()
+            if done >= 0:
+                taken[index].append((clock() - started) / 1e6)
+    anchor_ms = fast_mean(taken[-1])
+    timings = []
+    for index in range(len(runs)):
+        deciles = statistics.quantiles(taken[index], n=10)
+        timings.append(
+            Timing(
+                ratio=fast_mean(taken[index]) / anchor_ms,
+                anchor_ms=anchor_ms,
+                wall_ms=deciles[4],
+                spread=(deciles[-1] - deciles[0]) / (2 * max(deciles[4], 1e-9)),
+                runs=rounds,
+            )
+        )
+    return timings

@@ -1,0 +1,135 @@
+"""Small models and their export tasks for the tests of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from autocomp.core.unit import SiteFormat, Unit
+from autocomp.models.discover import find_units
+from autocomp.models.modules import QuantEmbedding, QuantLinear
+from autocomp.models.surgery import replace_module
+from autocomp.spec.schema import WorkloadSection
+from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
+
+SEQUENCE = 12
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Export task of a text model."""
+
+    vocabulary: int = 50
+
+    @property
+    def dynamic_axes(self) -> Mapping[str, Mapping[int, str]]:
+        return {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
+
+    def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(batch * 100 + sequence)
+        ids = torch.randint(1, self.vocabulary, (batch, sequence), generator=generator)
+        mask = torch.ones_like(ids)
+        for row in range(1, batch):
+            mask[row, max(1, sequence - row) :] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Export task of an image model."""
+
+    side: int = 16
+
+    @property
+    def dynamic_axes(self) -> Mapping[str, Mapping[int, str]]:
+        return {"pixel_values": {0: "batch"}}
+
+    def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(batch)
+        return {"pixel_values": torch.randn(batch, 3, self.side, self.side, generator=generator)}
+
+
+_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+_TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": {**_TEXT, "num_attention_heads": 4, "num_labels": 3},
+    "llama": {
+        **_TEXT,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    },
+    "vit": {**_VISION, "intermediate_size": 64, "num_labels": 3},
+    "dinov2": {**_VISION, "mlp_ratio": 2, "num_labels": 3},
+}
+TASKS = {"bert": "text-classification", "llama": "language-modeling"}
+
+
+def small_model(layout: str) -> tuple[nn.Module, list[Unit], TextTask | ImageTask]:
+    """A random model with its units and its export task."""
+    task = TASKS.get(layout, "image-classification")
+    auto = {
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "language-modeling": transformers.AutoModelForCausalLM,
+        "image-classification": transformers.AutoModelForImageClassification,
+    }[task]
+    config = transformers.AutoConfig.for_model(layout, **CONFIGS[layout])
+    torch.manual_seed(0)
+    model = auto.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in dict.fromkeys(model.parameters()):
+        matrix = parameter.ndim > 1
+        nn.init.normal_(parameter, std=0.2 if matrix else 0.1, mean=0.0 if matrix else 0.5)
+    units = find_units(config.to_dict(), {}, task, None if layout == "llama" else 3)
+    return model, units, TextTask() if layout in TASKS else ImageTask()
+
+
+def target(sequence: int = SEQUENCE, batch: int = 1) -> OnnxRuntimeTarget:
+    """A single-threaded target; fewer than eight tokens make it a decoding one."""
+    return OnnxRuntimeTarget(WorkloadSection(batch=batch, sequence=sequence, threads=1))
+
+
+def quantise_unit(
+    model: nn.Module, unit: Unit, bits: int, group: int | None, activations: int
+) -> None:
+    """Round every site of a unit to nearest, in place."""
+    for site in unit.sites:
+        module: Any = model.get_submodule(site.name)
+        weight = module.weight.detach()
+        rows, columns = weight.shape
+        width = group or columns
+        padded = nn.functional.pad(weight, (0, -columns % width)).unflatten(1, (-1, width))
+        scales = padded.abs().amax(-1) / (127 if bits == 8 else 7)
+        bias = getattr(module, "bias", None)
+        spec = SiteFormat(
+            rows,
+            columns,
+            bias is not None,
+            site.table,
+            bits,
+            group,
+            32 if site.table else activations,
+        )
+        new: nn.Module
+        if site.table:
+            new = QuantEmbedding(weight.clone(), scales, module.padding_idx, spec)
+        else:
+            new = QuantLinear(weight.clone(), bias, scales, spec)
+        replace_module(model, site.name, new.eval())

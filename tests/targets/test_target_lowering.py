@@ -1,0 +1,176 @@
+"""Lowered graphs against torch: dense, stitched and quantised models of every layout."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from target_examples import quantise_unit, target
+
+from autocomp.core.errors import InternalError
+from autocomp.core.unit import SiteFormat
+from autocomp.models.surgery import keep_heads, keep_width, skip
+from autocomp.targets.graph import attribute
+from autocomp.targets.skeleton import cached_skeleton
+from autocomp.targets.weights import SiteWeights, model_parameters, model_weights
+
+LAYOUTS = ("bert", "llama", "vit", "dinov2")
+
+
+def _difference(exported, model, skeleton, task, tmp_path, shapes=((1, 12), (4, 9))) -> float:
+    runtime = target()
+    artifact = runtime.write(runtime.lower(skeleton, model, []), tmp_path)
+    return max(
+        runtime.verify(
+            artifact, model, {k: v.numpy() for k, v in task.example_inputs(*shape).items()}
+        )
+        for shape in shapes
+    )
+
+
+def _unit(units, name):
+    return next(unit for unit in units if unit.name == name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dense_equals_torch_at_every_shape(exported, layout, tmp_path):
+    model, _, task, skeleton = exported(layout)
+    shapes = ((1, 12), (4, 12), (1, 1), (3, 31))
+    assert _difference(exported, model, skeleton, task, tmp_path, shapes) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stitched_equals_torch(exported, layout, tmp_path):
+    dense, units, task, skeleton = exported(layout)
+    model = copy.deepcopy(dense)
+    attention = _unit(units, "layers.0.attention")
+    per_group = attention.heads // attention.kv_heads
+    keep_heads(model, attention, list(range(per_group, 2 * per_group)))
+    keep_width(model, _unit(units, "layers.1.ffn"), list(range(0, 64, 2)))
+    skip(model, _unit(units, "layers.0.ffn"))
+    assert _difference(exported, model, skeleton, task, tmp_path) < 1e-4
+    with torch.no_grad():
+        inputs = task.example_inputs(2, 12)
+        assert (model(**inputs).logits - dense(**inputs).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", ["bert", "llama"])
+def test_skipped_units_leave_no_node(exported, layout):
+    dense, units, _, skeleton = exported(layout)
+    model = copy.deepcopy(dense)
+    for unit in units:
+        if unit.skippable:
+            skip(model, unit)
+    lowered = target().lower(skeleton, model, units)
+    assert not [node for node in lowered.graph.node if node.op_type == "Attention"]
+    names = {tensor.name for tensor in lowered.graph.initializer}
+    gone = {site.name for unit in units if unit.skippable for site in unit.sites}
+    assert not [name for name in names if name.rpartition(".")[0] in gone]
+
+
+@pytest.mark.parametrize("layout", ["bert", "dinov2"])
+def test_everything_skipped_equals_torch(exported, layout, tmp_path):
+    dense, units, task, skeleton = exported(layout)
+    model = copy.deepcopy(dense)
+    for unit in units:
+        if unit.skippable:
+            skip(model, unit)
+    assert _difference(exported, model, skeleton, task, tmp_path) < 1e-4
+
+
+def test_parameters_outside_the_sites_are_refreshed(exported, tmp_path):
+    dense, _, task, skeleton = exported("dinov2")
+    model = copy.deepcopy(dense)
+    sites = {attribute(n, "site") for n in skeleton.graph.node if attribute(n, "site")}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[0] not in sites:
+                parameter.add_(torch.randn(parameter.shape) * 0.05)
+    assert _difference(exported, model, skeleton, task, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("bits", "group", "activations", "tolerance"),
+    [(8, None, 32, 1e-4), (4, 16, 32, 2e-3), (8, None, 8, 2e-2), (4, 16, 8, 2e-1)],
+)
+def test_quantised_equals_torch(exported, layout, bits, group, activations, tolerance, tmp_path):
+    """8-bit activations can fall on the other side of a rounding step: a looser tolerance; at
+    4-bit weights torch emulates blockwise and the runtime per-tensor activations."""
+    dense, units, task, skeleton = exported(layout)
+    model = copy.deepcopy(dense)
+    for unit in units:
+        if unit.kind in ("attention", "ffn", "embedding"):
+            quantise_unit(model, unit, bits, group, activations)
+    with torch.no_grad():
+        spread = float(dense(**task.example_inputs(2, 12)).logits.std())
+    shapes = ((1, 12),) if activations == 8 else ((1, 12), (4, 9))
+    assert _difference(exported, model, skeleton, task, tmp_path, shapes) < tolerance * max(
+        1.0, spread
+    )
+
+
+def test_export_leaves_the_model_alone(exported):
+    model, *_ = exported("bert")
+    assert model.config._attn_implementation == "sdpa"
+    assert isinstance(model.get_submodule("classifier"), torch.nn.Linear)
+
+
+def test_a_tied_table_is_stored_once(exported):
+    model, _, _, skeleton = exported("llama")
+    lowered = target().lower(skeleton, model, [])
+    sizes = [t for t in lowered.graph.initializer if list(t.dims) in ([50, 32], [32, 50])]
+    assert [t.name for t in sizes] == ["model.embed_tokens.weight"]
+
+
+def test_part_of_a_sublayer_cannot_be_skipped(exported):
+    model, _, _, skeleton = exported("bert")
+    provide = model_weights(model)
+    site = "bert.encoder.layer.0.intermediate.dense"
+    with pytest.raises(InternalError, match=r"site .* is skipped"):
+        target().lower_weights(skeleton, lambda s: None if s == site else provide(s))
+
+
+def test_heads_that_do_not_divide_are_refused(exported):
+    model, _, _, skeleton = exported("bert")
+    provide = model_weights(model)
+    site = "bert.encoder.layer.0.attention.self.query"
+
+    def odd(name: str) -> SiteWeights | None:
+        if name != site:
+            return provide(name)
+        return SiteWeights(SiteFormat(30, 32, False), weight=np.zeros((30, 32), np.float32))
+
+    with pytest.raises(InternalError, match="no whole number of 8-wide heads"):
+        target().lower_weights(skeleton, odd)
+
+
+def test_a_parameter_of_another_shape_is_refused(exported):
+    model, _, _, skeleton = exported("bert")
+    parameters = dict(model_parameters(model))
+    parameters["bert.embeddings.LayerNorm.weight"] = np.zeros(3, np.float32)
+    with pytest.raises(InternalError, match="has shape"):
+        target().lower_weights(skeleton, model_weights(model), parameters)
+
+
+def test_skeletons_are_cached_by_content(exported, tmp_path: Path, monkeypatch):
+    model, units, task, skeleton = exported("bert")
+    calls = []
+
+    def fake(*_):
+        calls.append(1)
+        return skeleton
+
+    monkeypatch.setattr("autocomp.targets.skeleton.export_skeleton", fake)
+    first = cached_skeleton(model, units, task, tmp_path)
+    again = cached_skeleton(copy.deepcopy(model), units, task, tmp_path)
+    assert len(calls) == 1
+    assert first == again == skeleton
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"damaged")
+    assert isinstance(cached_skeleton(model, units, task, tmp_path), onnx.ModelProto)
+    assert len(calls) == 2

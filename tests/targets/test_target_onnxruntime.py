@@ -1,0 +1,141 @@
+"""The ONNX Runtime target as a whole: files, measurements, memory, fingerprint."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from target_examples import target
+
+from autocomp.core.errors import InternalError
+from autocomp.core.gate import Gate
+from autocomp.core.unit import SiteFormat
+from autocomp.spec.schema import WorkloadSection
+from autocomp.targets import TARGETS, onnxruntime_cpu
+from autocomp.targets.anchor import anchor_model
+from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
+from autocomp.targets.timing import Reference
+
+
+@pytest.fixture
+def small(exported, tmp_path):
+    """(artifact, inputs, model, lowered) of the small BERT."""
+    model, units, task, skeleton = exported("bert")
+    runtime = target()
+    lowered = runtime.lower(skeleton, model, units)
+    inputs = {name: value.numpy() for name, value in task.example_inputs(1, 12).items()}
+    return runtime.write(lowered, tmp_path), inputs, model, lowered
+
+
+def test_the_registry_knows_it():
+    assert TARGETS.get("onnxruntime-cpu") is OnnxRuntimeTarget
+
+
+def test_size_is_the_bytes_on_disk(small):
+    artifact, *_ = small
+    assert artifact.size_bytes == artifact.path.stat().st_size
+    assert [path.name for path in artifact.path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_big_models_have_their_weights_beside_them(small, tmp_path, monkeypatch):
+    _, inputs, model, lowered = small
+    monkeypatch.setattr(onnxruntime_cpu, "_PROTOBUF_LIMIT", 1000)
+    artifact = target().write(lowered, tmp_path / "big")
+    files = sorted(path.name for path in artifact.path.parent.iterdir())
+    assert files == ["model.onnx", "model.onnx.data"]
+    assert artifact.size_bytes == sum(p.stat().st_size for p in artifact.path.parent.iterdir())
+    assert target().verify(artifact, model, inputs) < 1e-4
+
+
+def test_a_measurement_is_whole_and_in_reference_milliseconds(small, tmp_path: Path):
+    artifact, inputs, *_ = small
+    runtime = OnnxRuntimeTarget(
+        WorkloadSection(batch=1, sequence=12),
+        gate=Gate(tmp_path / "gate"),
+        reference=Reference(1.0, "x"),
+    )
+    once, twice = (runtime.measure(artifact, inputs) for _ in range(2))
+    assert once.provenance == "measured"
+    assert once.size_bytes == artifact.size_bytes
+    assert once.device == runtime.fingerprint()
+    assert once.latency_ms == pytest.approx(twice.latency_ms, rel=0.3)
+    runtime.reference = Reference(10.0, "x")
+    assert runtime.measure(artifact, inputs).latency_ms == pytest.approx(
+        10 * once.latency_ms, rel=0.3
+    )
+
+
+def test_the_first_measurement_records_the_reference(small):
+    artifact, inputs, *_ = small
+    runtime = target()
+    assert runtime.reference is None
+    runtime.measure(artifact, inputs)
+    assert runtime.reference is not None
+    assert runtime.reference.device == runtime.fingerprint()
+
+
+def test_peak_memory_grows_with_the_model(small, tmp_path):
+    artifact, inputs, _, lowered = small
+    small_peak = target().peak_memory(artifact, inputs)
+    bigger = onnx.ModelProto()
+    bigger.CopyFrom(lowered)
+    ballast = np.ones((5_000_000,), np.float32)
+    bigger.graph.initializer.append(onnx.numpy_helper.from_array(ballast, "ballast"))
+    bigger.graph.output.append(onnx.helper.make_tensor_value_info("used", 1, None))
+    bigger.graph.node.append(onnx.helper.make_node("Neg", ["ballast"], ["used"]))
+    large = target().write(bigger, tmp_path / "large")
+    assert 20e6 < small_peak < 300e6
+    assert target().peak_memory(large, inputs) > small_peak + 15e6
+
+
+def test_a_failing_child_says_why(small):
+    artifact, inputs, *_ = small
+    with pytest.raises(InternalError, match=r"measuring peak memory failed: [\s\S]*attention_mask"):
+        target().peak_memory(artifact, {"input_ids": inputs["input_ids"]})
+
+
+def test_the_fingerprint_is_stable_and_tells_workloads_apart():
+    assert target().fingerprint() == target().fingerprint()
+    assert target().fingerprint() != target(sequence=13).fingerprint()
+    assert target().describe()["workload"] == {"batch": 1, "sequence": 12, "threads": 1}
+
+
+def test_the_anchor_is_always_the_same():
+    assert anchor_model().SerializeToString() == anchor_model().SerializeToString()
+
+
+def test_a_used_target_can_be_pickled(small):
+    artifact, inputs, *_ = small
+    runtime = target()
+    runtime.measure(artifact, inputs)
+    runtime.run(artifact, inputs)
+    again = pickle.loads(pickle.dumps(runtime))
+    np.testing.assert_array_equal(again.run(artifact, inputs), runtime.run(artifact, inputs))
+    assert again.reference == runtime.reference
+
+
+def test_a_rewritten_artifact_is_opened_again(small, exported):
+    artifact, inputs, model, _ = small
+    runtime = target()
+    before = runtime.run(artifact, inputs)
+    _, units, _, skeleton = exported("bert")
+    import copy
+
+    changed = copy.deepcopy(model)
+    changed.get_submodule("classifier").bias.data.add_(1.0)
+    runtime.write(runtime.lower(skeleton, changed, units), artifact.path.parent)
+    np.testing.assert_allclose(runtime.run(artifact, inputs), before + 1.0, atol=1e-5)
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(InternalError, match="not 'cuda'"):
+        OnnxRuntimeTarget(WorkloadSection(), device="cuda")
+
+
+def test_formats_and_bytes_go_by_the_workload():
+    spec = SiteFormat(64, 64, True, weight_bits=4, group=32, activation_bits=8)
+    assert target().formats_supported(spec) is None
+    assert target(sequence=1).size_bytes(spec) > target(sequence=64).size_bytes(spec)

@@ -1,0 +1,76 @@
+"""Timing with a clock of our own."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+
+from autocomp.targets import timing
+from autocomp.targets.timing import Reference, fast_mean, time_interleaved, time_round_robin
+
+
+class Machine:
+    """A clock that jobs advance; its speed drifts and some runs are disturbed."""
+
+    def __init__(self, drift: float = 1.0) -> None:
+        self.now, self.drift = 0, drift
+        self.rng = random.Random(0)
+
+    def job(self, ms: float):
+        def run() -> None:
+            noise = 3.0 if self.rng.random() < 0.3 else self.rng.uniform(1.0, 1.02)
+            self.now += int(ms * 1e6 * self.drift * noise)
+
+        return run
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(timing.time, "process_time_ns", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now / 1e9)
+
+
+def test_the_fast_mean_is_that_of_the_tenth_to_the_quarter():
+    assert fast_mean(list(range(100, 0, -1))) == statistics.fmean(range(11, 26))
+    assert fast_mean([7.0]) == 7.0
+
+
+@pytest.mark.parametrize("drift", [1.0, 1.7])
+def test_the_ratio_does_not_depend_on_the_machine(monkeypatch, drift):
+    machine = Machine(drift)
+    machine.install(monkeypatch)
+    found = time_interleaved(machine.job(3.0), machine.job(1.5), single_threaded=True)
+    assert found.ratio == pytest.approx(2.0, rel=0.01)
+    assert found.anchor_ms == pytest.approx(1.5 * drift, rel=0.02)
+    assert found.runs >= 40
+
+
+def test_short_models_are_run_more_often(monkeypatch):
+    machine = Machine()
+    machine.install(monkeypatch)
+    found = time_interleaved(
+        machine.job(1.0), machine.job(1.0), single_threaded=True, runs=40, seconds=0.2
+    )
+    assert 150 <= found.runs <= 240
+    found = time_interleaved(
+        machine.job(0.01), machine.job(1.0), single_threaded=False, runs=40, seconds=9
+    )
+    assert 400 <= found.runs <= 440
+
+
+def test_a_round_robin_finds_every_ratio(monkeypatch):
+    machine = Machine(1.3)
+    machine.install(monkeypatch)
+    sizes = [0.2, 0.5, 4.0]
+    found = time_round_robin(
+        [machine.job(ms) for ms in sizes], machine.job(2.0), single_threaded=True
+    )
+    assert [one.ratio for one in found] == pytest.approx([0.1, 0.25, 2.0], rel=0.01)
+
+
+def test_a_reference_survives_the_disk(tmp_path: Path):
+    reference = Reference(1.5, "abc")
+    reference.save(tmp_path / "reference.json")
+    assert Reference.load(tmp_path / "reference.json") == reference
