@@ -109,6 +109,7 @@ class LiveView(SearchState):
             self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # Nothing is yielded under the lock: Rich draws while holding locks of its own.
         with self.lock:
             width = min(options.max_width, _MAX_WIDTH)
             ascii_only = options.ascii_only
@@ -130,7 +131,7 @@ class LiveView(SearchState):
             if rows is not None:
                 parts += [*gap, rows]
             parts += after
-            yield Group(*parts)
+        yield Group(*parts)
 
     def _header(self, width: int, ascii_only: bool, roomy: bool) -> list[Text]:
         title = Text.assemble(("autocomp", "bold"))

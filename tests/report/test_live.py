@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 
 import pytest
 from rich.console import Console
@@ -134,6 +135,27 @@ def test_an_error_inside_passes_through() -> None:
     with pytest.raises(ZeroDivisionError):
         search()
     assert view.current is not None
+
+
+def test_drawing_from_two_threads_at_once_ends() -> None:
+    screen, clock = console(80, 24), Clock()
+    with LiveView(screen, clock=clock) as view:
+        play(view, clock, records(6))
+        live = view._live
+        assert live is not None
+        done = threading.Event()
+
+        def refresh() -> None:
+            for _ in range(30):
+                live.refresh()
+            done.set()
+
+        thread = threading.Thread(target=refresh, daemon=True)
+        thread.start()
+        for _ in range(30):
+            with screen.capture():
+                screen.print(view)
+        assert done.wait(20)
 
 
 class TestChoice:
