@@ -20,7 +20,8 @@ from autocomp.search.space import Space
 Limits = Mapping[str, float]
 """Metric (`latency_ms`, `size_bytes`, `peak_memory_bytes`) → upper limit."""
 
-METRICS = ("latency_ms", "size_bytes", "peak_memory_bytes")
+TOLERANCE = 1e-6
+"""Relative rounding error a limit may be exceeded by; the solver works to no better."""
 
 
 class Predictor(Protocol):
@@ -111,7 +112,7 @@ class Costs:
 
     def fits(self, vector: Sequence[int], limits: Limits) -> bool:
         """Whether every limit is met, to a rounding error."""
-        return all(value <= 1e-9 for value in self.excess(vector, limits).values())
+        return all(value <= TOLERANCE for value in self.excess(vector, limits).values())
 
     def smallest(self, metric: str) -> float:
         """The smallest cost any candidate reaches in this metric, other metrics aside."""

@@ -6,6 +6,7 @@ minimise Σ score[u, o]·x[u, o], Σ_o x[u, o] = 1, base + Σ cost[u, o]·x[u, o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ from autocomp.core.errors import InfeasibleError
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.search.costs import Costs, Limits
 from autocomp.search.space import Vector
+
+logger = logging.getLogger(__name__)
 
 Weights = Sequence[NDArray[np.float64]]
 """One array of option scores per unit; `inf` forbids an option."""
@@ -65,11 +68,17 @@ def solve(
         integrality=np.ones(columns),
         bounds=Bounds(0.0, allowed.astype(float)),
         constraints=constraints,
-        options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+        # with presolve, HiGHS prints to stdout whatever it is told
+        options={"time_limit": seconds, "mip_rel_gap": 1e-4, "presolve": False},
     )
     if result.x is None:
         return None
-    return tuple(int(np.argmax(result.x[starts[u] : starts[u + 1]])) for u in range(len(counts)))
+    chosen = [int(np.argmax(result.x[starts[u] : starts[u + 1]])) for u in range(len(counts))]
+    vector = tuple(chosen)
+    if not costs.fits(vector, limits):  # known to happen: scipy#24141
+        logger.warning("the solver returned a solution outside the limits; it is dropped")
+        return None
+    return vector
 
 
 def seeds(
@@ -140,12 +149,15 @@ def why_infeasible(weights: Weights, costs: Costs, limits: Limits) -> str:
         smallest = costs.base[metric] + sum(shares)
         if smallest > limit:
             largest = int(np.argmax(shares))
-            name = costs.space.names[largest]
+            name, most = costs.space.names[largest], shares[largest]
+            if most >= costs.base[metric]:
+                advice.extend(_allow(costs, largest))
+            else:
+                name, most = "what no rule can change", costs.base[metric]
             reasons.append(
                 f"No candidate meets {_limit(metric, limit)}: the smallest in this space is "
-                f"{_value(metric, smallest)} ({name} {_value(metric, shares[largest])} of it)."
+                f"{_value(metric, smallest)} ({name} {_value(metric, most)} of it)."
             )
-            advice.extend(_allow(costs, largest))
     if not reasons:
         alone = [
             f"{_NAMES[metric]} alone can reach {_value(metric, costs.smallest(metric))}"

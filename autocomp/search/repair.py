@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autocomp.search.costs import Costs, Limits
+from autocomp.search.costs import TOLERANCE, Costs, Limits
 from autocomp.search.milp import Weights
 from autocomp.search.space import Vector
 
@@ -59,7 +59,7 @@ class Repair:
         """Whether the vector meets the limits and uses no forbidden option."""
         current = self._starts + np.array(vector)
         used = self._base + self._cost[:, current].sum(axis=1)
-        return bool((used <= self._room + 1e-9).all() and self._allowed[current].all())
+        return bool((used <= self._room + TOLERANCE).all() and self._allowed[current].all())
 
     def mutate(self, parent: Vector, rng: np.random.Generator) -> Vector | None:
         """A child: one to three switches, then repaired and filled. `None` if beyond repair.

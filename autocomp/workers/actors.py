@@ -34,7 +34,7 @@ class ActorPool:
     ) -> None:
         import ray
 
-        self._class = ray.remote(num_cpus=1, max_restarts=0)(cls)
+        self._class: Any = ray.remote(num_cpus=1, max_restarts=0)(cls)
         self._args = args
         self._name = cls.__name__
         self._retries = retries

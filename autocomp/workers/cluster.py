@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,8 @@ def start(address: str | None = None, workers: int | None = None) -> Iterator[Cl
                 )
             else:
                 ray.init(address=address, **common)
-                count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+                resources: Callable[[], dict[str, float]] = ray.cluster_resources
+                count = workers or max(1, int(resources().get("CPU", 1)))
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at {address!r}: {error}. Start one with "

@@ -46,7 +46,7 @@ class _Trainable(tune.Trainable):
 
     _runner: TrialRunner | None = None
 
-    def setup(
+    def setup(  # type: ignore[override]  # with_parameters adds the rest
         self, config: dict[str, Any], factory: RunnerFactory, context: Mapping[str, Any]
     ) -> None:
         self._factory, self._context = factory, context

@@ -137,11 +137,17 @@ def test_it_turns_away_from_what_is_bad_and_from_what_is_pending() -> None:
 
     def chosen(bad_quality: float, tried: set[tuple[int, ...]]) -> tuple[int, ...]:
         measured = [(bad, bad_quality), (good, 0.9), (good, 0.9)]
-        return architectures.of_highest_utility([near, far], tried, measured)
+        return architectures.of_highest_utility(crowded, tried, measured)
+
+    crowded = [
+        near,
+        far,
+        *[(4, 4, 4, 4, 4, 4, level) for level in range(5)],
+        *[(4, 4, 4, 4, 4, level, 4) for level in range(4)],
+    ]
 
     assert chosen(0.9, {good}) == near, "by rank in screening"
     assert chosen(0.1, {good}) == far, "its neighbour was bad"
-    crowded = [near, far, *[(4, 4, 4, 4, 4, 4, level) for level in range(5)]]
     assert architectures.of_highest_utility(crowded, {bad}, [(good, 0.9)]) == far, "it is pending"
 
 
@@ -150,7 +156,7 @@ def test_the_margin_grows_when_measured_models_miss_and_shrinks_after_a_refit(
 ) -> None:
     p, _ = screened
     proposer = _proposer(screened, 20)
-    assert proposer.margins() == {"latency_ms": 0.01, "size_bytes": 0.01}
+    assert proposer.margins() == pytest.approx({"latency_ms": 0.01, "size_bytes": 0.01})
     first = proposer.ask()
     assert first is not None
     proposer.tell(first.id, _record(p, first, measured=Measurement("measured", 3.3, 1)))
@@ -158,7 +164,7 @@ def test_the_margin_grows_when_measured_models_miss_and_shrinks_after_a_refit(
     over = 3.3 / (first.estimated.latency_ms or 0.0)
     assert over > 1.1
     assert proposer.margins()["latency_ms"] == pytest.approx(1 - 0.99 / over)
-    assert proposer.margins()["size_bytes"] == 0.01
+    assert proposer.margins()["size_bytes"] == pytest.approx(0.01)
     second = proposer.ask()
     assert second is not None
     assert second.estimated is not None

@@ -174,6 +174,11 @@ def test_an_unreachable_limit_says_what_is_reachable_what_binds_and_what_to_allo
         "No candidate meets size ≤ 5 MB: the smallest in this space is 7.9 MB (embeddings 5.9 MB "
         "of it). Allow 4-bit embeddings (bits.weights), or raise the budget."
     )
+    with pytest.raises(InfeasibleError, match=r"7\.9 MB \(embeddings .*smallest in this space is"):
+        check_reachable(weights, costs, {"size_bytes": 5e6, "latency_ms": 0.1})
+    fixed = Costs(space, TablePredictor(zero, zero, 0.5, 2e6))
+    with pytest.raises(InfeasibleError, match=r"\(what no rule can change 2 MB of it\)\. Raise"):
+        check_reachable(weights, fixed, {"size_bytes": 1e6})
 
 
 def test_limits_that_only_clash_together_are_told_so(small: Problem) -> None:
