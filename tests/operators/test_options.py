@@ -130,6 +130,12 @@ def test_choices_that_make_no_sense(unit: Any, section: dict[str, Any], message:
         unit_options(unit, rule(**section))
 
 
+def test_four_bits_with_a_scale_per_row() -> None:
+    (option,) = unit_options(head(), rule(bits={"weights": [4], "group": 0}))
+    assert option.label() == "gptq activations=32 group=0 weights=4"
+    assert option_formats(head(), option)["classifier"].group is None
+
+
 def test_one_rule_for_both_kinds_of_sublayer() -> None:
     both = rule(structure={"heads": [0.5], "width": [0.67]})
     assert labels(unit_options(attention(), both)) == ["heads keep=2"]

@@ -19,7 +19,7 @@ def bit_steps(operator: str, unit: Unit, bits: Mapping[str, Any]) -> list[Step |
 
     Dense weights ignore the activation choice (there is no runtime format of float weights and
     integer activations); embeddings have no activations. 8-bit weights have a scale per row, 4-bit
-    ones a scale per `group` columns.
+    ones a scale per `group` columns (0: per row).
 
     Raises:
         UserError: for bits or a group that are not supported, naming what is.
@@ -87,10 +87,10 @@ def _read(
 
 
 def _group(group: Any, operator: str, unit: Unit) -> int:
-    power_of_two = isinstance(group, int) and group >= 16 and group & (group - 1) == 0
-    if isinstance(group, bool) or not power_of_two:
+    known = isinstance(group, int) and not isinstance(group, bool)
+    if not known or (group != 0 and (group < 16 or group & (group - 1))):
         raise UserError(
             f"{operator} at {unit.name}: bits.group {group!r} is not supported. Allowed: a power "
-            f"of two, 16 or more (32 and 128 are usual)"
+            f"of two, 16 or more (32 and 128 are usual), or 0 for a scale per row"
         )
     return int(group)
