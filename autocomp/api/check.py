@@ -22,10 +22,11 @@ class CheckReport:
     Attributes:
         model, task, target: what the spec names, resolved.
         rules: pattern → how many units it holds for and how many options each has.
-        units: name → number of options.
-        candidates_log10: size of the space without distillation settings.
+        units: name, kind, parameters and number of options of each unit.
+        space_log10: size of the space without distillation settings.
         dense_size_bytes, smallest_size_bytes: estimated bytes on disk.
-        size_limit_bytes: the budget's limit, absolute.
+        budget: the limits, as written.
+        size_limit_bytes: the limit on size, absolute.
         problems: why no candidate can meet the budget, if that is known already.
         notes: worth knowing, not wrong.
     """
@@ -34,10 +35,11 @@ class CheckReport:
     task: str
     target: dict[str, Any]
     rules: list[dict[str, Any]]
-    units: dict[str, int]
-    candidates_log10: float
+    units: list[dict[str, Any]]
+    space_log10: float
     dense_size_bytes: int
     smallest_size_bytes: int
+    budget: dict[str, Any]
     size_limit_bytes: float | None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -105,10 +107,19 @@ def report(plan: Plan) -> CheckReport:
             }
             for index, rule in enumerate(spec.space)
         ],
-        units={unit.name: len(plan.options[unit.name]) for unit in plan.units},
-        candidates_log10=round(sum(math.log10(len(o)) for o in plan.options.values()), 2),
+        units=[
+            {
+                "name": unit.name,
+                "kind": unit.kind,
+                "parameters": unit.parameters,
+                "options": len(plan.options[unit.name]),
+            }
+            for unit in plan.units
+        ],
+        space_log10=round(sum(math.log10(len(o)) for o in plan.options.values()), 2),
         dense_size_bytes=dense,
         smallest_size_bytes=smallest,
+        budget=spec.budget.model_dump(exclude_none=True),
         size_limit_bytes=limit_bytes,
         problems=problems,
         notes=notes,
