@@ -23,14 +23,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from autocomp.core.budget import Budget
 from autocomp.core.files import write_text_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
-from autocomp.front.view import front_json
 from autocomp.report.html import front_html
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, view_tag
-from autocomp.report.summary import candidate_figures
+from autocomp.report.study_view import study_front
+from autocomp.report.summary import candidate_figures, trial_metrics
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
 
@@ -58,24 +57,6 @@ def default_experiment(study: Study) -> str:
     elif Path(source).is_absolute():
         source = Path(source).name
     return f"{source} on {target.runtime}-{target.device}"
-
-
-def study_front(study: Study) -> dict[str, Any]:
-    """The `front --json` mapping of a study, with what its spec says of the target.
-
-    Before dense is measured, limits relative to it are left out.
-    """
-    dense = study.dense()
-    target = study.spec.target
-    limits = study.spec.budget.limits()
-    if dense is None or dense.measured is None:
-        budget = Budget(quality=limits.quality)
-    else:
-        budget = limits.resolve(dense.measured)
-    workload = target.workload.model_dump(exclude_none=True)
-    description = {"name": f"{target.runtime}-{target.device}", "workload": workload}
-    objectives = list(study.spec.objectives)
-    return front_json(str(study.paths.root), description, budget, study.trials(), objectives)
 
 
 def project(
@@ -393,27 +374,6 @@ class _Projection:
             [Metric(k, _rounded(v), now_ms, step) for k, v in metrics.items() if v is not None],
             [Param(name, value) for name, value in params.items()],
         )
-
-
-def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
-    """A trial's figures, units in their names; what was not measured is `None`."""
-    metrics: dict[str, float | None] = {
-        "quality": record.quality,
-        "teacher_kl": record.teacher_kl,
-    }
-    name, value = record.metric.get("name"), record.metric.get("value")
-    if name and name != "quality" and isinstance(value, int | float):
-        metrics[str(name)] = float(value)
-    for prefix, cost in (("", record.measured), ("estimated_", record.estimated)):
-        if cost is not None:
-            metrics[f"{prefix}latency_ms"] = cost.latency_ms
-            metrics[f"{prefix}size_bytes"] = cost.size_bytes
-            metrics[f"{prefix}peak_memory_bytes"] = cost.peak_memory_bytes
-    if record.measured is not None:
-        metrics["latency_wall_ms"] = record.measured.latency_wall_ms
-        metrics["latency_spread"] = record.measured.latency_spread
-    metrics.update({f"seconds_{phase}": value for phase, value in record.seconds.items()})
-    return metrics
 
 
 def _rounded(value: float) -> float:

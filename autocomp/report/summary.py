@@ -1,4 +1,4 @@
-"""A candidate in a few figures: mean bits, what was removed, how it was distilled."""
+"""A candidate and a trial in a few figures: mean bits, what was removed, what was measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from autocomp.core.unit import Unit
+from autocomp.study.records import TrialRecord
 
 _DENSE_BITS = 32
 
@@ -102,3 +103,24 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
     elif tokens == 0:
         parts.append("not distilled")
     return " · ".join(parts)
+
+
+def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
+    """A trial's figures, units in their names; what was not measured is `None`."""
+    metrics: dict[str, float | None] = {
+        "quality": record.quality,
+        "teacher_kl": record.teacher_kl,
+    }
+    name, value = record.metric.get("name"), record.metric.get("value")
+    if name and name != "quality" and isinstance(value, int | float):
+        metrics[str(name)] = float(value)
+    for prefix, cost in (("", record.measured), ("estimated_", record.estimated)):
+        if cost is not None:
+            metrics[f"{prefix}latency_ms"] = cost.latency_ms
+            metrics[f"{prefix}size_bytes"] = cost.size_bytes
+            metrics[f"{prefix}peak_memory_bytes"] = cost.peak_memory_bytes
+    if record.measured is not None:
+        metrics["latency_wall_ms"] = record.measured.latency_wall_ms
+        metrics["latency_spread"] = record.measured.latency_spread
+    metrics.update({f"seconds_{phase}": value for phase, value in record.seconds.items()})
+    return metrics

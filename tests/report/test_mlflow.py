@@ -15,8 +15,10 @@ from samples import BUDGET, baselines, failed, record, records
 from autocomp.core.candidate import Candidate
 from autocomp.report import mlflow_log
 from autocomp.report.dashboard import Dashboard
-from autocomp.report.mlflow_log import MlflowProjector, project, projected_place, study_front
+from autocomp.report.mlflow_log import MlflowProjector, project, projected_place
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, unpack_view, view_tag, view_url
+from autocomp.report.study_view import study_front
+from autocomp.report.summary import trial_metrics
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
@@ -292,6 +294,6 @@ def wait_for(condition: Any, timeout_s: float = 60.0) -> None:
 
 def test_metrics_carry_units() -> None:
     trial: TrialRecord = record(1)
-    names = set(mlflow_log.trial_metrics(trial))
+    names = set(trial_metrics(trial))
     plain = {"quality", "teacher_kl", "accuracy", "latency_spread"}
     assert all(n.endswith(("_ms", "_bytes")) or n.startswith("seconds_") for n in names - plain)
