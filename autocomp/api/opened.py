@@ -63,7 +63,7 @@ class OpenStudy:
             UserError: for a limit that cannot be read.
             NothingFitsError: if no measured trial fits, with the nearest one.
         """
-        if latency is size is peak_memory is quality is None:
+        if all(limit is None for limit in (latency, size, peak_memory, quality)):
             budget = study_budget(self.study)
         else:
             dense = self.study.dense()

@@ -129,8 +129,8 @@ def _options(
     except UserError as error:
         raise loaded.source.error_at(("space", rule), f"{unit.name}: {error}") from error
     for option in options:
-        for format in option_formats(unit, option).values():
-            reason = target.formats_supported(format)
+        for left in option_formats(unit, option).values():
+            reason = target.formats_supported(left)
             if reason is not None:
                 raise loaded.source.error_at(
                     ("space", rule), f"{unit.name}, {option.label()}: {target.name} {reason}"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from autocomp.api.opened import OpenStudy
 from autocomp.api.plan import Plan, make_plan
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.budget import Budget
-from autocomp.front.pick import NothingFitsError, feasible, front, pick
+from autocomp.front.pick import feasible, front, pick
 from autocomp.study.directory import Study, append_trial
 from autocomp.study.records import TrialRecord
 
@@ -84,11 +85,14 @@ def search(
         from autocomp.study.fork import fork_study
 
         opened = fork_study(Study.open(directory), fork, plan.spec)
-    with opened.lease(), _logging_to(opened.paths.log):
-        with MlflowProjector(opened.paths.root, tracking_uri, units=plan.units):
-            with ExitStack() as stack:
-                deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-                _Search(plan, opened, progress, stack, workers, ray_address, deadline).run()
+    deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+    with (
+        opened.lease(),
+        _logging_to(opened.paths.log),
+        MlflowProjector(opened.paths.root, tracking_uri, units=plan.units),
+        ExitStack() as stack,
+    ):
+        _Search(plan, opened, progress, stack, workers, ray_address, deadline).run()
     return OpenStudy(Study.open(opened.paths.root))
 
 
@@ -285,12 +289,12 @@ class _Search:
         )
         dispatcher = _Dispatcher(self, proposer, table, self._deadline)
         self.progress.phase("trials", spec.search.trials + len(uniform) - 1)
-        for round in range(1 + EXTRA_ROUNDS):
+        for extra in range(1 + EXTRA_ROUNDS):
             self._dispatch(dispatcher, context)
             records = self.study.trials()
             if any(feasible(record, budget) for record in records) or dispatcher.late:
                 break
-            if round < EXTRA_ROUNDS:
+            if extra < EXTRA_ROUNDS:
                 more = max(2, spec.search.trials // 3)
                 proposer.extend(more)
                 self.progress.note(
@@ -333,7 +337,7 @@ class _Search:
         for record in records:
             assert record.artifact is not None
             artifact = open_artifact(self.study.paths.root / record.artifact)
-            evaluation = task.evaluate(lambda feeds: target.run(artifact, feeds), "report")
+            evaluation = task.evaluate(partial(target.run, artifact), "report")
             value = evaluation.quality.value
             teacher = value if record.kind == "dense" else teacher
             self.study.ledger.append(

@@ -1,4 +1,4 @@
-"""The directory a user takes away, one file per format, each verified by reloading what was written."""
+"""The directory a user takes away: one file per format, each verified by reload."""
 
 from __future__ import annotations
 

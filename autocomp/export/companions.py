@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class Companions:
         for name in _FILES:
             file = source / name
             if file.is_file():
-                write_atomic(self.directory / name, lambda to, file=file: _copy(file, to))
+                write_atomic(self.directory / name, partial(shutil.copyfile, file))
         contiguous = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         write_atomic(self._inputs, lambda to: save_file(contiguous, to))
         write_text_atomic(self._labels, json.dumps(list(label_names), indent=2) + "\n")
@@ -73,7 +74,3 @@ class Companions:
     @property
     def _inputs(self) -> Path:
         return self.directory / "inputs.safetensors"
-
-
-def _copy(source: Path, to: Path) -> None:
-    shutil.copyfile(source, to)

@@ -28,7 +28,7 @@ from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
 from autocomp.report.html import front_html
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, view_tag
-from autocomp.report.study_view import study_front
+from autocomp.front.view import study_front
 from autocomp.report.summary import candidate_figures, trial_metrics
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord

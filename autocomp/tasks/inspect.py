@@ -1,4 +1,4 @@
-"""A look at a task's data before anything is tokenised: how much there is, which labels. No torch."""
+"""A look at a task's data before it is tokenised: how much there is, which labels. No torch."""
 
 from __future__ import annotations
 

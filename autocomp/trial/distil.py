@@ -89,9 +89,12 @@ def distil(
     """Train `student` in place on the distil split until `settings.tokens` real tokens were seen.
 
     AdamW, linear warm-up over the first tenth, cosine decay to zero, gradients clipped to norm 1.
-    `teacher_logits` are those of the whole distil split, in its order, if they are at hand; else the
-    teacher runs beside the student. The learning rate follows tokens, not steps, so that batches of short texts weigh as little as
+    The learning rate follows tokens, not steps, so that batches of short texts weigh as little as
     they hold. Each step holds the gate shared, so that a measurement can come between two steps.
+
+    Args:
+        teacher_logits: those of the whole distil split, in its order, if they are at hand; else
+            the teacher runs beside the student.
 
     Raises:
         DivergedError: when the loss is no longer finite.
@@ -123,7 +126,7 @@ def distil(
                         f"{settings.lr:g}"
                     )
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
                 optimiser.step()
             losses.append(value)

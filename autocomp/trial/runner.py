@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ class CandidateRunner:
             self._check(student, target.run(artifact, inputs), inputs)
         with _timed(seconds, "evaluate"):
             evaluation = self.task.evaluate(
-                lambda feeds: target.run(artifact, feeds), "search", teacher=self.expected
+                partial(target.run, artifact), "search", teacher=self.expected
             )
         with _timed(seconds, "measure"):
             measured = replace(

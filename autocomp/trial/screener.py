@@ -1,7 +1,7 @@
-"""Screening: the divergence of stitched, untrained candidates from the teacher. Resident in a worker.
+"""Screening: how far stitched, untrained candidates are from the teacher. Resident in a worker.
 
-A screened candidate costs one stitch and one forward pass over the screening examples. The teacher's
-logits on them are computed once. Screening examples are the first of the distil split: neither the
+A screened candidate costs one stitch and one forward pass over the screening examples; the
+teacher's logits on them are computed once. Screening examples are the first of the distil split: neither the
 search split, which ranks trials, nor the report split is touched.
 """
 

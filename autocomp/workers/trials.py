@@ -134,6 +134,10 @@ class _Searcher(Searcher):
             self.failure = failure
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher into a file that a restore would read; we never restore."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the truth."""
 

@@ -17,7 +17,7 @@ from autocomp.report import mlflow_log
 from autocomp.report.dashboard import Dashboard
 from autocomp.report.mlflow_log import MlflowProjector, project, projected_place
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, unpack_view, view_tag, view_url
-from autocomp.report.study_view import study_front
+from autocomp.front.view import study_front
 from autocomp.report.summary import trial_metrics
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study
