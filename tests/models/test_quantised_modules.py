@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,14 @@ def test_copies_and_files_keep_everything(kind: str, tmp_path: Path) -> None:
         load_model(other, str(tmp_path / "layer.safetensors"))
         assert torch.equal(other(x), expected)
     assert copy.deepcopy(layer).weight.data_ptr() != layer.weight.data_ptr()
+
+
+def test_cached_rounding_is_not_copied() -> None:
+    fmt = SiteFormat(64, 64, False, weight_bits=8)
+    layer = QuantLinear(torch.randn(64, 64), None, torch.full((64, 1), 0.1), fmt).eval()
+    before = len(pickle.dumps(layer))
+    layer.dequantised()
+    assert len(pickle.dumps(layer)) == before
 
 
 def test_cache_made_in_inference_mode_does_not_break_training() -> None:
