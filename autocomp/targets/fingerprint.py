@@ -20,7 +20,7 @@ _FLAGS = (
 
 
 def describe_cpu() -> dict[str, Any]:
-    """Model name, instruction sets that matter and logical cores this process may use."""
+    """Model name, instruction sets that matter, logical cores; the same in every process."""
     name, flags = platform.processor() or platform.machine(), set[str]()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -31,10 +31,9 @@ def describe_cpu() -> dict[str, Any]:
             elif key.strip() in ("flags", "Features"):
                 flags = set(value.split())
                 break
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "machine": platform.machine(),
         "cpu": name,
         "instructions": [flag for flag in _FLAGS if flag in flags],
-        "cores": cores,
+        "cores": os.cpu_count(),
     }

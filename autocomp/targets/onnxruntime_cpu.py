@@ -194,7 +194,7 @@ class OnnxRuntimeTarget:
     def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
         """Latency at the workload, alone on the machine while the gate is held; and size."""
         session = open_session(artifact.path, self.workload.threads)
-        timing = self.time_session(session, inputs)
+        timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
         return Measurement(
             provenance="measured",
             latency_ms=self.to_ms(timing),

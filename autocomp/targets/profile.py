@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from onnx import helper
 
@@ -92,6 +94,53 @@ def profile(
     table.fit(pairs)
     _report(progress, total, total)
     return table
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Predicted against measured latencies of candidates that were not used in the fit.
+
+    Attributes:
+        mean_error, worst_error: of |predicted / measured − 1|.
+        spearman: rank correlation.
+        pairs: (predicted, measured) in ms.
+    """
+
+    mean_error: float
+    worst_error: float
+    spearman: float
+    pairs: tuple[tuple[float, float], ...]
+
+
+def check_table(
+    table: CostTable,
+    target: OnnxRuntimeTarget,
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    unit_formats: UnitFormats,
+    inputs: Mapping[str, Array],
+    *,
+    candidates: int = 20,
+    seed: int = 1,
+) -> Accuracy:
+    """Measure random whole candidates and compare them with what the table predicts."""
+    rng = random.Random(f"check {seed}")
+    pairs = []
+    for _ in range(candidates):
+        choice = random_choice(rng, unit_formats)
+        predicted = table.predict(choice).latency_ms
+        assert predicted is not None
+        measured = _measure_choice(target, skeleton, units, unit_formats, choice, inputs)
+        pairs.append((predicted, measured))
+    values = np.array(pairs)
+    errors = np.abs(values[:, 0] / values[:, 1] - 1)
+    ranks = values.argsort(axis=0).argsort(axis=0)
+    return Accuracy(
+        mean_error=float(errors.mean()),
+        worst_error=float(errors.max()),
+        spearman=float(np.corrcoef(ranks[:, 0], ranks[:, 1])[0, 1]),
+        pairs=tuple((float(a), float(b)) for a, b in pairs),
+    )
 
 
 def random_choice(rng: random.Random, unit_formats: UnitFormats) -> dict[str, str]:

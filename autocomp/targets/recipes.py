@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -36,8 +36,16 @@ FEW_TOKENS = 8
 """Below it a linear layer is bound by reading weights: MatMulNBits."""
 
 _BLOCKS = (16, 32, 64, 128, 256)
-_NODE_BYTES = 220
-"""Names, shapes and attributes of a lowered site in the file, about."""
+_NODE_BYTES = {
+    "float": 360,
+    "int8": 390,
+    "unpacked": 920,
+    "widened": 1500,
+    "nbits": 460,
+    "gather": 140,
+    "gather-blocks": 340,
+}
+"""Names, shapes and attributes of a lowered site in the file, about; `widened` is from 4 bits."""
 
 
 @dataclass
@@ -99,7 +107,9 @@ def size_bytes(format: SiteFormat, tokens: int) -> int:
     rows, columns = format.rows, format.columns
     bias = 4 * rows if format.bias else 0
     weights = -(-rows * columns * format.weight_bits // 8)
-    match recipe(format, tokens):
+    kind: str = recipe(format, tokens)
+    nodes = _NODE_BYTES[kind]
+    match kind:
         case "float" | "gather":
             scales = 0
         case "gather-blocks":
@@ -108,15 +118,21 @@ def size_bytes(format: SiteFormat, tokens: int) -> int:
             scales = 4 * rows
             if format.weight_bits == 4:
                 scales += 2 * rows * _groups(format)
+                nodes = _NODE_BYTES["widened"]
         case "unpacked":
-            scales = (4 if _groups(format) == 1 else 2) * rows * _groups(format)
+            scales = 4 * rows
+            if _groups(format) > 1:
+                scales += 2 * rows * _groups(format)
+                nodes = _NODE_BYTES["widened"]
         case "nbits":
             block = _block(format)
             assert block is not None
             blocks = -(-columns // block)
             weights = rows * blocks * block * format.weight_bits // 8
             scales = 4 * rows * blocks
-    return weights + scales + bias + _NODE_BYTES
+        case _:
+            raise AssertionError(kind)
+    return weights + scales + bias + nodes
 
 
 def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
@@ -239,9 +255,16 @@ def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     """A float `(columns, rows)` matrix that the runtime makes from stored integers at load."""
     scales = weights.scales
     assert scales is not None
-    if scales.shape[1] > 1:
-        scales = scales.astype(np.float16)
-    return _widened(piece, site, weights, scales, TensorProto.FLOAT)
+    if scales.shape[1] == 1:
+        return _widened(piece, site, weights, scales, TensorProto.FLOAT)
+    # float16 in proportion to the row's largest scale: no scale is too small for it.
+    largest = scales.max(axis=1)
+    largest = np.where(largest > 0, largest, np.float32(1)).astype(np.float32)
+    factors = (scales / largest[:, None]).astype(np.float16)
+    matrix = _widened(piece, site, weights, factors, TensorProto.FLOAT)
+    piece.initializers.append(numpy_helper.from_array(largest, f"{site}.scales"))
+    piece.nodes.append(helper.make_node("Mul", [matrix, f"{site}.scales"], [f"{site}.weight"]))
+    return f"{site}.weight"
 
 
 def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: int) -> str:
@@ -266,7 +289,7 @@ def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: 
     piece.initializers += [stored, numpy_helper.from_array(factor, f"{site}.factors")]
     name = f"{site}.codes"
 
-    def node(operator: str, inputs: list[str], **attributes: int) -> str:
+    def node(operator: str, inputs: list[str], **attributes: Any) -> str:
         output = f"{site}.{operator.lower()}{len(piece.nodes)}"
         piece.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output

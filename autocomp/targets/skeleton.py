@@ -46,7 +46,7 @@ class _LinearMarker(nn.Module):
     def __init__(self, site: str, linear: nn.Linear) -> None:
         super().__init__()
         self.rows = linear.out_features
-        self.attributes = {
+        self.attributes: dict[str, Any] = {
             "site": site,
             "rows": linear.out_features,
             "columns": linear.in_features,
@@ -70,7 +70,7 @@ class _EmbeddingMarker(nn.Module):
     def __init__(self, site: str, table: nn.Embedding) -> None:
         super().__init__()
         self.width = table.embedding_dim
-        self.attributes = {
+        self.attributes: dict[str, Any] = {
             "site": site,
             "rows": table.num_embeddings,
             "columns": table.embedding_dim,
@@ -148,7 +148,8 @@ class _Logits(nn.Module):
         self.names = list(names)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.m(**dict(zip(self.names, inputs, strict=True))).logits
+        logits: torch.Tensor = self.m(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
 
 
 def _marked_copy(model: nn.Module, embedding_sites: set[str]) -> nn.Module:
@@ -273,12 +274,13 @@ def _resolve_attention(graph: Graph, node: onnx.NodeProto) -> None:
             raise InternalError(f"no linear layer found that feeds the {name} of {node.name}")
         node.attribute.append(helper.make_attribute(f"{name}_site", site))
     head_dim = int(attribute(node, "head_dim"))
-    flat = [_flat(graph, tensor, head_dim) for tensor in node.input[:3]]
-    whole = all(tensor is not None for tensor in flat)
+    found = [_flat(graph, tensor, head_dim) for tensor in node.input[:3]]
+    flat = [tensor for tensor in found if tensor is not None]
+    whole = len(flat) == 3
     node.attribute.append(helper.make_attribute("flat", int(whole)))
     if whole:
         for index, tensor in enumerate(flat):
-            node.input[index] = tensor  # type: ignore[assignment]
+            node.input[index] = tensor
     # The output is (B, T, H·D) already: the model's own reshape to it does nothing.
     for user in graph.users(node.output[0]):
         if user.op_type == "Reshape":

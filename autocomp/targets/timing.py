@@ -101,12 +101,12 @@ def time_interleaved(
     as many), spread over `rounds` rounds in which chunks of both come in shuffled order.
     """
     clock = time.process_time_ns if single_threaded else time.perf_counter_ns
+    once = math.inf
     for _ in range(3):
         anchor()
+        started = time.perf_counter()
         model()
-    start = time.perf_counter()
-    model()
-    once = max(time.perf_counter() - start, 1e-6)
+        once = min(once, max(time.perf_counter() - started, 1e-6))
     wanted = min(max(runs, int(seconds / once)), 10 * runs)
     chunks = max(1, math.ceil(wanted / (rounds * CHUNK)))
     rng = random.Random(seed)

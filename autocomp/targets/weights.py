@@ -47,7 +47,8 @@ class SiteWeights:
         assert self.scales is not None
         group = self.format.group or self.format.columns
         scales = np.repeat(self.scales, group, axis=1)[:, : self.format.columns]
-        return self.codes.astype(np.float32) * scales
+        product: Array = self.codes.astype(np.float32) * scales
+        return product
 
 
 Provider = Callable[[str], SiteWeights | None]

@@ -15,7 +15,7 @@ from target_examples import target
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import dense_format
 from autocomp.targets.cost_table import CostTable, Entry
-from autocomp.targets.profile import lower_formats, profile, random_choice
+from autocomp.targets.profile import check_table, lower_formats, profile, random_choice
 
 ENTRIES = {
     f"layers.{index}": {
@@ -100,7 +100,7 @@ def test_tied_units_share_bytes_while_both_are_dense():
 def test_what_it_does_not_hold_is_refused():
     with pytest.raises(InternalError, match="holds no option 'int3' of unit"):
         _table().predict(dict.fromkeys(ENTRIES, "int3"))
-    with pytest.raises(InternalError, match="no option given for unit 'layers.0'"):
+    with pytest.raises(InternalError, match=r"no option given for unit .layers\.0."):
         _table().predict({})
 
 
@@ -115,7 +115,7 @@ def test_predicting_needs_neither_torch_nor_a_runtime(tmp_path: Path):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("layout", ["bert", "llama", "dinov2"])
+@pytest.mark.parametrize("layout", ["bert", "llama"])
 def test_profiling_a_small_model(exported, layout):
     _, units, task, skeleton = exported(layout)
     formats = {}
@@ -148,6 +148,9 @@ def test_profiling_a_small_model(exported, layout):
         shared = sum(table.entry(unit, "dense").size_bytes for unit in tied)
         assert predicted.size_bytes + shared == pytest.approx(size, rel=0.12)
         assert predicted.latency_ms > 0
+    accuracy = check_table(table, runtime, skeleton, units, formats, inputs, candidates=3, seed=2)
+    assert len(accuracy.pairs) == 3
+    assert accuracy.mean_error <= accuracy.worst_error < 1.0
     entries = table.entries
     assert entries["layers.0.ffn"] == entries["layers.1.ffn"]
     assert entries["layers.0.ffn"]["skip"] == Entry(0.0, 0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -122,8 +123,6 @@ def test_a_rewritten_artifact_is_opened_again(small, exported):
     runtime = target()
     before = runtime.run(artifact, inputs)
     _, units, _, skeleton = exported("bert")
-    import copy
-
     changed = copy.deepcopy(model)
     changed.get_submodule("classifier").bias.data.add_(1.0)
     runtime.write(runtime.lower(skeleton, changed, units), artifact.path.parent)
@@ -136,6 +135,6 @@ def test_other_devices_are_refused():
 
 
 def test_formats_and_bytes_go_by_the_workload():
-    spec = SiteFormat(64, 64, True, weight_bits=4, group=32, activation_bits=8)
+    spec = SiteFormat(64, 512, True, weight_bits=4, group=32, activation_bits=8)
     assert target().formats_supported(spec) is None
     assert target(sequence=1).size_bytes(spec) > target(sequence=64).size_bytes(spec)
