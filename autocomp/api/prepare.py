@@ -72,7 +72,7 @@ def untrained_teacher(plan: Plan, directory: Path) -> Teacher:
     task = make_task(plan.spec, plan.model_path)
     model = load_model(plan.model_path, task.name, task.num_labels)
     with quiet():
-        model.save_pretrained(directory / "teacher")
+        model.save_pretrained(directory / "teacher")  # type: ignore[operator]
     return Teacher(task, directory / "teacher")
 
 
@@ -128,8 +128,8 @@ def prepare_context(
 ) -> TrialContext:
     """Export the skeleton unless it is cached; keep what exported models are shipped with."""
     from autocomp.export.companions import Companions
-    from autocomp.targets import make_target
     from autocomp.models.load import load_model
+    from autocomp.targets import make_target
     from autocomp.targets.skeleton import cached_skeleton, skeleton_path
 
     model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
@@ -187,7 +187,9 @@ def measure_dense(
         record = TrialRecord.from_json(runner.run(payload))
         if record.state != "complete":
             raise InternalError(f"the dense model could not be measured: {record.error}")
-        study.ledger.append("reference", device, asdict(runner.target.reference))
+        recorded = runner.target.reference
+        assert recorded is not None
+        study.ledger.append("reference", device, asdict(recorded))
         context = replace(context, reference=study.reference(device))
         dense = study.dense() or record
     progress.trial_finished(dense)
@@ -203,7 +205,6 @@ def prepare_cost_table(
     from autocomp.export.companions import Companions
     from autocomp.targets import make_target
     from autocomp.targets.cost_table import CostTable
-    from autocomp.targets.profile import profile
 
     reference = None if context.reference is None else dict(context.reference)
     target = make_target(plan.spec.target, context.gate, reference)
@@ -220,8 +221,7 @@ def prepare_cost_table(
             )
             if table.device == target.fingerprint() and covered:
                 return table
-    table = profile(
-        target,
+    table = target.profile(
         onnx.load(context.skeleton_path),
         plan.units,
         plan.formats,

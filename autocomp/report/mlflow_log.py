@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 from autocomp.core.files import write_text_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
+from autocomp.front.view import study_front
 from autocomp.report.html import front_html
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, view_tag
-from autocomp.front.view import study_front
 from autocomp.report.summary import candidate_figures, trial_metrics
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord

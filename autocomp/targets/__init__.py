@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def target_name(section: TargetSection) -> str:
 
 
 def make_target(
-    section: TargetSection, gate: Gate | None = None, reference: dict[str, Any] | None = None
+    section: TargetSection, gate: Gate | None = None, reference: Mapping[str, Any] | None = None
 ) -> Target:
     """The target of a spec.
 

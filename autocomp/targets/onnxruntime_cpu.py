@@ -20,7 +20,7 @@ from autocomp.core.files import write_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
-from autocomp.core.unit import SiteFormat, Unit
+from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.targets.fingerprint import describe_cpu
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
 from autocomp.targets.timing import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
+    from autocomp.targets.cost_table import CostTable
     from autocomp.targets.weights import Provider
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -259,6 +260,21 @@ class OnnxRuntimeTarget:
         session = open_session(model.SerializeToString(), self.workload.threads)
         values = session.run(list(outputs), _feed(session, inputs))
         return dict(zip(outputs, (np.asarray(value) for value in values), strict=True))
+
+    def profile(
+        self,
+        skeleton: onnx.ModelProto,
+        units: Sequence[Unit],
+        unit_formats: Mapping[str, Mapping[str, UnitFormat]],
+        inputs: Mapping[str, Array],
+        *,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CostTable:
+        """See `profile.profile`."""
+        from autocomp.targets.profile import profile
+
+        return profile(self, skeleton, units, unit_formats, inputs, seed=seed, progress=progress)
 
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, Array]) -> int:
         """Peak resident bytes of a fresh process that loads the artifact and runs it once.

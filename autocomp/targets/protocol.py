@@ -6,13 +6,15 @@ Call sequence: `export` once per dense model (seconds), `lower` per candidate (a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autocomp.core.measurement import Measurement
-from autocomp.core.unit import SiteFormat, Unit
+from autocomp.core.unit import SiteFormat, Unit, UnitFormat
+from autocomp.targets.cost_table import CostTable
+from autocomp.targets.timing import Reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +68,7 @@ class Target(Protocol):
     """A device with a runtime and a workload."""
 
     name: str
+    reference: Reference | None
 
     def describe(self) -> dict[str, Any]:
         """Device, runtime, versions, workload: plain data for reports."""
@@ -109,6 +112,19 @@ class Target(Protocol):
 
     def measure(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> Measurement:
         """Latency of the artifact at the workload, with its size."""
+        ...
+
+    def profile(
+        self,
+        skeleton: onnx.ModelProto,
+        units: Sequence[Unit],
+        unit_formats: Mapping[str, Mapping[str, UnitFormat]],
+        inputs: Mapping[str, np.ndarray],
+        *,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CostTable:
+        """The cost table of a model: unit → option key → format."""
         ...
 
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> int:

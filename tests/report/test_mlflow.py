@@ -13,11 +13,11 @@ import pytest
 from samples import BUDGET, baselines, failed, record, records
 
 from autocomp.core.candidate import Candidate
+from autocomp.front.view import study_front
 from autocomp.report import mlflow_log
 from autocomp.report.dashboard import Dashboard
 from autocomp.report.mlflow_log import MlflowProjector, project, projected_place
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, unpack_view, view_tag, view_url
-from autocomp.front.view import study_front
 from autocomp.report.summary import trial_metrics
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study
