@@ -1,8 +1,8 @@
 """Screening: how far stitched, untrained candidates are from the teacher. Resident in a worker.
 
 A screened candidate costs one stitch and one forward pass over the screening examples; the
-teacher's logits on them are computed once. Screening examples are the first of the distil split: neither
-the search split, which ranks trials, nor the report split is touched.
+teacher's logits on them are computed once. Screening examples are the first of the distil split:
+neither the search split, which ranks trials, nor the report split is touched.
 """
 
 from __future__ import annotations
