@@ -79,6 +79,7 @@ class Operator(Protocol):
         name: as written in a spec and listed by `autocomp ls operators`.
         summary: one sentence.
         paper: author, year, title or arXiv number; empty when there is none.
+        choices: the entries of a spec's rule it reads, for `autocomp ls operators`.
         stage: when it is applied; see `STAGES`.
         version: raised when the weights it produces change, so that stored items are rebuilt.
         speeds_up, shrinks: names of the targets that turn it into speed, into bytes.
@@ -87,6 +88,7 @@ class Operator(Protocol):
     name: str
     summary: str
     paper: str
+    choices: str
     stage: Stage
     version: int
     speeds_up: tuple[str, ...]

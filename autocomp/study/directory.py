@@ -6,7 +6,7 @@
         ledger.jsonl     the truth: trials, scores, screenings (study/ledger.py)
         lease            held by the one controller
         gate             measuring excludes working (core/gate.py)
-        cost_table.json  artifacts/  teacher/  library/  work/  log.txt  mlflow.db  front.html
+        cost_table.json  artifacts/  companions/  work/  ray/  log.txt  mlflow.db  front.html
 
 Call sequence of a controller: `Study.create_or_open(path, spec)`, then `with study.lease():`
 everything that writes. Anyone else: `Study.open(path)`, reading only. Workers get `study.ledger`.

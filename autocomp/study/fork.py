@@ -1,9 +1,9 @@
 """Forks: a study of a changed spec that starts from what another study has built and measured.
 
-What may be taken over follows from what changed. Built options and teachers are addressed by
-content, so they always may. A cost table needs the same model and target; scores and measured
-trials also the same task and seed (the splits). The search's own trials need the same space and
-distillation too, since they must be points of the new space; baselines do not.
+What may be taken over follows from what changed. Built options and teachers need no taking over:
+they are kept by content, for every study. A cost table needs the same model and target; scores and
+measured trials also the same task and seed (the splits). The search's own trials need the same
+space and distillation too, since they must be points of the new space; baselines do not.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ def fork_study(source: Study, path: Path | str, spec: Spec) -> Study:
     study = Study.create_or_open(path, spec)
     old, new = source.paths, study.paths
     with study.lease():
-        _link_tree(old.library, new.library)
-        _link_tree(old.teacher, new.teacher)
         if not _agree(source.spec, spec, "model", "target"):
             return study
         for device in source.devices:
@@ -79,7 +77,7 @@ def _link(source: Path, destination: Path) -> None:
         try:
             destination.hardlink_to(source)
         except FileNotFoundError:
-            return  # evicted from the library meanwhile
+            return  # removed meanwhile
         except OSError:
             temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
             shutil.copy2(source, temporary)

@@ -53,16 +53,6 @@ class StudyPaths:
         return self.root / "companions"
 
     @property
-    def teacher(self) -> Path:
-        """The fitted teacher."""
-        return self.root / "teacher"
-
-    @property
-    def library(self) -> Path:
-        """Built options."""
-        return self.root / "library"
-
-    @property
     def work(self) -> Path:
         """Scratch: spilled activations, caches; safe to delete when nothing runs."""
         return self.root / "work"

@@ -16,7 +16,7 @@ from autocomp.study.fork import fork_study
 def source(tmp_path, make_spec, make_record):
     """A study that has built and measured something; opened for reading."""
     study = Study.create_or_open(tmp_path / "old", make_spec())
-    for name in ("library/ab/item", "library/ab/.item.1-2.tmp", "teacher/model", "artifacts/s/m"):
+    for name in ("artifacts/s/m", "artifacts/s/.m.1-2.tmp"):
         (study.paths.root / name).parent.mkdir(parents=True, exist_ok=True)
         (study.paths.root / name).write_text(name)
     study.paths.cost_table.write_text("{}")
@@ -50,7 +50,6 @@ def files(study):
     }
 
 
-BUILT = {"library/ab/item", "teacher/model"}
 OURS = {"study.json", "spec.yaml", "lease"}
 MEASURED = {"cost_table.json", "ledger.jsonl"}
 
@@ -76,7 +75,7 @@ def test_takes_over_what_stays_valid(tmp_path, source, changes, kept, kinds, tri
     spec = changed(source.spec, **changes)
     fork = fork_study(source, tmp_path / "new", spec)
     assert fork.spec == spec
-    assert files(fork) == OURS | BUILT | kept
+    assert files(fork) == OURS | kept
     assert {entry.kind for entry in fork.ledger.read()} == kinds
     assert [trial.id for trial in fork.trials()] == trials
     assert fork.devices == (["cpu-a"] if kinds else [])
@@ -96,10 +95,10 @@ def test_copies_where_it_cannot_link(tmp_path, source, make_spec, monkeypatch):
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     fork = fork_study(source, tmp_path / "new", make_spec("30%"))
-    item = fork.paths.library / "ab" / "item"
-    assert item.read_text() == "library/ab/item"
+    item = fork.paths.artifacts / "s" / "m"
+    assert item.read_text() == "artifacts/s/m"
     assert item.stat().st_nlink == 1
-    assert files(fork) == OURS | BUILT | MEASURED | {"artifacts/s/m"}
+    assert files(fork) == OURS | MEASURED | {"artifacts/s/m"}
 
 
 def test_not_onto_itself(tmp_path, source, make_spec):

@@ -22,6 +22,7 @@ class Heads:
     name = "heads"
     summary = "Keep the attention heads that matter; refit the output projection."
     paper = "Kurtic et al., 2023, ZipLM, arXiv:2302.04089"
+    choices = "structure.heads: fractions of the heads kept, in whole key-value groups"
     stage: Stage = "structure"
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)

@@ -16,6 +16,7 @@ class Skip:
     name = "skip"
     summary = "Drop a whole attention or feed-forward sublayer."
     paper = "Fan et al., 2020, Reducing Transformer Depth on Demand, arXiv:1909.11556"
+    choices = "structure.skip: true"
     stage: Stage = "structure"
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)

@@ -21,6 +21,7 @@ class Width:
     name = "width"
     summary = "Keep the feed-forward channels that matter; refit the down projection."
     paper = "Kurtic et al., 2023, ZipLM, arXiv:2302.04089"
+    choices = "structure.width: fractions of the inner width kept"
     stage: Stage = "structure"
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)

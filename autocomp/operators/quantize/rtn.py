@@ -16,6 +16,9 @@ class RoundToNearest:
     name = "rtn"
     summary = "Round weights to the nearest of 8 or 4 bits; no calibration."
     paper = ""
+    choices = (
+        "bits.weights, bits.activations, bits.group (of 4-bit weights and tables; 0: a whole row)"
+    )
     stage: Stage = "bits"
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
