@@ -123,10 +123,11 @@ def library_path() -> Path:
     return cache_directory() / "library"
 
 
-def prepare_context(
-    plan: Plan, study: Study, teacher: Teacher, items: dict[tuple[str, str], str]
-) -> TrialContext:
-    """Export the skeleton unless it is cached; keep what exported models are shipped with."""
+def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
+    """Export the skeleton unless it is cached; keep what exported models are shipped with.
+
+    The context has no library items yet: enough for the dense trial and the cost table.
+    """
     from autocomp.export.companions import Companions
     from autocomp.models.load import load_model
     from autocomp.targets import make_target
@@ -151,7 +152,7 @@ def prepare_context(
         skeleton_path=skeleton_path(model, plan.units, teacher.task, skeletons),
         study_path=study.paths.root,
         library_path=library_path(),
-        items=items,
+        items={},
         units=plan.units,
         gate=Gate(study.paths.gate),
         reference=study.reference(make_target(plan.spec.target).fingerprint()),

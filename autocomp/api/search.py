@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from autocomp.study.records import TrialRecord
 
 if TYPE_CHECKING:
     from autocomp.report.progress import SearchProgress
+    from autocomp.search.costs import Costs
     from autocomp.search.proposer import TrialProposer
     from autocomp.search.scores import Scores
     from autocomp.search.screening import Screened
@@ -127,15 +129,17 @@ class _Search:
             target=f"{spec.target.runtime} on {spec.target.device}",
         )
         teacher = prepare.prepare_teacher(plan, progress)
-        items = prepare.prepare_library(plan, teacher, self.cluster, progress)
         progress.phase("cost table")
-        context = prepare.prepare_context(plan, study, teacher, items)
+        context = prepare.prepare_context(plan, study, teacher)
         dense, context = prepare.measure_dense(plan, study, context, progress)
         assert dense.measured is not None
         budget = spec.budget.limits().resolve(dense.measured)
         progress.header(budget=budget)
         table = TablePredictor(prepare.prepare_cost_table(plan, study, context, progress))
-        screened, scores = self._screen(context, table, budget)
+        costs = self._costs(table, budget)
+        items = prepare.prepare_library(plan, teacher, self.cluster, progress)
+        context = replace(context, items=items)
+        screened, scores = self._screen(context, table, budget, costs)
         self._run_trials(context, table, budget, screened, scores)
         chosen = pick(study.trials(), budget)
         progress.phase("report")
@@ -152,25 +156,32 @@ class _Search:
 
     # -- screening
 
-    def _screen(
-        self, context: TrialContext, table: TablePredictor, budget: Budget
-    ) -> tuple[list[Screened], Scores]:
-        """Replace-one scores, then screening within the predicted budget."""
+    def _costs(self, table: TablePredictor, budget: Budget) -> Costs:
+        """Cost terms of the space.
+
+        Raises:
+            InfeasibleError: if no candidate is predicted within the budget, before anything is
+                built.
+        """
         import numpy as np
 
         from autocomp.search.costs import Costs
         from autocomp.search.milp import check_reachable
+
+        space = self.plan.space
+        costs = Costs(space, table, _peak_memory(self.study.trials()))
+        free = [np.zeros(len(space.options[name])) for name in space.names]
+        check_reachable(free, costs, costs.limits(budget))
+        return costs
+
+    def _screen(
+        self, context: TrialContext, table: TablePredictor, budget: Budget, costs: Costs
+    ) -> tuple[list[Screened], Scores]:
+        """Replace-one scores, then screening within the predicted budget."""
         from autocomp.search.screening import Screened, screen
         from autocomp.workers.actors import ActorPool
 
         space = self.plan.space
-        peak = _peak_memory(self.study.trials())
-        costs = Costs(space, table, peak)
-        check_reachable(
-            [np.zeros(len(space.options[name])) for name in space.names],
-            costs,
-            costs.limits(budget),
-        )
         entries = self.study.ledger.read()
         known = [Screened.from_json(payload) for payload in entries.of("screen").values()]
         with ExitStack() as stack:
@@ -212,7 +223,7 @@ class _Search:
                 self.plan.spec.search.seed,
                 known,
                 scores=scores,
-                peak_memory=peak,
+                peak_memory=_peak_memory(self.study.trials()),
                 on_batch=keep,
                 progress=advance,
             )
