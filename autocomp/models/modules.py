@@ -75,23 +75,6 @@ def fake_quantise_per_tensor(x: torch.Tensor) -> torch.Tensor:
     return _straight_through(x, rounded)
 
 
-def fake_quantise_blockwise(x: torch.Tensor, block: int) -> torch.Tensor:
-    """`x` `(..., columns)` through int8 and back, symmetric, a scale per `block` columns.
-
-    This is what ONNX Runtime's MatMulNBits does at accuracy level 4. A block of zeros, or of values
-    so small that the inverse scale would overflow, becomes zero. Straight-through.
-    """
-    with torch.no_grad():
-        columns = x.shape[-1]
-        padded = F.pad(x, (0, -columns % block))
-        padded = padded.reshape(*x.shape[:-1], -1, block)
-        largest = padded.abs().amax(dim=-1, keepdim=True)
-        inverse = torch.where(largest > _TINY, 127.0 / largest, 0.0)
-        codes = (padded * inverse).round_()
-        rounded = (codes * (largest / 127.0)).flatten(-2)[..., :columns]
-    return _straight_through(x, rounded)
-
-
 class _StraightThrough(torch.autograd.Function):
     """Returns `rounded`, bit for bit; the gradient goes to `value` where `mask` allows it."""
 
@@ -209,9 +192,8 @@ class _Quantised(nn.Module):
 class QuantLinear(_Quantised):
     """A linear layer `(..., columns) → (..., rows)` with quantised weight and, if asked, input.
 
-    Inputs at `activation_bits == 8`: with 8-bit weights and a scale per row, per tensor and
-    asymmetric (`fake_quantise_per_tensor`); otherwise blockwise, the block being the weight's group
-    (`fake_quantise_blockwise`).
+    Inputs at `activation_bits == 8` are quantised per tensor, asymmetric, at run time
+    (`fake_quantise_per_tensor`), whatever the weight's grouping.
     """
 
     bias: nn.Parameter | None
@@ -253,10 +235,7 @@ class QuantLinear(_Quantised):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., columns)` → `(..., rows)`."""
         if self.format.activation_bits == 8:
-            if self.format.weight_bits == 8 and self.format.group is None:
-                x = fake_quantise_per_tensor(x)
-            else:
-                x = fake_quantise_blockwise(x, group_size(self.format))
+            x = fake_quantise_per_tensor(x)
         if self._wants_gradient():
             weight = _fake_quantise_weight(self.weight, self.scales, self.format)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -205,11 +204,3 @@ def cut(graph: Graph, starts: set[str], end: str) -> tuple[list[onnx.NodeProto],
             if name and name not in made and name not in graph.initializers:
                 outside[name] = None
     return piece, list(outside)
-
-
-def tensors_by_name(model: onnx.ModelProto) -> defaultdict[str, Any]:
-    """Initializers as arrays."""
-    arrays: defaultdict[str, Any] = defaultdict()
-    for tensor in model.graph.initializer:
-        arrays[tensor.name] = numpy_helper.to_array(tensor)
-    return arrays

@@ -19,7 +19,6 @@ from autocomp.models.modules import (
     QuantEmbedding,
     QuantLinear,
     Skip,
-    fake_quantise_blockwise,
     fake_quantise_per_tensor,
 )
 
@@ -41,19 +40,6 @@ def _numpy_dynamic_quantize_linear(x: np.ndarray) -> np.ndarray:
     zero = np.clip(np.rint(np.float32(0) - low / scale), 0, 255)
     codes = np.clip(np.rint(x / scale) + zero, 0, 255).astype(np.uint8)
     return (codes.astype(np.float32) - np.float32(zero)) * scale
-
-
-def _numpy_blockwise(x: np.ndarray, block: int) -> np.ndarray:
-    """Symmetric int8 per block of the last axis, as the CPU kernel of MatMulNBits does it."""
-    result = np.zeros_like(x)
-    for row in np.ndindex(x.shape[:-1]):
-        for start in range(0, x.shape[-1], block):
-            part = x[row][start : start + block]
-            largest = np.abs(part).max()
-            if largest > 1e-36:  # below, the inverse overflows: nothing is left
-                codes = np.rint(part * (np.float32(127) / largest)).astype(np.int8)
-                result[row][start : start + block] = codes * (largest / np.float32(127))
-    return result
 
 
 def _numpy_weight(weight: np.ndarray, scales: np.ndarray, fmt: SiteFormat) -> np.ndarray:
@@ -86,10 +72,7 @@ def test_linear_equals_numpy(fmt: SiteFormat) -> None:
     steps = np.repeat(scales.numpy(), fmt.group or fmt.columns, axis=1)[:, : fmt.columns]
     inputs = x.numpy()
     if fmt.activation_bits == 8:
-        if fmt.weight_bits == 8 and fmt.group is None:
-            inputs = _numpy_dynamic_quantize_linear(inputs)
-        else:
-            inputs = _numpy_blockwise(inputs, fmt.group or fmt.columns)
+        inputs = _numpy_dynamic_quantize_linear(inputs)
     expected = inputs.astype(np.float64) @ (codes * steps).T.astype(np.float64) + bias.numpy()
     with torch.no_grad():
         np.testing.assert_allclose(layer(x).numpy(), expected, rtol=1e-5, atol=1e-5)
@@ -97,17 +80,12 @@ def test_linear_equals_numpy(fmt: SiteFormat) -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(
-    st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=1, max_size=40),
-    st.integers(1, 48),
-)
-def test_activations_equal_numpy(values: list[float], block: int) -> None:
+@given(st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=1, max_size=40))
+def test_activations_equal_numpy(values: list[float]) -> None:
     x = np.array([values], dtype=np.float32)
     tensor = torch.from_numpy(x)
     per_tensor = fake_quantise_per_tensor(tensor).numpy()
     np.testing.assert_allclose(per_tensor, _numpy_dynamic_quantize_linear(x), rtol=1e-6)
-    blockwise = fake_quantise_blockwise(tensor, block).numpy()
-    np.testing.assert_allclose(blockwise, _numpy_blockwise(x, block), rtol=1e-6)
 
 
 def test_activation_rounds_half_to_even_and_keeps_zero() -> None:
@@ -116,15 +94,14 @@ def test_activation_rounds_half_to_even_and_keeps_zero() -> None:
     shifted = torch.tensor([3.0, 4.0, 255.0])  # zero belongs to the range
     assert fake_quantise_per_tensor(shifted).tolist() == [3.0, 4.0, 255.0]
     assert fake_quantise_per_tensor(torch.zeros(4)).tolist() == [0.0] * 4
-    assert fake_quantise_blockwise(torch.zeros(1, 4), 2).tolist() == [[0.0] * 4]
 
 
 @pytest.mark.parametrize("size", [1e-45, 1.2e-38, 1e-37, 1e-36, 1e-30])
 def test_vanishing_activations_stay_finite(size: float) -> None:
     x = torch.tensor([[size, 0.0, -size, size / 3]])
-    for rounded in (fake_quantise_blockwise(x, 2), fake_quantise_per_tensor(x)):
-        assert torch.isfinite(rounded).all()
-        assert (rounded - x).abs().max() <= max(size * 2 / 255, 1e-36)
+    rounded = fake_quantise_per_tensor(x)
+    assert torch.isfinite(rounded).all()
+    assert (rounded - x).abs().max() <= max(size * 2 / 255, 1e-36)
 
 
 def test_codes_saturate_at_the_range() -> None:

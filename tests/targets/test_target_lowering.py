@@ -109,8 +109,8 @@ def test_parameters_outside_the_sites_are_refreshed(exported, tmp_path):
     [(8, None, 32, 1e-4), (4, 16, 32, 2e-3), (8, None, 8, 2e-2), (4, 16, 8, 2e-1)],
 )
 def test_quantised_equals_torch(exported, layout, bits, group, activations, tolerance, tmp_path):
-    """8-bit activations can fall on the other side of a rounding step: a looser tolerance; at
-    4-bit weights torch emulates blockwise and the runtime per-tensor activations."""
+    """8-bit activations can fall on the other side of a rounding step: a looser tolerance; 4-bit
+    weights are widened to 8 bits by the runtime, which rounds them once more."""
     dense, units, task, skeleton = exported(layout)
     model = copy.deepcopy(dense)
     for unit in units:
