@@ -143,6 +143,7 @@ def prepare_context(
             plan.model_path,
             tuple(teacher.task.label_names),
             {name: tensor.numpy() for name, tensor in inputs.items()},
+            teacher.task.processor_json(),
         )
     return TrialContext(
         spec=plan.spec,
