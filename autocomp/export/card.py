@@ -37,10 +37,17 @@ print(Path("labels.txt").read_text().splitlines()[logits[0].argmax()])
 _CLASSIFY = """\
 logits = session.run(None, {k.name: feeds[k.name] for k in session.get_inputs()})[0]
 print(Path("labels.txt").read_text().splitlines()[logits[0].argmax()])"""
-_NEXT_TOKEN = """\
-logits = session.run(None, {k.name: feeds[k.name] for k in session.get_inputs()})[0]
-print(logits[0, -1].argmax())  # the most likely next token"""
+_LOAD_TOKENS = """\
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
 
+session = ort.InferenceSession("{file}")
+tokenizer = Tokenizer.from_file("tokenizer.json")
+encoded = tokenizer.encode("She opened the door and")
+logits = session.run(None, {{"input_ids": np.array([encoded.ids])}})[0]  # (1, tokens, vocabulary)
+print(tokenizer.decode([logits[0, -1].argmax()]))  # the most likely next token
+"""
 
 def model_card(request: ExportRequest, file: str) -> str:
     """The card, as Markdown."""
@@ -122,5 +129,6 @@ def _shape(request: ExportRequest) -> str:
 def _loading(request: ExportRequest, file: str) -> str:
     if "pixel_values" in request.companions.inputs:
         return _LOAD_IMAGE.format(file=file)
-    result = _CLASSIFY if request.companions.label_names else _NEXT_TOKEN
-    return _LOAD_TEXT.format(file=file, result=result)
+    if "attention_mask" not in request.companions.inputs:
+        return _LOAD_TOKENS.format(file=file)
+    return _LOAD_TEXT.format(file=file, result=_CLASSIFY)

@@ -1,4 +1,4 @@
-"""What an exported directory says about itself is true: its load code runs, its figures are there."""
+"""The card of an exported directory is true: its load code runs, its figures are there."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_the_image_card_prepares_pixels_as_the_study_did(shape, tmp_path, monkey
 
 
 def test_the_language_model_card_predicts_a_token(tmp_path, monkeypatch, capsys):
-    words = {word: i for i, word in enumerate("[UNK] Shares rise as bank beats forecasts".split())}
+    names = ["[UNK]", "She", "opened", "the", "door", "and"]
+    words = {word: i for i, word in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -102,7 +103,7 @@ def test_the_language_model_card_predicts_a_token(tmp_path, monkeypatch, capsys)
         [helper.make_node("OneHot", ["input_ids", "depth", "values"], ["logits"])],
         [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "t"])],
         [
-            helper.make_tensor("depth", TensorProto.INT64, [1], [7]),
+            helper.make_tensor("depth", TensorProto.INT64, [1], [6]),
             helper.make_tensor("values", TensorProto.FLOAT, [2], [0.0, 1.0]),
         ],
     )
@@ -111,4 +112,4 @@ def test_the_language_model_card_predicts_a_token(tmp_path, monkeypatch, capsys)
     assert "perplexity on the report split, opened once: 80 (teacher 70.4; quality 88.0%" in card
     monkeypatch.chdir(tmp_path)
     exec(_code(card), {})
-    assert capsys.readouterr().out.strip() == str(words["forecasts"])
+    assert capsys.readouterr().out.strip() == "and"
