@@ -144,6 +144,7 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
             plan.model_path,
             tuple(teacher.task.label_names),
             {name: tensor.numpy() for name, tensor in inputs.items()},
+            teacher.task.processor_json(),
         )
     return TrialContext(
         spec=plan.spec,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autocomp.search.proposer import TrialProposer
     from autocomp.search.scores import Scores
     from autocomp.search.screening import Screened
+    from autocomp.tasks.protocol import Quality
     from autocomp.trial.context import TrialContext
     from autocomp.workers.actors import ActorPool
     from autocomp.workers.cluster import Cluster
@@ -142,7 +143,7 @@ class _Search:
         screened, scores = self._screen(context, table, budget, costs)
         self._run_trials(context, table, budget, screened, scores)
         chosen = pick(study.trials(), budget)
-        progress.phase("report")
+        progress.phase("report", 2)
         self._open_report_split(context, [dense, chosen])
         self._write_front()
 
@@ -335,7 +336,10 @@ class _Search:
     # -- the end
 
     def _open_report_split(self, context: TrialContext, records: list[TrialRecord]) -> None:
-        """Evaluate the chosen trial and dense on the report split, once, after selection."""
+        """Evaluate dense, first, and the chosen trial on the report split, once, after selection.
+
+        Dense is the teacher, exported.
+        """
         from autocomp.targets import make_target, open_artifact
         from autocomp.tasks import make_task
 
@@ -344,22 +348,23 @@ class _Search:
             return
         task = make_task(self.plan.spec, self.plan.model_path)
         target = make_target(self.plan.spec.target, context.gate, context.reference)
-        teacher: float | None = None
-        for record in records:
+        teacher: Quality | None = None
+        for done, record in enumerate(records, start=1):
             assert record.artifact is not None
             artifact = open_artifact(self.study.paths.root / record.artifact)
-            evaluation = task.evaluate(partial(target.run, artifact), "report")
-            value = evaluation.quality.value
-            teacher = value if record.kind == "dense" else teacher
+            quality = task.evaluate(partial(target.run, artifact), "report").quality
+            teacher = quality if teacher is None else teacher
             self.study.ledger.append(
                 "report",
                 record.id,
                 {
-                    "quality": value,
-                    "teacher_quality": teacher,
-                    "metric": evaluation.quality.metric_json(),
+                    "quality": quality.value,
+                    "metric": quality.metric_json(),
+                    "teacher_quality": teacher.value,
+                    "teacher_metric": teacher.metric_json(),
                 },
             )
+            self.progress.advance(done, len(records))
 
     def _write_front(self) -> None:
         """`front.html` and `front.json` beside the ledger."""

@@ -8,8 +8,7 @@ neither the search split, which ranks trials, nor the report split is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from autocomp.tasks.divergence import teacher_kl
 from autocomp.trial.context import TrialContext
 
 BATCH = 32
+LOGITS_AT_ONCE = 4_000_000
+"""Logits of a batch: a vocabulary at every position of 32 chunks of text is gigabytes."""
 
 
 class Screener:
@@ -34,9 +35,17 @@ class Screener:
         self.task = make_task(context.spec, context.model_path)
         self.teacher = load_model(context.teacher_path, self.task.name, self.task.num_labels)
         self.library = Library(context.library_path)
-        count = -(-context.spec.search.screen_examples // BATCH)
-        self.batches = list(islice(self.task.batches("distil", BATCH), count))
+        wanted = min(context.spec.search.screen_examples, len(self.task.splits["distil"]))
         with torch.no_grad():
+            inputs = next(iter(self.task.batches("distil", 1)))
+            size = self.task.logits(self.teacher, inputs).numel()
+            batch = max(1, min(BATCH, wanted, LOGITS_AT_ONCE // size))
+            self.batches = [
+                _first(inputs, wanted - start)
+                for start, inputs in zip(
+                    range(0, wanted, batch), self.task.batches("distil", batch), strict=False
+                )
+            ]
             self.reference = [self.task.logits(self.teacher, inputs) for inputs in self.batches]
 
     def evaluate(self, candidates: Sequence[dict[str, Any]]) -> list[float]:
@@ -61,3 +70,8 @@ class Screener:
             count += len(reference)
         mean = total / count
         return mean if math.isfinite(mean) else math.inf
+
+
+def _first(inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The first `count` examples of a batch."""
+    return {name: tensor[:count] for name, tensor in inputs.items()}
