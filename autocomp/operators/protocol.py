@@ -78,6 +78,7 @@ class Operator(Protocol):
     Attributes:
         name: as written in a spec and listed by `autocomp ls operators`.
         summary: one sentence.
+        choices: what a rule may ask of it, as written in a spec.
         paper: author, year, title or arXiv number; empty when there is none.
         stage: when it is applied; see `STAGES`.
         version: raised when the weights it produces change, so that stored items are rebuilt.
@@ -86,6 +87,7 @@ class Operator(Protocol):
 
     name: str
     summary: str
+    choices: str
     paper: str
     stage: Stage
     version: int
