@@ -170,14 +170,19 @@ def measure_dense(
     """
     from dataclasses import asdict, replace
 
+    from autocomp.targets import make_target
     from autocomp.trial.runner import CandidateRunner
 
+    target = make_target(plan.spec.target, context.gate)
+    device = target.fingerprint()
+    study.record_device(device)
+    if context.reference is None:  # before the trial: one that is recorded is never run again
+        study.ledger.append("reference", device, asdict(target.record_reference()))
+        context = replace(context, reference=study.reference(device))
     dense = study.dense()
-    if dense is None or context.reference is None:
+    if dense is None:
         runner = CandidateRunner()
         runner.setup({"trial": context})
-        device = runner.target.fingerprint()
-        study.record_device(device)
         candidate = Candidate.of({unit.name: Option() for unit in plan.units})
         payload: dict[str, Any] = {
             "id": "dense",
@@ -189,10 +194,6 @@ def measure_dense(
         record = TrialRecord.from_json(runner.run(payload))
         if record.state != "complete":
             raise InternalError(f"the dense model could not be measured: {record.error}")
-        recorded = runner.target.reference
-        assert recorded is not None
-        study.ledger.append("reference", device, asdict(recorded))
-        context = replace(context, reference=study.reference(device))
         dense = study.dense() or record
     progress.trial_finished(dense)
     return dense, context
