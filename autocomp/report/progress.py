@@ -12,6 +12,7 @@ PHASES = (
     "calibrate",
     "library",
     "cost table",
+    "workers",
     "scores",
     "screening",
     "trials",
