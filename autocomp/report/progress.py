@@ -12,7 +12,6 @@ PHASES = (
     "calibrate",
     "library",
     "cost table",
-    "workers",
     "scores",
     "screening",
     "trials",
