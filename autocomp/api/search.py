@@ -242,6 +242,8 @@ class _Search:
         known = ledger.read().of("score")
         wanted = replace_one(self.plan.space)
         missing = [entry for entry in wanted if _score_key(entry[0], entry[1].key) not in known]
+        if missing:  # workers load the model before the phase: no part of the pace of scoring
+            list(screeners().map_unordered("evaluate", [[]] * self.cluster().workers))
         self.progress.phase("scores", len(wanted))
         if missing:
             chunks = _chunks(missing, SCORED_PER_CALL)

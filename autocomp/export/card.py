@@ -49,6 +49,7 @@ logits = session.run(None, {{"input_ids": np.array([encoded.ids])}})[0]  # (1, t
 print(tokenizer.decode([logits[0, -1].argmax()]))  # the most likely next token
 """
 
+
 def model_card(request: ExportRequest, file: str) -> str:
     """The card, as Markdown."""
     spec, record = request.spec, request.record
