@@ -177,9 +177,7 @@ def test_a_budget_out_of_reach_by_size(run: Run, command: Command) -> None:
     assert run("check", *allowed).status == 0
 
 
-def test_a_budget_out_of_reach_by_latency(
-    command: Command, cut_back: Callable[..., Path]
-) -> None:
+def test_a_budget_out_of_reach_by_latency(command: Command, cut_back: Callable[..., Path]) -> None:
     study = cut_back("score", "screen")
     spec = study / "spec.yaml"  # the same study under another budget, dense and table kept
     before = stamps(study, "artifacts/**/*")
@@ -192,9 +190,7 @@ def test_a_budget_out_of_reach_by_latency(
     assert spec.exists()
 
 
-def test_a_directory_that_holds_another_study(
-    run: Run, command: Command, finished: Path
-) -> None:
+def test_a_directory_that_holds_another_study(run: Run, command: Command, finished: Path) -> None:
     before = stamps(finished)
     arguments = command.spec_arguments("search.seed=1", "budget.size=50%", *FIXED)
     message = run("search", *arguments, "--study", finished, "--quiet").complaint()
