@@ -8,11 +8,11 @@ neither the search split, which ranks trials, nor the report split is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from autocomp.core.candidate import Candidate
 from autocomp.library.stitch import stitch
@@ -21,6 +21,7 @@ from autocomp.models.load import load_model
 from autocomp.tasks import make_task
 from autocomp.tasks.divergence import teacher_kl
 from autocomp.trial.context import TrialContext
+from autocomp.trial.prefixes import Prefixes
 
 BATCH = 32
 
@@ -34,30 +35,48 @@ class Screener:
         self.task = make_task(context.spec, context.model_path)
         self.teacher = load_model(context.teacher_path, self.task.name, self.task.num_labels)
         self.library = Library(context.library_path)
-        count = -(-context.spec.search.screen_examples // BATCH)
-        self.batches = list(islice(self.task.batches("distil", BATCH), count))
+        examples = context.spec.search.screen_examples
+        self.batches = list(self.task.batches("distil", BATCH, seed=0, limit=examples))
+        self.prefixes = Prefixes(context.units, self.batches)
         with torch.no_grad():
             self.reference = [self.task.logits(self.teacher, inputs) for inputs in self.batches]
 
     def evaluate(self, candidates: Sequence[dict[str, Any]]) -> list[float]:
         """Mean KL(teacher ‖ candidate) per candidate, in nats; `inf` where it is not finite.
 
-        `candidates` are `Candidate.to_json()` mappings.
+        `candidates` are `Candidate.to_json()` mappings. Those that begin alike are evaluated one
+        after the other, so that what they share is computed once.
         """
-        return [self.divergence(Candidate.from_json(data)) for data in candidates]
+        decoded = [Candidate.from_json(data) for data in candidates]
+        order = sorted(range(len(decoded)), key=lambda at: [o.key for _, o in decoded[at]])
+        values = [math.inf] * len(decoded)
+        for at, following in zip(order, [*order[1:], None], strict=True):
+            keep = 0
+            if following is not None:
+                keep = self.prefixes.common(decoded[at], decoded[following])
+            values[at] = self.divergence(decoded[at], keep)
+        return values
 
     @torch.no_grad()
-    def divergence(self, candidate: Candidate) -> float:
-        """Mean KL(teacher ‖ candidate) over the screening examples, in nats."""
-        with self.context.gate.working():
+    def divergence(self, candidate: Candidate, keep: int = 0) -> float:
+        """Mean KL(teacher ‖ candidate) over the screening examples, in nats.
+
+        `keep`: remember what the candidate's first `keep` blocks give, for others like it.
+        """
+        gate = self.context.gate
+        with gate.working():
             student = stitch(
                 self.teacher, self.context.units, self.library, self.context.items, candidate
             )
+
+        def run(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            with gate.working():
+                return self.task.logits(model, inputs)
+
         total, count = 0.0, 0
-        for inputs, reference in zip(self.batches, self.reference, strict=True):
-            with self.context.gate.working():
-                value = teacher_kl(reference, self.task.logits(student, inputs))
-            total += float(value) * len(reference)
+        outputs = self.prefixes.outputs(student, candidate, run, keep)
+        for logits, reference in zip(outputs, self.reference, strict=True):
+            total += float(teacher_kl(reference, logits)) * len(reference)
             count += len(reference)
         mean = total / count
         return mean if math.isfinite(mean) else math.inf
