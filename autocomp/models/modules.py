@@ -9,6 +9,8 @@ runtime does it, so that what is evaluated here is what is shipped.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -19,10 +21,6 @@ from autocomp.core.unit import SiteFormat
 
 CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7)}
 """Weight bits → smallest and largest code."""
-
-
-_TINY = 1e-36
-"""Blocks of activations up to here count as zero: 127 / x would overflow float32."""
 
 
 def group_size(format: SiteFormat) -> int:
@@ -65,14 +63,65 @@ def fake_quantise_per_tensor(x: torch.Tensor) -> torch.Tensor:
     The range always includes zero; a tensor of zeros comes back unchanged. Straight-through.
     """
     with torch.no_grad():
-        low = x.amin().clamp_max(0.0) if x.numel() else x.new_zeros(())
-        high = x.amax().clamp_min(0.0) if x.numel() else x.new_zeros(())
-        scale = (high - low) / 255.0
-        scale = torch.where(scale > 0, scale, 1.0)
-        zero_point = (-low / scale).round().clamp(0, 255)
-        codes = (x / scale).round_().add_(zero_point).clamp_(0, 255)
-        rounded = codes.sub_(zero_point).mul_(scale)
+        scale, zero_point, _ = _dynamic_range(x)
+        rounded = (x / scale).round_().clamp_(-zero_point, 255 - zero_point).mul_(scale)
     return _straight_through(x, rounded)
+
+
+def _dynamic_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and zero point (0…255) of `x` as uint8, and `high - low`; scalars, float32."""
+    if x.numel() == 0:
+        return x.new_ones(()), x.new_zeros(()), x.new_zeros(())
+    low, high = torch.aminmax(x)
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    span = high - low
+    scale = span / 255.0
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, (-low / scale).round_().clamp_(0, 255), span
+
+
+@cache
+def integer_products() -> bool:
+    """Whether torch multiplies int8 matrices faster than float32 ones here (x86 with VNNI).
+
+    Elsewhere `torch._int_mm` falls back to plain loops.
+    """
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = known.get("avx512_vnni") or known.get("avx_vnni") or known.get("amx_int8")
+    onednn: Any = torch.backends.mkldnn
+    return bool(fast) and bool(onednn.is_available())
+
+
+def integer_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    sums: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear(fake_quantise_per_tensor(x), codes * scales, bias)`, accumulated in integers.
+
+    What the runtime computes, and several times faster than emulating it in float32. No gradient.
+
+    Args:
+        x: float32 `(..., columns)`.
+        codes: int8 `(rows, columns)`.
+        sums: of each row of `codes`, float32 `(rows,)`.
+        scales: float32 `(rows,)`.
+        bias: float32 `(rows,)` or `None`.
+
+    Returns:
+        float32 `(..., rows)`; not a number if `x` is not finite.
+    """
+    scale, zero_point, span = _dynamic_range(x)
+    shift = zero_point - 128.0  # uint8 - 128 is int8
+    inputs = (x / scale).round_().add_(shift).clamp_(-128, 127).to(torch.int8)
+    products = torch._int_mm(inputs.reshape(-1, x.shape[-1]), codes.t())
+    steps = scales * scale
+    offset = sums * steps * -shift + span * 0.0  # span: NaN does not survive as an integer
+    if bias is not None:
+        offset = offset + bias
+    return torch.addcmul(offset, products.to(torch.float32), steps).view(*x.shape[:-1], -1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -130,6 +179,18 @@ def _check(weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> No
         raise ValueError(f"weight {weight.dtype} and scales {scales.dtype} must both be float32")
 
 
+@dataclass(frozen=True)
+class _Rounded:
+    """A weight's rounding, and what it was made from: as long as that is held, its address is not
+    given to another tensor."""
+
+    key: tuple[int, ...]
+    source: tuple[torch.Tensor, torch.Tensor]
+    weight: torch.Tensor
+    codes: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+
+
 class _Quantised(nn.Module):
     """What quantised linear layers and tables share: latent weight, scales, cached rounding.
 
@@ -140,13 +201,25 @@ class _Quantised(nn.Module):
     weight: nn.Parameter
     scales: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        format: SiteFormat,
+        codes: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         _check(weight, scales, format)
         self.format = format
         self.weight = nn.Parameter(weight.detach())
         self.register_buffer("scales", scales.detach())
-        self._rounded: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._rounded: _Rounded | None = None
+        if codes is not None:
+            if codes.shape != weight.shape or codes.dtype != torch.int8:
+                raise ValueError(
+                    f"codes {codes.dtype} {tuple(codes.shape)} must be int8 {tuple(weight.shape)}"
+                )
+            self._keep(self.weight.detach(), codes)
 
     def codes(self) -> torch.Tensor:
         """The integers that are shipped: int8 `(rows, columns)`."""
@@ -155,23 +228,48 @@ class _Quantised(nn.Module):
 
     def dequantised(self) -> torch.Tensor:
         """`codes * scale`, float32 `(rows, columns)`, no gradient; do not write to it."""
-        key = (
+        return self._current().weight
+
+    def integers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes, int8 `(rows, columns)`, and their sum over each row, float32 `(rows,)`; cached."""
+        current = self._current()
+        if current.codes is None or current.sums is None:
+            with torch.inference_mode(False), torch.no_grad():
+                codes = self.codes() if current.codes is None else current.codes
+                sums = codes.sum(dim=1, dtype=torch.int32).to(torch.float32)
+            current = replace(current, codes=codes, sums=sums)
+            self._rounded = current
+        assert current.codes is not None
+        assert current.sums is not None
+        return current.codes, current.sums
+
+    def _current(self) -> _Rounded:
+        """The cached rounding, made anew if weight or scales are not what it was made from."""
+        if self._rounded is not None and self._rounded.key == self._key():
+            return self._rounded
+        with torch.inference_mode(False), torch.no_grad():
+            rounded = _fake_quantise_weight(self.weight.detach(), self.scales, self.format)
+            if torch.equal(rounded, self.weight):
+                rounded = self.weight.detach()  # nothing to round: keep one copy, not two
+        return self._keep(rounded)
+
+    def _keep(self, weight: torch.Tensor, codes: torch.Tensor | None = None) -> _Rounded:
+        source = (self.weight.detach(), self.scales)
+        self._rounded = _Rounded(self._key(), source, weight, codes)
+        return self._rounded
+
+    def _key(self) -> tuple[int, ...]:
+        return (
             self.weight.data_ptr(),
             0 if self.weight.is_inference() else self.weight._version,
             self.scales.data_ptr(),
             0 if self.scales.is_inference() else self.scales._version,
         )
-        if self._rounded is None or self._rounded[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                rounded = _fake_quantise_weight(self.weight.detach(), self.scales, self.format)
-                if torch.equal(rounded, self.weight):
-                    rounded = self.weight.detach()  # nothing to round: keep one copy, not two
-            self._rounded = (key, rounded)
-        return self._rounded[1]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; forgets the cached rounding."""
-        self._rounded = None
+        """Switch between training and evaluation; training forgets the cached rounding."""
+        if mode:
+            self._rounded = None
         return super().train(mode)
 
     def _wants_gradient(self) -> bool:
@@ -204,15 +302,17 @@ class QuantLinear(_Quantised):
         bias: torch.Tensor | None,
         scales: torch.Tensor,
         format: SiteFormat,
+        codes: torch.Tensor | None = None,
     ) -> None:
         """Latent `weight` `(rows, columns)`, `bias` `(rows,)`, `scales` `(rows, groups)`; float32.
 
-        The tensors are used as they are, not copied.
+        The tensors are used as they are, not copied. With `codes`, int8 `(rows, columns)`, the
+        weight is taken to be exactly `codes * scale`: nothing is rounded until it changes.
 
         Raises:
             ValueError: if shapes or bits do not fit `format`.
         """
-        super().__init__(weight, scales, format)
+        super().__init__(weight, scales, format, codes)
         if (bias is not None) != format.bias or (
             bias is not None and tuple(bias.shape) != (format.rows,)
         ):
@@ -230,10 +330,13 @@ class QuantLinear(_Quantised):
         format: SiteFormat,
     ) -> QuantLinear:
         """From int8 `codes` `(rows, columns)`; `codes()` gives them back exactly."""
-        return cls(dequantise(codes, scales, format), bias, scales, format)
+        return cls(dequantise(codes, scales, format), bias, scales, format, codes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., columns)` → `(..., rows)`."""
+        if self._in_integers(x):
+            codes, sums = self.integers()
+            return integer_linear(x, codes, sums, self.scales[:, 0], self.bias)
         if self.format.activation_bits == 8:
             x = fake_quantise_per_tensor(x)
         if self._wants_gradient():
@@ -241,6 +344,17 @@ class QuantLinear(_Quantised):
         else:
             weight = self.dequantised()
         return F.linear(x, weight, self.bias)
+
+    def _in_integers(self, x: torch.Tensor) -> bool:
+        """Whether this call can run as the runtime does it, on the codes themselves."""
+        return (
+            not torch.is_grad_enabled()
+            and self.format.activation_bits == 8
+            and self.scales.shape[1] == 1
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and integer_products()
+        )
 
 
 class QuantEmbedding(_Quantised):
@@ -252,14 +366,15 @@ class QuantEmbedding(_Quantised):
         scales: torch.Tensor,
         padding_idx: int | None,
         format: SiteFormat,
+        codes: torch.Tensor | None = None,
     ) -> None:
         """Latent `weight` `(rows, columns)`, `scales` `(rows, groups)`; the row `padding_idx` is
-        not trained.
+        not trained. `codes` as for `QuantLinear`.
 
         Raises:
             ValueError: if shapes or bits do not fit `format`.
         """
-        super().__init__(weight, scales, format)
+        super().__init__(weight, scales, format, codes)
         self.padding_idx = padding_idx
         self.num_embeddings, self.embedding_dim = format.rows, format.columns
 
@@ -272,7 +387,7 @@ class QuantEmbedding(_Quantised):
         format: SiteFormat,
     ) -> QuantEmbedding:
         """From int8 `codes` `(rows, columns)`; `codes()` gives them back exactly."""
-        return cls(dequantise(codes, scales, format), scales, padding_idx, format)
+        return cls(dequantise(codes, scales, format), scales, padding_idx, format, codes)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Integer `ids` of any shape `(...)` → `(..., width)`."""

@@ -81,14 +81,14 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
 def _linear(site: SiteStateLike) -> nn.Module:
     if site.codes is not None:
         assert site.scales is not None
-        return QuantLinear(site.weight, site.bias, site.scales, site.format)
+        return QuantLinear(site.weight, site.bias, site.scales, site.format, site.codes)
     return dense_linear(site.weight, site.bias)
 
 
 def _embedding(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
     if site.codes is not None:
         assert site.scales is not None
-        return QuantEmbedding(site.weight, site.scales, padding_idx, site.format)
+        return QuantEmbedding(site.weight, site.scales, padding_idx, site.format, site.codes)
     return dense_embedding(site.weight, padding_idx)
 
 

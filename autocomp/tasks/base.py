@@ -111,13 +111,15 @@ class EncodedTask(ABC):
         seed: int | None = None,
         trim: bool = True,
         index: bool = False,
+        limit: int | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """See `Task.batches`."""
         import torch
 
         encoded = self.splits[split]
         lengths = self.lengths(encoded) if trim else None
-        for positions in index_batches(len(encoded), batch, seed, lengths):
+        count = len(encoded) if limit is None else min(limit, len(encoded))
+        for positions in index_batches(count, batch, seed, lengths):
             inputs = {name: array[positions] for name, array in encoded.inputs.items()}
             if trim:
                 inputs = self.trimmed(inputs)

@@ -133,12 +133,14 @@ class Task(Protocol):
         seed: int | None = None,
         trim: bool = True,
         index: bool = False,
+        limit: int | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """One pass over a split: the model's inputs and `labels`, the last batch may be smaller.
 
         Without a seed the order is that of the split. With one it is shuffled, text of similar
         length together. `trim` cuts a text batch to its longest real length. `index` adds the
         examples' positions in the split, int64 `(B,)`, to look up what was stored per example.
+        `limit` takes only the first so many examples of the split.
         """
         ...
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from autocomp.core.candidate import Candidate
 from autocomp.library.stitch import stitch
@@ -20,6 +21,7 @@ from autocomp.models.load import load_model
 from autocomp.tasks import make_task
 from autocomp.tasks.divergence import teacher_kl
 from autocomp.trial.context import TrialContext
+from autocomp.trial.prefixes import Prefixes
 
 BATCH = 32
 LOGITS_AT_ONCE = 4_000_000
@@ -40,38 +42,46 @@ class Screener:
             inputs = next(iter(self.task.batches("distil", 1)))
             size = self.task.logits(self.teacher, inputs).numel()
             batch = max(1, min(BATCH, wanted, LOGITS_AT_ONCE // size))
-            self.batches = [
-                _first(inputs, wanted - start)
-                for start, inputs in zip(
-                    range(0, wanted, batch), self.task.batches("distil", batch), strict=False
-                )
-            ]
+            self.batches = list(self.task.batches("distil", batch, seed=0, limit=wanted))
             self.reference = [self.task.logits(self.teacher, inputs) for inputs in self.batches]
+        self.prefixes = Prefixes(context.units, self.batches)
 
     def evaluate(self, candidates: Sequence[dict[str, Any]]) -> list[float]:
         """Mean KL(teacher ‖ candidate) per candidate, in nats; `inf` where it is not finite.
 
-        `candidates` are `Candidate.to_json()` mappings.
+        `candidates` are `Candidate.to_json()` mappings. Those that begin alike are evaluated one
+        after the other, so that what they share is computed once.
         """
-        return [self.divergence(Candidate.from_json(data)) for data in candidates]
+        decoded = [Candidate.from_json(data) for data in candidates]
+        order = sorted(range(len(decoded)), key=lambda at: [o.key for _, o in decoded[at]])
+        values = [math.inf] * len(decoded)
+        for at, following in zip(order, [*order[1:], None], strict=True):
+            keep = 0
+            if following is not None:
+                keep = self.prefixes.common(decoded[at], decoded[following])
+            values[at] = self.divergence(decoded[at], keep)
+        return values
 
     @torch.no_grad()
-    def divergence(self, candidate: Candidate) -> float:
-        """Mean KL(teacher ‖ candidate) over the screening examples, in nats."""
-        with self.context.gate.working():
+    def divergence(self, candidate: Candidate, keep: int = 0) -> float:
+        """Mean KL(teacher ‖ candidate) over the screening examples, in nats.
+
+        `keep`: remember what the candidate's first `keep` blocks give, for others like it.
+        """
+        gate = self.context.gate
+        with gate.working():
             student = stitch(
                 self.teacher, self.context.units, self.library, self.context.items, candidate
             )
+
+        def run(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            with gate.working():
+                return self.task.logits(model, inputs)
+
         total, count = 0.0, 0
-        for inputs, reference in zip(self.batches, self.reference, strict=True):
-            with self.context.gate.working():
-                value = teacher_kl(reference, self.task.logits(student, inputs))
-            total += float(value) * len(reference)
+        outputs = self.prefixes.outputs(student, candidate, run, keep)
+        for logits, reference in zip(outputs, self.reference, strict=True):
+            total += float(teacher_kl(reference, logits)) * len(reference)
             count += len(reference)
         mean = total / count
         return mean if math.isfinite(mean) else math.inf
-
-
-def _first(inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-    """The first `count` examples of a batch."""
-    return {name: tensor[:count] for name, tensor in inputs.items()}

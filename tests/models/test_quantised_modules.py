@@ -20,6 +20,7 @@ from autocomp.models.modules import (
     QuantLinear,
     Skip,
     fake_quantise_per_tensor,
+    integer_products,
 )
 
 RANGES = {8: (-127, 127), 4: (-8, 7)}
@@ -258,3 +259,45 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         QuantLinear(torch.zeros(shape), None, torch.ones(2, 1), fmt)
+
+
+@pytest.mark.skipif(not integer_products(), reason="no fast int8 products on this CPU")
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_integer_products_equal_float_emulation(rows: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    fmt = SiteFormat(17, 300, True, weight_bits=8, activation_bits=8)
+    codes = torch.randint(-127, 128, (17, 300), generator=generator).to(torch.int8)
+    scales = torch.rand(17, 1, generator=generator) * 0.01 + 1e-4
+    bias = torch.randn(17, generator=generator)
+    layer = QuantLinear.from_codes(codes, scales, bias, fmt).eval()
+    x = torch.randn(rows, 300, generator=generator) + 3.0  # far from centred: the zero point counts
+    emulated = _numpy_dynamic_quantize_linear(x.numpy()).astype(np.float64)
+    expected = emulated @ (codes.double() * scales.double()).T.numpy() + bias.numpy()
+    with torch.no_grad():
+        found = layer(x)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(layer(x).detach(), found, rtol=1e-4, atol=1e-4)  # with gradients
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_activations_that_are_not_finite_are_not_hidden(bad: float) -> None:
+    fmt = SiteFormat(2, 4, False, weight_bits=8, activation_bits=8)
+    layer = QuantLinear(torch.ones(2, 4), None, torch.full((2, 1), 0.1), fmt).eval()
+    x = torch.tensor([[1.0, bad, 0.0, 2.0]])
+    with torch.no_grad():
+        assert not torch.isfinite(layer(x)).any()
+
+
+def test_given_codes_are_used_until_the_weight_changes() -> None:
+    fmt = SiteFormat(3, 8, False, weight_bits=8, activation_bits=8)
+    codes = torch.arange(24, dtype=torch.int8).view(3, 8)
+    layer = QuantLinear.from_codes(codes, torch.full((3, 1), 0.02), None, fmt).eval()
+    assert layer.integers()[0].data_ptr() == codes.data_ptr()
+    assert layer.integers()[1].tolist() == codes.sum(1).tolist()
+    with torch.no_grad():
+        layer.weight[0, 0] = 0.1
+    assert layer.integers()[0][0, 0] == 5
+    layer.weight = nn.Parameter(torch.zeros(3, 8))
+    assert not layer.integers()[0].any()
+    with pytest.raises(ValueError, match="must be int8"):
+        QuantLinear(torch.zeros(3, 8), None, torch.ones(3, 1), fmt, torch.zeros(3, 8))

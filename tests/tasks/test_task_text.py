@@ -95,6 +95,10 @@ def test_batches_cover_the_split_once(task):
             assert np.array_equal(batch["labels"], encoded.labels[index])
     assert {b["input_ids"].shape[1] for b in task.batches("distil", 7, trim=False)} == {10}
     assert "index" not in next(task.batches("distil", 7))
+    for seed in (None, 5):
+        some = list(task.batches("distil", 7, seed=seed, index=True, limit=16))
+        assert sorted(torch.cat([batch["index"] for batch in some]).tolist()) == list(range(16))
+    assert len(list(task.batches("distil", 7, limit=1000))) == 9
 
 
 def test_shuffled_batches_waste_little_and_differ_by_seed(task):
