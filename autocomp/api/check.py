@@ -27,7 +27,8 @@ class CheckReport:
         dense_size_bytes, smallest_size_bytes: estimated bytes on disk.
         budget: the limits, as written.
         size_limit_bytes: the limit on size, absolute.
-        problems: why no candidate can meet the budget, if that is known already.
+        reachable: whether the budget may be met, as far as sizes tell; latency is measured later.
+        problems: why it is not: the smallest value that is reached and what holds most of it.
         notes: worth knowing, not wrong.
     """
 
@@ -41,6 +42,7 @@ class CheckReport:
     smallest_size_bytes: int
     budget: dict[str, Any]
     size_limit_bytes: float | None
+    reachable: bool = True
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -121,6 +123,7 @@ def report(plan: Plan) -> CheckReport:
         smallest_size_bytes=smallest,
         budget=spec.budget.model_dump(exclude_none=True),
         size_limit_bytes=limit_bytes,
+        reachable=not problems,
         problems=problems,
         notes=notes,
     )

@@ -15,7 +15,7 @@ from typing import Any
 from autocomp.core.candidate import Option
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.models.discover import find_units
+from autocomp.models.discover import find_units, tensor_keys
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
 from autocomp.operators import OPERATORS, option_formats, rule_of, unit_options
 from autocomp.search.space import Space
@@ -75,14 +75,14 @@ class Plan:
     @property
     def rest_bytes(self) -> int:
         """Bytes of the float32 tensors that belong to no unit: norms, positions, a patch conv."""
-        inside = sum(unit.parameters for unit in self.units if unit.kind != "head")
-        whole = sum(
-            _count(shape) for name, shape in self.shapes.items() if "position_ids" not in name
+        inside: set[str] = set()
+        for unit in self.units:
+            inside.update(tensor_keys(self.config, unit, self.shapes).values())
+        return 4 * sum(
+            _count(shape)
+            for name, shape in self.shapes.items()
+            if name not in inside and "position_ids" not in name
         )
-        head = sum(unit.parameters for unit in self.units if unit.kind == "head")
-        named = {part for name in self.shapes for part in (name.rpartition(".")[0],)}
-        held = any(site.name in named for u in self.units if u.kind == "head" for site in u.sites)
-        return 4 * max(0, whole - inside - (head if held else 0))
 
 
 def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Plan:

@@ -123,10 +123,11 @@ def library_path() -> Path:
     return cache_directory() / "library"
 
 
-def prepare_context(
-    plan: Plan, study: Study, teacher: Teacher, items: dict[tuple[str, str], str]
-) -> TrialContext:
-    """Export the skeleton unless it is cached; keep what exported models are shipped with."""
+def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
+    """Export the skeleton unless it is cached; keep what exported models are shipped with.
+
+    The context has no library items yet: enough for the dense trial and the cost table.
+    """
     from autocomp.export.companions import Companions
     from autocomp.models.load import load_model
     from autocomp.targets import make_target
@@ -143,6 +144,7 @@ def prepare_context(
             plan.model_path,
             tuple(teacher.task.label_names),
             {name: tensor.numpy() for name, tensor in inputs.items()},
+            teacher.task.processor_json(),
         )
     return TrialContext(
         spec=plan.spec,
@@ -151,7 +153,7 @@ def prepare_context(
         skeleton_path=skeleton_path(model, plan.units, teacher.task, skeletons),
         study_path=study.paths.root,
         library_path=library_path(),
-        items=items,
+        items={},
         units=plan.units,
         gate=Gate(study.paths.gate),
         reference=study.reference(make_target(plan.spec.target).fingerprint()),
@@ -168,14 +170,19 @@ def measure_dense(
     """
     from dataclasses import asdict, replace
 
+    from autocomp.targets import make_target
     from autocomp.trial.runner import CandidateRunner
 
+    target = make_target(plan.spec.target, context.gate)
+    device = target.fingerprint()
+    study.record_device(device)
+    if context.reference is None:  # before the trial: one that is recorded is never run again
+        study.ledger.append("reference", device, asdict(target.record_reference()))
+        context = replace(context, reference=study.reference(device))
     dense = study.dense()
-    if dense is None or context.reference is None:
+    if dense is None:
         runner = CandidateRunner()
         runner.setup({"trial": context})
-        device = runner.target.fingerprint()
-        study.record_device(device)
         candidate = Candidate.of({unit.name: Option() for unit in plan.units})
         payload: dict[str, Any] = {
             "id": "dense",
@@ -187,10 +194,6 @@ def measure_dense(
         record = TrialRecord.from_json(runner.run(payload))
         if record.state != "complete":
             raise InternalError(f"the dense model could not be measured: {record.error}")
-        recorded = runner.target.reference
-        assert recorded is not None
-        study.ledger.append("reference", device, asdict(recorded))
-        context = replace(context, reference=study.reference(device))
         dense = study.dense() or record
     progress.trial_finished(dense)
     return dense, context

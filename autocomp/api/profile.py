@@ -46,7 +46,7 @@ def profile(
         study = Study.create_or_open(scratch / "profile", plan.spec)
         teacher = prepare.untrained_teacher(plan, scratch)
         progress.phase("cost table")
-        context = prepare.prepare_context(plan, study, teacher, {})
+        context = prepare.prepare_context(plan, study, teacher)
         table = prepare.prepare_cost_table(plan, study, context, progress)
     predictor = TablePredictor(table)
     dense = (

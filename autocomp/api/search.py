@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ from autocomp.study.records import TrialRecord
 
 if TYPE_CHECKING:
     from autocomp.report.progress import SearchProgress
+    from autocomp.search.costs import Costs
     from autocomp.search.proposer import TrialProposer
     from autocomp.search.scores import Scores
     from autocomp.search.screening import Screened
+    from autocomp.tasks.protocol import Quality
     from autocomp.trial.context import TrialContext
     from autocomp.workers.actors import ActorPool
     from autocomp.workers.cluster import Cluster
@@ -127,18 +130,20 @@ class _Search:
             target=f"{spec.target.runtime} on {spec.target.device}",
         )
         teacher = prepare.prepare_teacher(plan, progress)
-        items = prepare.prepare_library(plan, teacher, self.cluster, progress)
         progress.phase("cost table")
-        context = prepare.prepare_context(plan, study, teacher, items)
+        context = prepare.prepare_context(plan, study, teacher)
         dense, context = prepare.measure_dense(plan, study, context, progress)
         assert dense.measured is not None
         budget = spec.budget.limits().resolve(dense.measured)
         progress.header(budget=budget)
         table = TablePredictor(prepare.prepare_cost_table(plan, study, context, progress))
-        screened, scores = self._screen(context, table, budget)
+        costs = self._costs(table, budget)
+        items = prepare.prepare_library(plan, teacher, self.cluster, progress)
+        context = replace(context, items=items)
+        screened, scores = self._screen(context, table, budget, costs)
         self._run_trials(context, table, budget, screened, scores)
         chosen = pick(study.trials(), budget)
-        progress.phase("report")
+        progress.phase("report", 2)
         self._open_report_split(context, [dense, chosen])
         self._write_front()
 
@@ -152,25 +157,32 @@ class _Search:
 
     # -- screening
 
-    def _screen(
-        self, context: TrialContext, table: TablePredictor, budget: Budget
-    ) -> tuple[list[Screened], Scores]:
-        """Replace-one scores, then screening within the predicted budget."""
+    def _costs(self, table: TablePredictor, budget: Budget) -> Costs:
+        """Cost terms of the space.
+
+        Raises:
+            InfeasibleError: if no candidate is predicted within the budget, before anything is
+                built.
+        """
         import numpy as np
 
         from autocomp.search.costs import Costs
         from autocomp.search.milp import check_reachable
+
+        space = self.plan.space
+        costs = Costs(space, table, _peak_memory(self.study.trials()))
+        free = [np.zeros(len(space.options[name])) for name in space.names]
+        check_reachable(free, costs, costs.limits(budget))
+        return costs
+
+    def _screen(
+        self, context: TrialContext, table: TablePredictor, budget: Budget, costs: Costs
+    ) -> tuple[list[Screened], Scores]:
+        """Replace-one scores, then screening within the predicted budget."""
         from autocomp.search.screening import Screened, screen
         from autocomp.workers.actors import ActorPool
 
         space = self.plan.space
-        peak = _peak_memory(self.study.trials())
-        costs = Costs(space, table, peak)
-        check_reachable(
-            [np.zeros(len(space.options[name])) for name in space.names],
-            costs,
-            costs.limits(budget),
-        )
         entries = self.study.ledger.read()
         known = [Screened.from_json(payload) for payload in entries.of("screen").values()]
         with ExitStack() as stack:
@@ -212,7 +224,7 @@ class _Search:
                 self.plan.spec.search.seed,
                 known,
                 scores=scores,
-                peak_memory=peak,
+                peak_memory=_peak_memory(self.study.trials()),
                 on_batch=keep,
                 progress=advance,
             )
@@ -230,6 +242,8 @@ class _Search:
         known = ledger.read().of("score")
         wanted = replace_one(self.plan.space)
         missing = [entry for entry in wanted if _score_key(entry[0], entry[1].key) not in known]
+        if missing:  # workers load the model before the phase: no part of the pace of scoring
+            list(screeners().map_unordered("evaluate", [[]] * self.cluster().workers))
         self.progress.phase("scores", len(wanted))
         if missing:
             chunks = _chunks(missing, SCORED_PER_CALL)
@@ -324,7 +338,10 @@ class _Search:
     # -- the end
 
     def _open_report_split(self, context: TrialContext, records: list[TrialRecord]) -> None:
-        """Evaluate the chosen trial and dense on the report split, once, after selection."""
+        """Evaluate dense, first, and the chosen trial on the report split, once, after selection.
+
+        Dense is the teacher, exported.
+        """
         from autocomp.targets import make_target, open_artifact
         from autocomp.tasks import make_task
 
@@ -333,22 +350,23 @@ class _Search:
             return
         task = make_task(self.plan.spec, self.plan.model_path)
         target = make_target(self.plan.spec.target, context.gate, context.reference)
-        teacher: float | None = None
-        for record in records:
+        teacher: Quality | None = None
+        for done, record in enumerate(records, start=1):
             assert record.artifact is not None
             artifact = open_artifact(self.study.paths.root / record.artifact)
-            evaluation = task.evaluate(partial(target.run, artifact), "report")
-            value = evaluation.quality.value
-            teacher = value if record.kind == "dense" else teacher
+            quality = task.evaluate(partial(target.run, artifact), "report").quality
+            teacher = quality if teacher is None else teacher
             self.study.ledger.append(
                 "report",
                 record.id,
                 {
-                    "quality": value,
-                    "teacher_quality": teacher,
-                    "metric": evaluation.quality.metric_json(),
+                    "quality": quality.value,
+                    "metric": quality.metric_json(),
+                    "teacher_quality": teacher.value,
+                    "teacher_metric": teacher.metric_json(),
                 },
             )
+            self.progress.advance(done, len(records))
 
     def _write_front(self) -> None:
         """`front.html` and `front.json` beside the ledger."""

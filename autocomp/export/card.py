@@ -7,6 +7,7 @@ from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.export.protocol import ExportRequest
 
 _LOAD_TEXT = """\
+from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
@@ -19,20 +20,34 @@ feeds = {{
 {result}
 """
 _LOAD_IMAGE = """\
+import json
+from pathlib import Path
 import numpy as np
 import onnxruntime as ort
+from PIL import Image, ImageOps
 
-session = ort.InferenceSession("{file}")
-pixels = np.zeros((1, 3, {side}, {side}), np.float32)  # resized and normalised as in preprocessing
-logits = session.run(None, {{"pixel_values": pixels}})[0]
-print(open("labels.txt").read().splitlines()[logits[0].argmax()])
+how = json.loads(Path("preprocessor_config.json").read_text())
+size = (how["crop_size"]["width"], how["crop_size"]["height"])
+image = ImageOps.fit(Image.open("image.png").convert("RGB"), size, how["resample"])
+pixels = (np.asarray(image) / 255 - how["image_mean"]) / how["image_std"]
+feeds = {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}
+logits = ort.InferenceSession("{file}").run(None, feeds)[0]
+print(Path("labels.txt").read_text().splitlines()[logits[0].argmax()])
 """
 _CLASSIFY = """\
 logits = session.run(None, {k.name: feeds[k.name] for k in session.get_inputs()})[0]
-print(open("labels.txt").read().splitlines()[logits[0].argmax()])"""
-_NEXT_TOKEN = """\
-logits = session.run(None, {k.name: feeds[k.name] for k in session.get_inputs()})[0]
-print(logits[0, -1].argmax())  # the most likely next token"""
+print(Path("labels.txt").read_text().splitlines()[logits[0].argmax()])"""
+_LOAD_TOKENS = """\
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+session = ort.InferenceSession("{file}")
+tokenizer = Tokenizer.from_file("tokenizer.json")
+encoded = tokenizer.encode("She opened the door and")
+logits = session.run(None, {{"input_ids": np.array([encoded.ids])}})[0]  # (1, tokens, vocabulary)
+print(tokenizer.decode([logits[0, -1].argmax()]))  # the most likely next token
+"""
 
 
 def model_card(request: ExportRequest, file: str) -> str:
@@ -93,9 +108,14 @@ def _quality(request: ExportRequest) -> list[str]:
     if record.teacher_kl is not None:
         lines.append(f"- KL to the teacher on the search split: {record.teacher_kl:.4g} nats")
     if request.report is not None:
+        report = request.report
+        whole = {"name": "quality", "value": report["quality"]}
+        teacher = {"value": report["teacher_quality"]}
+        found, reference = report.get("metric", whole), report.get("teacher_metric", teacher)
+        ratio = report["quality"] / report["teacher_quality"] if report["teacher_quality"] else 0.0
         lines.append(
-            f"- quality on the report split, opened once: {request.report['quality']:.4g} "
-            f"(teacher {request.report['teacher_quality']:.4g})"
+            f"- {found['name']} on the report split, opened once: {found['value']:.4g} (teacher "
+            f"{reference['value']:.4g}; quality {ratio:.1%} of the teacher's)"
         )
     return lines
 
@@ -109,7 +129,7 @@ def _shape(request: ExportRequest) -> str:
 
 def _loading(request: ExportRequest, file: str) -> str:
     if "pixel_values" in request.companions.inputs:
-        side = request.companions.inputs["pixel_values"].shape[-1]
-        return _LOAD_IMAGE.format(file=file, side=side)
-    result = _CLASSIFY if request.companions.label_names else _NEXT_TOKEN
-    return _LOAD_TEXT.format(file=file, result=result)
+        return _LOAD_IMAGE.format(file=file)
+    if "attention_mask" not in request.companions.inputs:
+        return _LOAD_TOKENS.format(file=file)
+    return _LOAD_TEXT.format(file=file, result=_CLASSIFY)

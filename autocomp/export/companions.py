@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from autocomp.core.files import write_atomic, write_text_atomic
 
+_PROCESSOR = "preprocessor_config.json"
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,7 +28,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "preprocessor_config.json",
+    _PROCESSOR,
 )
 
 
@@ -36,14 +39,25 @@ class Companions:
     directory: Path
 
     def write(
-        self, source: Path, label_names: tuple[str, ...], inputs: dict[str, np.ndarray]
+        self,
+        source: Path,
+        label_names: tuple[str, ...],
+        inputs: dict[str, np.ndarray],
+        processor: Mapping[str, Any] | None = None,
     ) -> None:
-        """Copy tokenizer and processor files from `source`; keep labels and example inputs."""
+        """Copy tokenizer and processor files from `source`; keep labels and example inputs.
+
+        `processor` is how images became inputs in this study: it replaces the source's
+        `preprocessor_config.json`, which may be missing or speak of another size.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             file = source / name
             if file.is_file():
                 write_atomic(self.directory / name, partial(shutil.copyfile, file))
+        if processor is not None:
+            text = json.dumps(processor, indent=2) + "\n"
+            write_text_atomic(self.directory / _PROCESSOR, text)
         contiguous = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         write_atomic(self._inputs, lambda to: save_file(contiguous, to))
         write_text_atomic(self._labels, json.dumps(list(label_names), indent=2) + "\n")

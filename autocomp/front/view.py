@@ -84,6 +84,7 @@ def front_json(
     budget: Budget,
     records: Sequence[TrialRecord],
     objectives: Sequence[Objective] = OBJECTIVES,
+    reports: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The whole study, JSON-ready: no NaN, no infinity.
 
@@ -93,6 +94,7 @@ def front_json(
         budget: absolute limits.
         records: every finished trial, in the ledger's order.
         objectives: what the front is drawn over.
+        reports: trial id → what the report split said of it, as in the ledger.
     """
     dense = next((record for record in records if record.kind == "dense"), None)
     on_front = {record.id for record in front(records, objectives)}
@@ -108,7 +110,26 @@ def front_json(
         "dense": None if dense is None else dense.id,
         "chosen": chosen,
         "hypervolume": study_hypervolume(records, dense, objectives),
+        "report": None if chosen is None else report_json(chosen, (reports or {}).get(chosen)),
         "trials": [trial_json(record, budget, record.id in on_front) for record in records],
+    }
+
+
+def report_json(id: str, report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A trial on the report split, beside the teacher; `None` if the split was not opened for it.
+
+    `ratio` is quality over the teacher's, `metric` the task's own figure (a perplexity).
+    """
+    if report is None:
+        return None
+    quality, teacher = _finite(report["quality"]), _finite(report["teacher_quality"])
+    return {
+        "id": id,
+        "quality": quality,
+        "teacher_quality": teacher,
+        "ratio": quality / teacher if quality is not None and teacher else None,
+        "metric": dict(report.get("metric") or {}),
+        "teacher_metric": dict(report.get("teacher_metric") or {}),
     }
 
 
@@ -132,4 +153,5 @@ def study_front(study: Study) -> dict[str, Any]:
         study_budget(study),
         study.trials(),
         list(study.spec.objectives),
+        study.ledger.read().of("report"),
     )

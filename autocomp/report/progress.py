@@ -9,9 +9,9 @@ from autocomp.study.records import TrialRecord
 
 PHASES = (
     "teacher",
+    "cost table",
     "calibrate",
     "library",
-    "cost table",
     "scores",
     "screening",
     "trials",

@@ -35,6 +35,9 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     failed = [trial for trial in trials if trial["state"] == "failed"]
     shown = sorted((t for t in trials if t["state"] != "failed"), key=_order)
     parts: list[RenderableType] = [_heading(view), Text(), _measured(view, shown, dense)]
+    report = view.get("report")
+    if report is not None:
+        parts.append(Text(report_line(report)))
     if failed:
         word = "trial" if len(failed) == 1 else "trials"
         parts.append(Text(f"{len(failed)} {word} failed.", style="red"))
@@ -44,6 +47,29 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     if estimated:
         parts += [Text(), _estimated(shown)]
     return Group(*parts)
+
+
+def report_line(report: Mapping[str, Any]) -> str:
+    """`t-3 on the report split: accuracy 0.895, teacher 0.902: 99.2%`; after the trials' table.
+
+    The ratio is of qualities, so that more is better for every metric.
+    """
+    parts = []
+    for whose, metric, quality in (
+        ("", report["metric"], report["quality"]),
+        ("teacher ", report["teacher_metric"], report["teacher_quality"]),
+    ):
+        name, value = metric.get("name", "quality"), metric.get("value", quality)
+        parts.append(f"{whose or f'{name} '}{_metric(value)}")
+    line = f"{report['id']} on the report split: {', '.join(parts)}"
+    if report["ratio"] is not None:
+        line += f"; quality {100 * report['ratio']:.1f}% of the teacher's"
+    return line
+
+
+def _metric(value: float) -> str:
+    """Three decimals of a share, four digits of anything larger (a perplexity)."""
+    return f"{value:.4g}" if value > 1 else format_quality(value)
 
 
 def _order(trial: Mapping[str, Any]) -> tuple[int, float, str]:

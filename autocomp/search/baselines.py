@@ -24,8 +24,8 @@ def baselines(
 ) -> list[Baseline]:
     """Dense, `uniform-int8`, `uniform-int4`, and `uniform-width-{fraction}` for each fraction.
 
-    Only what the space offers: a unit without the wanted option stays dense, and a baseline that
-    would equal dense or another baseline is left out.
+    Only what the space offers: a unit without the wanted option stays dense (8 bits where 4 are
+    not offered), and a baseline that would equal dense or another baseline is left out.
 
     Args:
         space: the space.
@@ -54,7 +54,7 @@ def baselines(
             found.append((id, "uniform", candidate))
 
     add("uniform-int8", lambda unit, options: _bits(options, 8))
-    add("uniform-int4", lambda unit, options: _bits(options, 4))
+    add("uniform-int4", lambda unit, options: _bits(options, 4) or _bits(options, 8))
     for fraction in _fractions(space):
         add(f"uniform-width-{fraction:g}", partial(_width, wanted=fraction), distillation)
     return found

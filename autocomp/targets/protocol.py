@@ -100,6 +100,10 @@ class Target(Protocol):
         """Write a lowered model into `directory`. Raises StorageError if the disk refuses."""
         ...
 
+    def record_reference(self) -> Reference:
+        """Time the anchor model on this device; later measurements are normalised by it."""
+        ...
+
     def run(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits of the artifact for a batch."""
         ...

@@ -20,6 +20,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,11 @@ def _mask(
     kv_offset: int = 0,
     mask_function: Any = None,
     attention_mask: torch.Tensor | None = None,
+    *,
+    padded: bool = True,
     **_: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask interface: additive `(B, 1, T, T)` of padding alone."""
+    """transformers' mask interface: additive `(B, 1, T, T)` of padding alone, if there is any."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     if mask_function not in (bidirectional_mask_function, causal_mask_function):
@@ -132,7 +135,7 @@ def _mask(
             f"attention pattern {getattr(mask_function, '__qualname__', mask_function)!r} has no "
             "lowering: full and causal attention have one. Add it in autocomp/targets/skeleton.py"
         )
-    if attention_mask is None:
+    if attention_mask is None or not padded:
         return None
     keep = attention_mask[:, None, None, :].to(torch.bool)
     bias = torch.where(keep, 0.0, _MASKED).to(torch.float32)
@@ -140,7 +143,11 @@ def _mask(
 
 
 class _Logits(nn.Module):
-    """The model as a function of its named inputs that returns the logits alone."""
+    """The model as a function of its named inputs that returns the logits alone.
+
+    Text without a mask is whole sequences. transformers must be told so: without a mask it looks
+    for several sequences packed into one, and attention then depends on the position ids.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -148,8 +155,16 @@ class _Logits(nn.Module):
         self.names = list(names)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.m(**dict(zip(self.names, inputs, strict=True))).logits
+        named = dict(zip(self.names, inputs, strict=True))
+        if not _padded(self.names):
+            named["attention_mask"] = torch.ones_like(named["input_ids"])
+        logits: torch.Tensor = self.m(**named).logits
         return logits
+
+
+def _padded(names: Sequence[str]) -> bool:
+    """Whether an input says what is padding; images have none and need none."""
+    return "attention_mask" in names or "input_ids" not in names
 
 
 def _marked_copy(model: nn.Module, embedding_sites: set[str]) -> nn.Module:
@@ -168,13 +183,13 @@ def _marked_copy(model: nn.Module, embedding_sites: set[str]) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _marked_attention(model: nn.Module) -> Iterator[None]:
+def _marked_attention(model: nn.Module, padded: bool) -> Iterator[None]:
     """Within it the model's attention is the marker; transformers models only."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register("autocomp", _attention_marker)
-    AttentionMaskInterface.register("autocomp", _mask)
+    AttentionMaskInterface.register("autocomp", partial(_mask, padded=padded))
     config: Any = model.config
     previous = config._attn_implementation
     config._attn_implementation = "autocomp"
@@ -200,7 +215,7 @@ def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -
     dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     names = list(inputs)
     with (
-        _marked_attention(marked),
+        _marked_attention(marked, _padded(names)),
         torch.no_grad(),
         warnings.catch_warnings(),
         _quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"),

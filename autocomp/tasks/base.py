@@ -85,6 +85,10 @@ class EncodedTask(ABC):
         """Real length of each example where examples differ in length."""
         return None
 
+    def processor_json(self) -> dict[str, Any] | None:
+        """See `Task.processor_json`."""
+        return None
+
     def trimmed(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Inputs without columns that are padding in the whole batch."""
         return inputs

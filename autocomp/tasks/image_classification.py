@@ -61,10 +61,13 @@ class Preprocessing:
     def processor_json(self) -> dict[str, Any]:
         """The same as a transformers `preprocessor_config.json`."""
         return {
-            "image_processor_type": "ViTImageProcessor",
+            "image_processor_type": "BitImageProcessor",
+            "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"height": self.size, "width": self.size},
+            "size": {"shortest_edge": self.size},
             "resample": next(number for number, mode in _MODES.items() if mode == self.mode),
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -178,6 +181,10 @@ class ImageClassification(Classification):
                 labels.tolist(),
             ]
         )
+
+    def processor_json(self) -> dict[str, Any]:
+        """See `Task.processor_json`."""
+        return self.preprocessing.processor_json()
 
     def tokens(self, batch: Mapping[str, torch.Tensor]) -> int:
         """Patches, and one class token an image."""

@@ -144,6 +144,10 @@ class Task(Protocol):
         """
         ...
 
+    def processor_json(self) -> dict[str, Any] | None:
+        """How images become inputs, as a transformers `preprocessor_config.json`; else `None`."""
+        ...
+
     def tokens(self, batch: Mapping[str, torch.Tensor]) -> int:
         """Real tokens (padding excluded; patches for images) in a batch."""
         ...

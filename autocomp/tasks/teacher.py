@@ -30,7 +30,6 @@ from autocomp.models.load import load_model, quiet
 from autocomp.models.sources import read_config, read_tensor_shapes
 from autocomp.spec.schema import Spec, TeacherSection
 from autocomp.tasks.fitting import fit_full, fit_head
-from autocomp.tasks.image_classification import ImageClassification
 from autocomp.tasks.protocol import Array, Split, Task
 
 Progress = Callable[[int, int], None]
@@ -204,9 +203,10 @@ def _store(model: nn.Module, task: Task, model_path: Path, directory: Path) -> P
         for source in _companions(model_path):
             if not (temporary / source.name).exists():
                 shutil.copyfile(source, temporary / source.name)
-        if isinstance(task, ImageClassification):
-            processor = json.dumps(task.preprocessing.processor_json(), indent=2) + "\n"
-            (temporary / "preprocessor_config.json").write_text(processor, encoding="utf-8")
+        processor = task.processor_json()
+        if processor is not None:
+            text = json.dumps(processor, indent=2) + "\n"
+            (temporary / "preprocessor_config.json").write_text(text, encoding="utf-8")
         digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         (temporary / _RECORD).write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
         for path in temporary.iterdir():

@@ -24,6 +24,8 @@ from autocomp.trial.context import TrialContext
 from autocomp.trial.prefixes import Prefixes
 
 BATCH = 32
+LOGITS_AT_ONCE = 4_000_000
+"""Logits of a batch: a vocabulary at every position of 32 chunks of text is gigabytes."""
 
 
 class Screener:
@@ -35,11 +37,14 @@ class Screener:
         self.task = make_task(context.spec, context.model_path)
         self.teacher = load_model(context.teacher_path, self.task.name, self.task.num_labels)
         self.library = Library(context.library_path)
-        examples = context.spec.search.screen_examples
-        self.batches = list(self.task.batches("distil", BATCH, seed=0, limit=examples))
-        self.prefixes = Prefixes(context.units, self.batches)
+        wanted = min(context.spec.search.screen_examples, len(self.task.splits["distil"]))
         with torch.no_grad():
+            inputs = next(iter(self.task.batches("distil", 1)))
+            size = self.task.logits(self.teacher, inputs).numel()
+            batch = max(1, min(BATCH, wanted, LOGITS_AT_ONCE // size))
+            self.batches = list(self.task.batches("distil", batch, seed=0, limit=wanted))
             self.reference = [self.task.logits(self.teacher, inputs) for inputs in self.batches]
+        self.prefixes = Prefixes(context.units, self.batches)
 
     def evaluate(self, candidates: Sequence[dict[str, Any]]) -> list[float]:
         """Mean KL(teacher ‖ candidate) per candidate, in nats; `inf` where it is not finite.

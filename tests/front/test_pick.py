@@ -122,7 +122,8 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
     budget = Budget(latency_ms=5.0, size_bytes=50)
     data = front_json("runs/x", {"name": "t"}, budget, [DENSE, GOOD, broken])
     json.dumps(data, allow_nan=False)
-    assert list(data) == ["study", "target", "budget", "dense", "chosen", "hypervolume", "trials"]
+    keys = "study, target, budget, dense, chosen, hypervolume, report, trials"
+    assert ", ".join(data) == keys
     assert data["budget"] == {"latency_ms": 5.0, "size_bytes": 50, "peak_memory_bytes": None}
     assert (data["dense"], data["chosen"]) == ("dense", "good")
     good = data["trials"][1]
@@ -156,3 +157,26 @@ def test_front_json_without_a_feasible_trial_chooses_none() -> None:
     data = front_json("s", {}, Budget(latency_ms=0.1), [DENSE])
     assert data["chosen"] is None
     assert front_json("s", {}, Budget(), [])["dense"] is None
+
+
+def test_the_report_of_the_chosen_trial_is_beside_the_teacher() -> None:
+    reports = {
+        "dense": {"quality": 0.9, "teacher_quality": 0.9},
+        "good": {
+            "quality": 0.018,
+            "metric": {"name": "perplexity", "value": 55.6},
+            "teacher_quality": 0.02,
+            "teacher_metric": {"name": "perplexity", "value": 50.0},
+        },
+    }
+    data = front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD], reports=reports)
+    assert data["report"] == {
+        "id": "good",
+        "quality": 0.018,
+        "teacher_quality": 0.02,
+        "ratio": pytest.approx(0.9),
+        "metric": {"name": "perplexity", "value": 55.6},
+        "teacher_metric": {"name": "perplexity", "value": 50.0},
+    }
+    assert front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD])["report"] is None
+    assert front_json("s", {}, Budget(latency_ms=0.1), [DENSE], reports=reports)["report"] is None

@@ -49,6 +49,20 @@ def test_it_ends_with_the_next_command() -> None:
     assert text_of(view()).endswith("  autocomp pick runs/quickstart --export out/\n")
 
 
+def test_the_report_split_stands_below_the_table() -> None:
+    report = {
+        "id": "t",
+        "quality": 0.018,
+        "metric": {"name": "perplexity", "value": 55.61},
+        "teacher_quality": 0.02,
+        "teacher_metric": {"name": "perplexity", "value": 50.0},
+        "ratio": 0.9,
+    }
+    line = "t on the report split: perplexity 55.61, teacher 50; quality 90.0% of the teacher's"
+    assert line in text_of({**view(), "report": report}, width=120)
+    assert "report split" not in text_of(view())
+
+
 def test_when_nothing_fits_the_suggested_command_picks_the_nearest() -> None:
     budget = Budget(latency_ms=0.5, size_bytes=5e6)
     text = text_of(view(budget=budget))

@@ -331,14 +331,15 @@ def test_baselines_are_what_the_space_offers_and_nothing_else() -> None:
     assert all(option.dense for _, option in found["dense"][1])
     kind, int8 = found["uniform-int8"]
     assert kind == "uniform"
-    assert int8.distillation == trained
+    assert int8.distillation.tokens == 0
     assert int8["layers.0.ffn"] == int8["layers.0.attention"] == bits(8, 8)
     assert int8["embeddings"] == bits(8, 32, "rtn")
     assert int8["layers.1.ffn"].dense
     int4 = found["uniform-int4"][1]
-    assert int4["embeddings"].dense
+    assert int4["embeddings"] == bits(8, 32, "rtn")  # 4 bits are not offered there
     assert int4["layers.0.ffn"] == bits(4, 32)
     quarter = found["uniform-width-0.25"][1]
+    assert quarter.distillation == trained
     assert quarter["layers.0.attention"].dense
     assert quarter["layers.0.ffn"] == widths[2]
     assert found["uniform-width-0.75"][1]["layers.0.attention"] == heads[0]

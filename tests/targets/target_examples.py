@@ -22,17 +22,21 @@ SEQUENCE = 12
 
 @dataclass(frozen=True)
 class TextTask:
-    """Export task of a text model."""
+    """Export task of a text model; without `masked` there is no padding to speak of."""
 
     vocabulary: int = 50
+    masked: bool = True
 
     @property
     def dynamic_axes(self) -> Mapping[str, Mapping[int, str]]:
-        return {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
+        names = ("input_ids", "attention_mask") if self.masked else ("input_ids",)
+        return {name: {0: "batch", 1: "sequence"} for name in names}
 
     def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(batch * 100 + sequence)
         ids = torch.randint(1, self.vocabulary, (batch, sequence), generator=generator)
+        if not self.masked:
+            return {"input_ids": ids}
         mask = torch.ones_like(ids)
         for row in range(1, batch):
             mask[row, max(1, sequence - row) :] = 0

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from target_examples import quantise_unit, target
+from target_examples import TextTask, quantise_unit, small_model, target
 
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
@@ -41,6 +41,16 @@ def test_dense_equals_torch_at_every_shape(exported, layout, tmp_path):
     model, _, task, skeleton = exported(layout)
     shapes = ((1, 12), (4, 12), (1, 1), (3, 31))
     assert _difference(exported, model, skeleton, task, tmp_path, shapes) < 1e-4
+
+
+def test_text_without_a_mask_is_whole_sequences(tmp_path):
+    """As language modelling exports: the only input is `input_ids`."""
+    model, units, _ = small_model("llama")
+    task = TextTask(masked=False)
+    skeleton = target().export(model, units, task)
+    assert [value.name for value in skeleton.graph.input] == ["input_ids"]
+    shapes = ((1, 12), (4, 12), (1, 1), (3, 31))
+    assert _difference(None, model, skeleton, task, tmp_path, shapes) < 1e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

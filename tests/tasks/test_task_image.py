@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTImageProcessor
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from autocomp.core.errors import DataError, ModelError
 from autocomp.tasks import make_task
@@ -40,15 +40,15 @@ def test_pixels_are_resized_gray_repeated_and_normalised(spec, vit_path):
 
 
 @pytest.mark.parametrize(("mode", "number"), [("bilinear", 2), ("bicubic", 3)])
-@pytest.mark.parametrize("side", [9, 40])
-def test_resize_agrees_with_the_reference_processor(mode, number, side):
+@pytest.mark.parametrize(("side", "shape"), [(9, (20, 20)), (40, (20, 20)), (10, (20, 36))])
+def test_resize_agrees_with_the_reference_processor(mode, number, side, shape):
     # away from 0 and 255: PIL clips overshoot between its two passes, we clip once
-    image = np.random.default_rng(0).integers(80, 170, size=(20, 20, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(80, 170, size=(*shape, 3), dtype=np.uint8)
     preprocessing = Preprocessing(size=side, mode=mode)
     arguments = preprocessing.processor_json()
     assert arguments["resample"] == number
-    arguments.pop("image_processor_type")
-    reference = ViTImageProcessor(**arguments)(Image.fromarray(image), return_tensors="np")
+    assert arguments.pop("image_processor_type") == "BitImageProcessor"
+    reference = BitImageProcessorPil(**arguments)(Image.fromarray(image), return_tensors="np")
     ours = preprocessing.apply(image[None])
     # one step of 8-bit rounding, in units of the standard deviation
     np.testing.assert_allclose(ours, reference["pixel_values"], atol=1.5 / 255 / 0.224)

@@ -135,7 +135,7 @@ def test_head_fit_on_images_leaves_the_encoder_alone(image_npz, spec_of, vit_pat
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
     processor = json.loads((path / "preprocessor_config.json").read_text())
-    assert processor["size"] == {"height": 16, "width": 16}
+    assert processor["crop_size"] == {"height": 16, "width": 16}
     assert make_task(spec, path).fingerprint("search") == task.fingerprint("search")
 
 
