@@ -15,14 +15,14 @@ from autocomp.api.opened import OpenStudy
 from autocomp.api.plan import Plan, make_plan
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.budget import Budget
-from autocomp.front.pick import feasible, front, pick
-from autocomp.study.directory import Study, append_trial
+from autocomp.front.pick import feasible, pick
+from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
 
 if TYPE_CHECKING:
+    from autocomp.api.dispatch import Dispatcher
     from autocomp.report.progress import SearchProgress
     from autocomp.search.costs import Costs
-    from autocomp.search.proposer import TrialProposer
     from autocomp.search.scores import Scores
     from autocomp.search.screening import Screened
     from autocomp.tasks.protocol import Quality
@@ -116,7 +116,6 @@ class _Search:
         self._stack, self._workers, self._address = stack, workers, ray_address
         self._deadline = deadline
         self._running: Cluster | None = None
-        self._counts: dict[str, int] = {}
 
     def run(self) -> None:
         """Everything, to the report split of the chosen trial."""
@@ -166,11 +165,12 @@ class _Search:
         """
         import numpy as np
 
+        from autocomp.api.dispatch import peak_memory
         from autocomp.search.costs import Costs
         from autocomp.search.milp import check_reachable
 
         space = self.plan.space
-        costs = Costs(space, table, _peak_memory(self.study.trials()))
+        costs = Costs(space, table, peak_memory(self.study.trials()))
         free = [np.zeros(len(space.options[name])) for name in space.names]
         check_reachable(free, costs, costs.limits(budget))
         return costs
@@ -179,6 +179,7 @@ class _Search:
         self, context: TrialContext, table: TablePredictor, budget: Budget, costs: Costs
     ) -> tuple[list[Screened], Scores]:
         """Replace-one scores, then screening within the predicted budget."""
+        from autocomp.api.dispatch import peak_memory
         from autocomp.search.screening import Screened, screen
         from autocomp.workers.actors import ActorPool
 
@@ -213,7 +214,7 @@ class _Search:
 
             def advance(done: int, total: int) -> None:
                 self.progress.advance(done, total)
-                self._count(screened=done)
+                self.progress.funnel(screened=done)
 
             screened = screen(
                 space,
@@ -224,7 +225,7 @@ class _Search:
                 self.plan.spec.search.seed,
                 known,
                 scores=scores,
-                peak_memory=_peak_memory(self.study.trials()),
+                peak_memory=peak_memory(self.study.trials()),
                 on_batch=keep,
                 progress=advance,
             )
@@ -232,7 +233,7 @@ class _Search:
         fitting = sum(
             costs.fits(space.encode(s.candidate), limits) for s in screened if s.kl is not None
         )
-        self._count(screened=len(screened), within_budget=fitting)
+        self.progress.funnel(screened=len(screened), within_budget=fitting)
         return screened, scores
 
     def _score(self, screeners: Any) -> Scores:
@@ -278,6 +279,7 @@ class _Search:
         scores: Scores,
     ) -> None:
         """Baselines and proposals; more of them while nothing measured fits the budget."""
+        from autocomp.api.dispatch import Dispatcher, peak_memory
         from autocomp.search.baselines import baselines
         from autocomp.search.proposer import TrialProposer
         from autocomp.search.settings import Settings
@@ -298,10 +300,10 @@ class _Search:
             seed=spec.search.seed,
             finished=finished,
             baselines=uniform,
-            peak_memory=_peak_memory(finished),
+            peak_memory=peak_memory(finished),
             objectives=list(spec.objectives),
         )
-        dispatcher = _Dispatcher(self, proposer, table, self._deadline)
+        dispatcher = Dispatcher(self.study, proposer, table, self.progress, self._deadline)
         self.progress.phase("trials", spec.search.trials + len(uniform) - 1)
         for extra in range(1 + EXTRA_ROUNDS):
             self._dispatch(dispatcher, context)
@@ -316,7 +318,7 @@ class _Search:
                     f"with a larger margin"
                 )
 
-    def _dispatch(self, dispatcher: _Dispatcher, context: TrialContext) -> None:
+    def _dispatch(self, dispatcher: Dispatcher, context: TrialContext) -> None:
         from autocomp.trial.runner import CandidateRunner
         from autocomp.workers.protocol import RunnerFactory
         from autocomp.workers.trials import run_trials
@@ -330,10 +332,6 @@ class _Search:
             storage=self.study.paths.root / "ray",
             context={"trial": context},
         )
-
-    def _count(self, **counts: int) -> None:
-        self._counts.update(counts)
-        self.progress.funnel(**self._counts)
 
     # -- the end
 
@@ -379,95 +377,6 @@ class _Search:
         view = study_front(self.study)
         write_text_atomic(self.study.paths.front_html, front_html(view))
         write_text_atomic(self.study.paths.root / "front.json", json.dumps(view, indent=2) + "\n")
-
-
-class _Dispatcher:
-    """The workers' view of the proposer; refits the cost table as measurements come in."""
-
-    def __init__(
-        self,
-        search: _Search,
-        proposer: TrialProposer,
-        table: TablePredictor,
-        deadline: float | None,
-    ) -> None:
-        self._search, self._proposer, self._table = search, proposer, table
-        self._deadline = deadline
-        self._next: Any = None
-        self.late = False
-
-    def ready(self) -> bool:
-        """Whether there is anything to run."""
-        if self._next is None:
-            self._next = self._ask()
-        return self._next is not None
-
-    def ask(self) -> tuple[str, dict[str, Any]] | None:
-        """See `workers.protocol.Proposer`."""
-        asked, self._next = self._next or self._ask(), None
-        if asked is not None:
-            self._search.progress.trial_started(asked.id, asked.proposed_by)
-            return asked.id, asked.to_json()
-        return None
-
-    def _ask(self) -> Any:
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            self.late = True
-            return None
-        return self._proposer.ask()
-
-    def tell(self, key: str, result: dict[str, Any] | None, error: str | None) -> None:
-        """See `workers.protocol.Proposer`."""
-        search = self._search
-        if result is None:
-            proposal = next(p for p in self._proposer.in_flight if p.id == key)
-            record = TrialRecord(
-                id=key,
-                kind=proposal.kind,
-                proposed_by=proposal.proposed_by,
-                state="failed",
-                candidate=proposal.candidate,
-                estimated=proposal.estimated,
-                error=error,
-            )
-            append_trial(search.study.ledger, record)
-        else:
-            record = TrialRecord.from_json(result)
-        self._proposer.tell(key, record)
-        records = search.study.trials()
-        measured = [
-            (dict(r.candidate.options), r.measured) for r in records if r.measured is not None
-        ]
-        self._proposer.correct(self._table.refitted(measured))
-        done = [r for r in records if r.state == "complete"]
-        search._count(
-            stitched=len(records),
-            distilled=len(done),
-            measured=len(measured),
-            on_front=len(front(records)),
-        )
-        search.progress.trial_finished(record)
-        search.progress.advance(len([r for r in records if r.kind != "dense"]))
-
-
-def _peak_memory(records: list[TrialRecord]) -> Any:
-    """Peak memory as an affine function of size, from what was measured; `None` without limits."""
-    import numpy as np
-
-    from autocomp.search.costs import PeakMemory
-
-    pairs = [
-        (r.measured.size_bytes, r.measured.peak_memory_bytes)
-        for r in records
-        if r.measured is not None and r.measured.size_bytes and r.measured.peak_memory_bytes
-    ]
-    if not pairs:
-        return None
-    sizes, peaks = np.array(pairs, dtype=float).T
-    slope = 2.0
-    if len(pairs) >= 3 and np.ptp(sizes) > 0:
-        slope = max(0.0, float(np.polyfit(sizes, peaks, 1)[0]))
-    return PeakMemory(float(np.median(peaks - slope * sizes)), slope)
 
 
 def _score_key(unit: str, option: str) -> str:

@@ -78,7 +78,6 @@ class Operator(Protocol):
     Attributes:
         name: as written in a spec and listed by `autocomp ls operators`.
         summary: one sentence.
-        choices: what a rule may ask of it, as written in a spec.
         paper: author, year, title or arXiv number; empty when there is none.
         choices: the entries of a spec's rule it reads, for `autocomp ls operators`.
         stage: when it is applied; see `STAGES`.
@@ -88,7 +87,6 @@ class Operator(Protocol):
 
     name: str
     summary: str
-    choices: str
     paper: str
     choices: str
     stage: Stage

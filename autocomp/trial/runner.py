@@ -10,12 +10,11 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,24 @@ import torch
 from torch import nn
 
 from autocomp.core.candidate import Candidate
-from autocomp.core.errors import AutocompError, InternalError
+from autocomp.core.errors import AutocompError
 from autocomp.core.measurement import Measurement
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
 from autocomp.models.load import load_model
-from autocomp.models.surgery import blocks
 from autocomp.study.directory import append_trial
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
 from autocomp.study.records import TrialRecord
 from autocomp.targets import make_target
-from autocomp.targets.protocol import Artifact
 from autocomp.tasks import make_task
 from autocomp.tasks.protocol import Array, Run, Split, Task
 from autocomp.tasks.teacher import teacher_logits
+from autocomp.trial.agreement import check_agreement
 from autocomp.trial.context import TrialContext
 from autocomp.trial.distil import DivergedError, distil
 
 logger = logging.getLogger(__name__)
-
-TOLERANCE = 0.05
-"""Largest mean difference between the artifact's logits and torch's, relative to their spread..."""
-UNSTEADINESS = 3.0
-"""... plus this many times what a change of one part in a million makes in torch's own."""
-CHECKED_BATCHES = 4
-
 
 STORED_LOGITS_BYTES = 1_000_000_000
 """Teacher logits beyond this are computed beside each artifact instead of kept on disk."""
@@ -156,7 +147,7 @@ class CandidateRunner:
             shutil.rmtree(directory, ignore_errors=True)
             lowered = target.lower(self.skeleton, student, context.units)
             artifact = target.write(lowered, directory)
-            self._check(student, artifact)
+            check_agreement(self.target, artifact, student, self.task, workload.batch)
         with _timed(seconds, "evaluate"):
             evaluation = self.task.evaluate(
                 partial(target.run, artifact), "search", teacher=self.expected
@@ -186,66 +177,6 @@ class CandidateRunner:
         return teacher_logits(
             self.teacher, self.task, "distil", self.paths.work / "teacher-distil.npy"
         )
-
-    @torch.no_grad()
-    def _check(self, student: nn.Module, artifact: Artifact) -> None:
-        """The artifact computes what was trained, up to the rounding of its activations.
-
-        Raises:
-            InternalError: if the logits differ by more than rounding explains.
-        """
-        batches = self.task.batches("calibrate", self.context.spec.target.workload.batch)
-        found, expected, nudged = [], [], []
-        for batch in islice(batches, CHECKED_BATCHES):
-            feeds = {name: batch[name] for name in self.task.input_names}
-            expected.append(self.task.logits(student, feeds).numpy())
-            if not np.isfinite(expected[-1]).all():
-                raise DivergedError("the trained model's logits are not finite")
-            with slightly_changed(student):
-                nudged.append(self.task.logits(student, feeds).numpy())
-            arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
-            found.append(self.target.run(artifact, arrays))
-        difference, allowed = disagreement(found, expected, nudged)
-        if not difference <= allowed:
-            raise InternalError(
-                f"the exported model's logits differ from the trained model's by {difference:.1%} "
-                f"of their spread, more than the {allowed:.1%} that rounding explains"
-            )
-
-
-@contextmanager
-def slightly_changed(model: nn.Module) -> Iterator[None]:
-    """Within it the first block's hidden states are larger by one part in a million."""
-
-    def change(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (args[0] * (1 + 1e-6), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * (1 + 1e-6)}
-
-    handle = blocks(model)[0].register_forward_pre_hook(change, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def disagreement(
-    found: Sequence[Array], expected: Sequence[Array], nudged: Sequence[Array]
-) -> tuple[float, float]:
-    """Mean difference of logits relative to their spread, and how large it may be.
-
-    8-bit activations make a model discontinuous: the last digit of a float decides how a value is
-    rounded, and depth amplifies that (DINOv2 in 8 bits: 4% of the spread). What `nudged`, the
-    model after a change no larger than a runtime's own reordering of sums, differs by is therefore
-    not the export's fault.
-    """
-    spreads = [float(logits.std()) or 1.0 for logits in expected]
-
-    def mean(others: Sequence[Array]) -> float:
-        pairs = zip(others, expected, spreads, strict=True)
-        return float(np.mean([np.abs(a - b).mean() / spread for a, b, spread in pairs]))
-
-    return mean(found), TOLERANCE + UNSTEADINESS * mean(nudged)
 
 
 @contextmanager

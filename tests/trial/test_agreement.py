@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from autocomp.core.unit import SiteFormat
 from autocomp.models.modules import QuantLinear
 from autocomp.models.surgery import replace_module
-from autocomp.trial.runner import TOLERANCE, disagreement, slightly_changed
+from autocomp.trial.agreement import TOLERANCE, disagreement, slightly_changed
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ class Heads:
 
     name = "heads"
     summary = "Keep the attention heads that matter; refit the output projection."
-    choices = "structure.heads: fractions of the heads kept"
     paper = "Kurtic et al., 2023, ZipLM, arXiv:2302.04089"
     choices = "structure.heads: fractions of the heads kept, in whole key-value groups"
     stage: Stage = "structure"

@@ -15,7 +15,6 @@ class Skip:
 
     name = "skip"
     summary = "Drop a whole attention or feed-forward sublayer."
-    choices = "structure.skip: true"
     paper = "Fan et al., 2020, Reducing Transformer Depth on Demand, arXiv:1909.11556"
     choices = "structure.skip: true"
     stage: Stage = "structure"

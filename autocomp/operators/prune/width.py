@@ -20,7 +20,6 @@ class Width:
 
     name = "width"
     summary = "Keep the feed-forward channels that matter; refit the down projection."
-    choices = "structure.width: fractions of the inner width kept"
     paper = "Kurtic et al., 2023, ZipLM, arXiv:2302.04089"
     choices = "structure.width: fractions of the inner width kept"
     stage: Stage = "structure"

@@ -24,7 +24,6 @@ class Gptq:
 
     name = "gptq"
     summary = "Round weights to 8 or 4 bits; outputs on real inputs change least."
-    choices = "bits.weights: dense, 8, 4; bits.activations: dense, 8; bits.group"
     paper = "Frantar et al., 2022, GPTQ, arXiv:2210.17323"
     choices = "bits.weights, bits.activations, bits.group (of 4-bit weights; 0: a whole row)"
     stage: Stage = "bits"

@@ -15,7 +15,6 @@ class RoundToNearest:
 
     name = "rtn"
     summary = "Round weights to the nearest of 8 or 4 bits; no calibration."
-    choices = "bits.weights: dense, 8, 4; bits.activations: dense, 8; bits.group"
     paper = ""
     choices = (
         "bits.weights, bits.activations, bits.group (of 4-bit weights and tables; 0: a whole row)"

@@ -1,0 +1,102 @@
+"""Between the search's proposer and the workers: asks ahead, tells, refits the cost table."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from autocomp.api.predictor import TablePredictor
+from autocomp.front.pick import front
+from autocomp.report.progress import SearchProgress
+from autocomp.search.costs import PeakMemory
+from autocomp.search.proposer import Proposal, TrialProposer
+from autocomp.study.directory import Study, append_trial
+from autocomp.study.records import TrialRecord
+
+
+class Dispatcher:
+    """The workers' view of the proposer; refits the cost table as measurements come in."""
+
+    def __init__(
+        self,
+        study: Study,
+        proposer: TrialProposer,
+        table: TablePredictor,
+        progress: SearchProgress,
+        deadline: float | None,
+    ) -> None:
+        """`deadline` is in `time.monotonic()` seconds; no trial is proposed after it."""
+        self._study, self._proposer, self._table = study, proposer, table
+        self._progress, self._deadline = progress, deadline
+        self._next: Proposal | None = None
+        self.late = False
+
+    def ready(self) -> bool:
+        """Whether there is anything to run."""
+        if self._next is None:
+            self._next = self._ask()
+        return self._next is not None
+
+    def ask(self) -> tuple[str, dict[str, Any]] | None:
+        """See `workers.protocol.Proposer`."""
+        asked, self._next = self._next or self._ask(), None
+        if asked is not None:
+            self._progress.trial_started(asked.id, asked.proposed_by)
+            return asked.id, asked.to_json()
+        return None
+
+    def _ask(self) -> Proposal | None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.late = True
+            return None
+        return self._proposer.ask()
+
+    def tell(self, key: str, result: dict[str, Any] | None, error: str | None) -> None:
+        """See `workers.protocol.Proposer`."""
+        if result is None:
+            proposal = next(p for p in self._proposer.in_flight if p.id == key)
+            record = TrialRecord(
+                id=key,
+                kind=proposal.kind,
+                proposed_by=proposal.proposed_by,
+                state="failed",
+                candidate=proposal.candidate,
+                estimated=proposal.estimated,
+                error=error,
+            )
+            append_trial(self._study.ledger, record)
+        else:
+            record = TrialRecord.from_json(result)
+        self._proposer.tell(key, record)
+        records = self._study.trials()
+        measured = [
+            (dict(r.candidate.options), r.measured) for r in records if r.measured is not None
+        ]
+        self._proposer.correct(self._table.refitted(measured))
+        done = [r for r in records if r.state == "complete"]
+        self._progress.funnel(
+            stitched=len(records),
+            distilled=len(done),
+            measured=len(measured),
+            on_front=len(front(records)),
+        )
+        self._progress.trial_finished(record)
+        self._progress.advance(len([r for r in records if r.kind != "dense"]))
+
+
+def peak_memory(records: list[TrialRecord]) -> PeakMemory | None:
+    """Peak memory as an affine function of size, from what was measured; `None` without limits."""
+    pairs = [
+        (r.measured.size_bytes, r.measured.peak_memory_bytes)
+        for r in records
+        if r.measured is not None and r.measured.size_bytes and r.measured.peak_memory_bytes
+    ]
+    if not pairs:
+        return None
+    sizes, peaks = np.array(pairs, dtype=float).T
+    slope = 2.0
+    if len(pairs) >= 3 and np.ptp(sizes) > 0:
+        slope = max(0.0, float(np.polyfit(sizes, peaks, 1)[0]))
+    return PeakMemory(float(np.median(peaks - slope * sizes)), slope)
