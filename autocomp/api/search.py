@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.api.opened import OpenStudy
+from autocomp.api.phases import PhaseTimes
 from autocomp.api.plan import Plan, make_plan
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.budget import Budget
@@ -112,8 +113,10 @@ class _Search:
         ray_address: str | None,
         deadline: float | None,
     ) -> None:
-        self.plan, self.study, self.progress = plan, study, progress
+        self.plan, self.study = plan, study
+        self.progress = PhaseTimes(progress, study.ledger)
         self._stack, self._workers, self._address = stack, workers, ray_address
+        stack.callback(self.progress.end)
         self._deadline = deadline
         self._running: Cluster | None = None
 
@@ -204,7 +207,8 @@ class _Search:
                 count = self.cluster().workers
                 size = max(1, -(-len(candidates) // (4 * count)))
                 chunks = _chunks([c.to_json() for c in candidates], size)
-                values: dict[int, list[float]] = dict(screeners().map_unordered("evaluate", chunks))
+                with self.progress.waiting():
+                    values = dict(screeners().map_unordered("evaluate", chunks))
                 return [value for index in sorted(values) for value in values[index]]
 
             self.progress.phase("screening", self.plan.spec.search.screen)
@@ -250,7 +254,9 @@ class _Search:
             chunks = _chunks(missing, SCORED_PER_CALL)
             payloads = [[candidate.to_json() for _, _, candidate in chunk] for chunk in chunks]
             done = len(wanted) - len(missing)
-            for index, values in screeners().map_unordered("evaluate", payloads):
+            answers = screeners().map_unordered("evaluate", payloads)
+            while (answer := self._next(answers)) is not None:
+                index, values = answer
                 ledger.append_many(
                     "score",
                     [
@@ -267,6 +273,10 @@ class _Search:
         for payload in ledger.read().of("score").values():
             rows.setdefault(payload["unit"], {})[payload["option"]] = payload["kl"]
         return Scores(rows)
+
+    def _next(self, answers: Iterator[tuple[int, Any]]) -> tuple[int, Any] | None:
+        with self.progress.waiting():
+            return next(answers, None)
 
     # -- trials
 

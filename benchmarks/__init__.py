@@ -1,0 +1,7 @@
+"""Benchmarks whose figures the docs quote: `python -m benchmarks [NAME…]`.
+
+Each module has `run(options) -> {figure: value}`; names of figures carry their unit. Results go to
+`results/NAME.json`, and `python -m benchmarks.tables` puts them into `docs/benchmarks.md`.
+"""
+
+NAMES = ("screening", "cost_table", "library_build", "controller")

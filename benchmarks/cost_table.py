@@ -1,0 +1,52 @@
+"""Latency as the cost table predicts it, against latency measured, on candidates not in its fit.
+
+The table is made as a search makes it: every distinct sublayer timed alone, corrected on a dozen
+whole candidates. Then random whole candidates, of costs all over the range, are measured.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.setting import quickstart
+
+CANDIDATES = 24
+
+
+def run(options: Any) -> dict[str, float]:
+    """Errors over the candidates."""
+    import onnx
+
+    from autocomp.api.prepare import prepare_cost_table
+    from autocomp.export.companions import Companions
+    from autocomp.report.progress import Silent
+    from autocomp.targets import make_target
+    from autocomp.targets.profile import check_table
+
+    with quickstart(library=False) as setting:
+        plan, context = setting.plan, setting.context
+        target: Any = make_target(plan.spec.target, context.gate)
+        target.record_reference()
+        start = time.perf_counter()
+        table = prepare_cost_table(plan, setting.study, context, Silent())
+        seconds = time.perf_counter() - start
+        accuracy = check_table(
+            table,
+            target,
+            onnx.load(context.skeleton_path),
+            plan.units,
+            plan.formats,
+            Companions(setting.study.paths.companions).inputs,
+            candidates=CANDIDATES,
+        )
+    measured = [pair[1] for pair in accuracy.pairs]
+    return {
+        "candidates": len(measured),
+        "fastest_ms": min(measured),
+        "slowest_ms": max(measured),
+        "mean_error_percent": 100 * accuracy.mean_error,
+        "worst_error_percent": 100 * accuracy.worst_error,
+        "spearman": accuracy.spearman,
+        "table_s": seconds,
+    }

@@ -1,0 +1,122 @@
+"""The tables of docs/benchmarks.md: `python -m benchmarks.tables` writes them from the results.
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`. Needs nothing but the result
+files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks import NAMES
+from benchmarks.results import read
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+_MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+ROWS: dict[str, list[tuple[str, str, str]]] = {
+    "screening": [
+        ("from_scratch_calibrate_s", "from scratch: calibration, s", ""),
+        ("from_scratch_compress_s", "from scratch: operators, s", ""),
+        ("from_scratch_evaluate_s", "from scratch: evaluation, s", ""),
+        ("from_scratch_s", "from scratch, s", ""),
+        ("stitched_s", "stitched, s", ""),
+        ("stitched_first_read_s", "stitched, its items read and checked for the first time, s", ""),
+        ("ratio", "**ratio**", "≥ 20"),
+        ("ratio_first_read", "ratio, items read for the first time", ""),
+        ("replace_one_score_s", "a replace-one score, s", ""),
+    ],
+    "cost_table": [
+        ("candidates", "candidates", "≥ 20"),
+        ("fastest_ms", "fastest, ms", ""),
+        ("slowest_ms", "slowest, ms", ""),
+        ("mean_error_percent", "**mean error, %**", "≤ 5"),
+        ("worst_error_percent", "worst error, %", ""),
+        ("spearman", "**rank correlation (Spearman)**", "≥ 0.95"),
+        ("table_s", "making the table, s", ""),
+    ],
+    "library_build": [
+        ("gptq_block_s", "GPTQ of one block, s", ""),
+        ("training_pass_s", "one forward and backward pass, s", ""),
+        ("time_ratio", "**ratio**", "≤ 2"),
+        ("worker_peak_mb", "peak of the worker, MB", ""),
+        ("worker_imports_mb", "of which imports, MB", ""),
+        ("build_peak_mb", "peak of the build, MB", ""),
+        ("model_mb", "model, MB", ""),
+        ("statistics_mb", "statistics of the block, MB", ""),
+        ("limit_mb", "twice the model and the statistics, MB", ""),
+        ("memory_share_percent", "**peak of the build, % of that**", "≤ 100"),
+    ],
+    "controller": [
+        ("screened", "screened candidates", ""),
+        ("trials", "trials", ""),
+        ("preparation_s", "preparation (not counted), s", ""),
+        ("scores_s", "scores, s", ""),
+        ("screening_s", "screening, s", ""),
+        ("trials_s", "trials, s", ""),
+        ("report_s", "report, s", ""),
+        ("overhead_screening_s", "overhead of scores and screening, s", ""),
+        ("overhead_trials_s", "overhead of trials, s", ""),
+        ("overhead_percent", "**overhead, %**", "≤ 10"),
+    ],
+}
+"""Benchmark → (figure, label, goal) in the order of the table."""
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """The Markdown table of one result."""
+    lines = ["| | measured | goal |", "|---|---:|---:|"]
+    lines += [
+        f"| {label} | {_number(result['figures'][figure])} | {goal} |"
+        for figure, label, goal in ROWS[name]
+    ]
+    return "\n".join([*lines, "", _origin(result)])
+
+
+def plain(name: str, result: dict[str, Any]) -> str:
+    """The same for a terminal."""
+    rows = [
+        (label.replace("**", ""), _number(result["figures"][figure]), goal)
+        for figure, label, goal in ROWS[name]
+    ]
+    width = max(len(label) for label, _, _ in rows)
+    return "\n".join(
+        f"  {label:<{width}}  {value:>10}{f'   (goal {goal})' if goal else ''}"
+        for label, value, goal in rows
+    )
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew; one without a result says so."""
+
+    def one(match: re.Match[str]) -> str:
+        result = read(match[2])
+        body = "Not measured yet." if result is None else table(match[2], result)
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return _MARKED.sub(one, text)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
+
+
+def _origin(result: dict[str, Any]) -> str:
+    device, versions = result["device"], result["versions"]
+    runtimes = ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime"))
+    return f"{device['cpu']}, {device['cores']} cores, {runtimes}, {result['date']}."
+
+
+def main() -> None:
+    """Rewrite docs/benchmarks.md."""
+    text = DOCS.read_text(encoding="utf-8")
+    missing = [name for name in NAMES if f"<!-- results: {name} -->" not in text]
+    if missing:
+        raise SystemExit(f"{DOCS.name} has no place for {', '.join(missing)}")
+    DOCS.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

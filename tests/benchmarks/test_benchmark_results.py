@@ -1,0 +1,91 @@
+"""Results have the promised shape, tell nothing of the machine but its processor, and are quoted."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import NAMES, controller, results, tables  # noqa: E402
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def test_docs_quote_the_results() -> None:
+    text = tables.DOCS.read_text(encoding="utf-8")
+    assert tables.filled(text) == text, "run python -m benchmarks.tables"
+    assert [f"<!-- results: {name} -->" in text for name in NAMES] == [True] * len(NAMES)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_have_their_shape(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert list(result) == ["device", "date", "versions", "figures"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+    assert set(result["figures"]) >= {figure for figure, _, _ in tables.ROWS[path.stem]}
+    assert all(isinstance(value, float | int) for value in result["figures"].values())
+    assert set(result["device"]) == {"machine", "cpu", "instructions", "cores"}
+    assert not re.search(r'"[^"]*(/|\\\\|~)[^"]*"', text), "a path"
+
+
+def test_a_new_result_changes_the_docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(results, "DIRECTORY", tmp_path)
+    text = "before\n<!-- results: cost_table -->\nold\n<!-- end -->\nafter\n"
+    assert "Not measured yet." in tables.filled(text)
+    figures = {figure: 1.23456 for figure, _, _ in tables.ROWS["cost_table"]}
+    written = results.write("cost_table", figures)
+    assert written == results.read("cost_table")
+    filled = tables.filled(text)
+    assert "| **mean error, %** | 1.235 | ≤ 5 |" in filled
+    assert "old" not in filled
+    assert filled.startswith("before\n")
+    assert filled.endswith("<!-- end -->\nafter\n")
+
+
+def test_overhead_is_what_neither_trials_nor_waiting_account_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phases = [("teacher", 50, 0), ("scores", 10, 9), ("screening", 20, 18)]
+    phases += [("trials", 60, 0), ("report", 2, 0)]
+    payloads = [{"name": n, "seconds": s, "waited_s": w} for n, s, w in phases]
+
+    class Trial:
+        def __init__(self, kind: str, **seconds: float) -> None:
+            self.kind, self.seconds = kind, seconds
+
+    class FakeStudy:
+        @staticmethod
+        def open(path: Path) -> Any:
+            return FakeStudy()
+
+        @property
+        def ledger(self) -> Any:
+            return self
+
+        def read(self) -> Any:
+            return self
+
+        def of(self, kind: str) -> dict[str, Any]:
+            found = payloads if kind == "phase" else [{}] * 7
+            return {str(at): payload for at, payload in enumerate(found)}
+
+        def trials(self) -> list[Trial]:
+            uniform, found = Trial("uniform", distil=40), Trial("search", distil=50, measure=20)
+            return [Trial("dense", distil=1000), uniform, found]
+
+    monkeypatch.setattr("autocomp.study.directory.Study", FakeStudy)
+    found = controller.figures(Path("study"), workers=2)
+    assert found["preparation_s"] == 50
+    assert found["search_s"] == 92
+    assert found["overhead_screening_s"] == 3
+    assert found["overhead_trials_s"] == 60 - 110 / 2
+    assert found["overhead_percent"] == pytest.approx(100 * (3 + 5 + 2) / 92)
+    assert (found["screened"], found["trials"]) == (7, 2)
