@@ -1,8 +1,8 @@
 """autocomp: state a hardware budget, get a compressed transformer back.
 
-    import autocomp as ac
-    study = ac.search("search_spaces/quickstart.yaml")
-    study.pick(latency="35%", size="30%").export("out/")
+import autocomp as ac
+study = ac.search("search_spaces/quickstart.yaml")
+study.pick(latency="35%", size="30%").export("out/")
 """
 
 from __future__ import annotations

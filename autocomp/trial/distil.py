@@ -64,10 +64,16 @@ def trainable_parameters(student: nn.Module) -> list[nn.Parameter]:
 
 
 def _unshare(student: nn.Module) -> None:
-    """Give the student its own storage: a stitched model shares what it did not replace."""
+    """Give the student its own storage: a stitched model shares what it did not replace.
+
+    A head tied to the embedding table stays tied, so it is frozen with the table and stored once.
+    """
+    own: dict[int, nn.Parameter] = {}
     for module in student.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+            if id(parameter) not in own:
+                own[id(parameter)] = nn.Parameter(parameter.detach().clone())
+            setattr(module, name, own[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(
                 name, buffer.detach().clone(), name not in module._non_persistent_buffers_set
