@@ -65,8 +65,8 @@ def make_teacher(
     `progress` counts training steps. The same spec, data and model give the same weights.
 
     Raises:
-        ModelError: with `fit: none`, if the model lacks the task's head; if its weights to be fitted
-            hold NaN or infinity.
+        ModelError: with `fit: none`, if the model lacks the task's head; else if its weights hold
+            NaN or infinity.
         UserError: if the settings make no sense for the task, or training diverges under them.
         StorageError: if the disk is full; nothing half-written stays.
     """

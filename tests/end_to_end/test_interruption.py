@@ -1,4 +1,4 @@
-"""Stopped or killed at any moment, the same command goes on: nothing is lost, nothing done twice."""
+"""Stopped or killed at any moment, the same command goes on: nothing is lost or done twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tiny_study import Command, ended_with, keys, ledger, stamps, wait_until
 
-STEPS = ("library", "scores", "screening", "trials")
+STEPS = ("library", "scores", "trials")
 
 
 def announced(process: subprocess.Popen[str], step: str) -> None:
@@ -134,11 +134,12 @@ sys.addaudithook(refuse)
 
 def test_the_disk_is_full_while_the_library_is_built(
     command: Command,
+    finished: Path,
     cut_back: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    study = cut_back("score", "screen", trials=("dense", "uniform-int8", "uniform-width-0.5"))
+    study = cut_back("score", "screen", "report", trials=tuple(finished_trials(finished)))
     cache = tmp_path / "cache"
     shutil.copytree(command.cache, cache, ignore=shutil.ignore_patterns("library", "statistics"))
     mine = command.with_(cache=cache)
