@@ -1,13 +1,12 @@
 """A worker process on its own: builds the pickled tasks it is given; prints peak and import bytes.
 
-Peak resident memory is the kernel's count for the process; the part of it taken by imports is
-resident memory before the first task.
+The peak is the kernel's high-water mark of this address space (`VmHWM`; `ru_maxrss` would begin at
+the parent's); the part of it taken by imports is resident memory before the first task.
 """
 
 from __future__ import annotations
 
 import pickle
-import resource
 import sys
 from pathlib import Path
 
@@ -21,16 +20,17 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks = pickle.loads(Path(sys.argv[1]).read_bytes())
     torch.linalg.cholesky(torch.eye(8))  # the linear algebra library is loaded at first use
-    before = _resident_bytes()
+    before = _status_bytes("VmRSS")
     for task in tasks:
         build_unit(task)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(peak, before)
+    print(_status_bytes("VmHWM"), before)
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The quickstart's model, data, teacher and library, which the benchmarks run on; made when missing.
+"""The quickstart's model, data, teacher and library, which the benchmarks run on.
 
-They are kept where searches keep them (`$AUTOCOMP_CACHE`), so a quickstart before saves time.
+They are made when missing and kept where searches keep them (`$AUTOCOMP_CACHE`), so a quickstart
+before saves time.
 """
 
 from __future__ import annotations

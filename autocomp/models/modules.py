@@ -10,7 +10,6 @@ runtime does it, so that what is evaluated here is what is shipped.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Self
 
 import torch
@@ -18,6 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from autocomp.core.unit import SiteFormat
+from autocomp.models.rounding import (
+    Integers,
+    fake_quantise_per_tensor,
+    integer_linear,
+    integer_products,
+    straight_through,
+)
 
 CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7)}
 """Weight bits → smallest and largest code."""
@@ -57,100 +63,6 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, format: SiteFormat) ->
     return codes.to(torch.float32) * steps
 
 
-def fake_quantise_per_tensor(x: torch.Tensor) -> torch.Tensor:
-    """`x` through uint8 and back, asymmetric, one scale for all: ONNX's DynamicQuantizeLinear.
-
-    The range always includes zero; a tensor of zeros comes back unchanged. Straight-through.
-    """
-    with torch.no_grad():
-        scale, zero_point, _ = _dynamic_range(x)
-        rounded = (x / scale).round_().clamp_(-zero_point, 255 - zero_point).mul_(scale)
-    return _straight_through(x, rounded)
-
-
-def _dynamic_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scale and zero point (0…255) of `x` as uint8, and `high - low`; scalars, float32."""
-    if x.numel() == 0:
-        return x.new_ones(()), x.new_zeros(()), x.new_zeros(())
-    low, high = torch.aminmax(x)
-    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
-    span = high - low
-    scale = span / 255.0
-    scale = torch.where(scale > 0, scale, 1.0)
-    return scale, (-low / scale).round_().clamp_(0, 255), span
-
-
-@cache
-def integer_products() -> bool:
-    """Whether torch multiplies int8 matrices faster than float32 ones here (x86 with VNNI).
-
-    Elsewhere `torch._int_mm` falls back to plain loops.
-    """
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = known.get("avx512_vnni") or known.get("avx_vnni") or known.get("amx_int8")
-    onednn: Any = torch.backends.mkldnn
-    return bool(fast) and bool(onednn.is_available())
-
-
-def integer_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    sums: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """`linear(fake_quantise_per_tensor(x), codes * scales, bias)`, accumulated in integers.
-
-    What the runtime computes, and several times faster than emulating it in float32. No gradient.
-
-    Args:
-        x: float32 `(..., columns)`.
-        codes: int8 `(rows, columns)`.
-        sums: of each row of `codes`, float32 `(rows,)`.
-        scales: float32 `(rows,)`.
-        bias: float32 `(rows,)` or `None`.
-
-    Returns:
-        float32 `(..., rows)`; not a number if `x` is not finite.
-    """
-    scale, zero_point, span = _dynamic_range(x)
-    shift = zero_point - 128.0  # uint8 - 128 is int8
-    inputs = (x / scale).round_().add_(shift).clamp_(-128, 127).to(torch.int8)
-    products = torch._int_mm(inputs.reshape(-1, x.shape[-1]), codes.t())
-    steps = scales * scale
-    offset = sums * steps * -shift + span * 0.0  # span: NaN does not survive as an integer
-    if bias is not None:
-        offset = offset + bias
-    return torch.addcmul(offset, products.to(torch.float32), steps).view(*x.shape[:-1], -1)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Returns `rounded`, bit for bit; the gradient goes to `value` where `mask` allows it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: torch.Tensor, rounded: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(*(() if mask is None else (mask,)))
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = gradients
-        if ctx.saved_tensors:
-            gradient = gradient * ctx.saved_tensors[0]
-        return gradient, None, None
-
-
-def _straight_through(
-    value: torch.Tensor, rounded: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    if torch.is_grad_enabled() and value.requires_grad:
-        through: torch.Tensor = _StraightThrough.apply(value, rounded, mask)  # type: ignore[no-untyped-call]
-        return through
-    return rounded
-
-
 def _fake_quantise_weight(
     weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat
 ) -> torch.Tensor:
@@ -162,7 +74,7 @@ def _fake_quantise_weight(
             low, high = CODE_RANGE[format.weight_bits]
             steps = expand_scales(scales, weight.shape[-1], group_size(format))
             mask = (weight >= (low - 0.5) * steps) & (weight <= (high + 0.5) * steps)
-    return _straight_through(weight, rounded, mask)
+    return straight_through(weight, rounded, mask)
 
 
 def _check(weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> None:
@@ -188,7 +100,7 @@ class _Rounded:
     source: tuple[torch.Tensor, torch.Tensor]
     weight: torch.Tensor
     codes: torch.Tensor | None = None
-    sums: torch.Tensor | None = None
+    integers: Integers | None = None
 
 
 class _Quantised(nn.Module):
@@ -230,18 +142,28 @@ class _Quantised(nn.Module):
         """`codes * scale`, float32 `(rows, columns)`, no gradient; do not write to it."""
         return self._current().weight
 
-    def integers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes, int8 `(rows, columns)`, and their sum over each row, float32 `(rows,)`; cached."""
+    def integers(self) -> Integers:
+        """What integer products are made of; cached. Grouped scales are brought to one per row."""
         current = self._current()
-        if current.codes is None or current.sums is None:
+        if current.integers is None:
             with torch.inference_mode(False), torch.no_grad():
-                codes = self.codes() if current.codes is None else current.codes
-                sums = codes.sum(dim=1, dtype=torch.int32).to(torch.float32)
-            current = replace(current, codes=codes, sums=sums)
+                integers = self._integers(current)
+            current = replace(current, integers=integers)
             self._rounded = current
-        assert current.codes is not None
-        assert current.sums is not None
-        return current.codes, current.sums
+        assert current.integers is not None
+        return current.integers
+
+    def _integers(self, current: _Rounded) -> Integers:
+        if self.scales.shape[1] == 1:
+            codes, scales = current.codes, self.scales[:, 0]
+            if codes is None:
+                codes = self.codes()
+        else:
+            low, high = torch.aminmax(current.weight, dim=1)
+            scales = torch.maximum(-low, high) / 127.0
+            scales = torch.where(scales > 0, scales, 1.0)
+            codes = (current.weight / scales[:, None]).round_().to(torch.int8)
+        return Integers(codes, codes.sum(dim=1, dtype=torch.int32).to(torch.float32), scales)
 
     def _current(self) -> _Rounded:
         """The cached rounding, made anew if weight or scales are not what it was made from."""
@@ -291,7 +213,9 @@ class QuantLinear(_Quantised):
     """A linear layer `(..., columns) → (..., rows)` with quantised weight and, if asked, input.
 
     Inputs at `activation_bits == 8` are quantised per tensor, asymmetric, at run time
-    (`fake_quantise_per_tensor`), whatever the weight's grouping.
+    (`fake_quantise_per_tensor`), whatever the weight's grouping. Without gradients, and where the
+    CPU is fast at it, such a layer multiplies integers as the runtime does: a weight with grouped
+    scales is widened to 8 bits with a scale per row.
     """
 
     bias: nn.Parameter | None
@@ -335,8 +259,7 @@ class QuantLinear(_Quantised):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., columns)` → `(..., rows)`."""
         if self._in_integers(x):
-            codes, sums = self.integers()
-            return integer_linear(x, codes, sums, self.scales[:, 0], self.bias)
+            return integer_linear(x, self.integers(), self.bias)
         if self.format.activation_bits == 8:
             x = fake_quantise_per_tensor(x)
         if self._wants_gradient():
@@ -350,7 +273,6 @@ class QuantLinear(_Quantised):
         return (
             not torch.is_grad_enabled()
             and self.format.activation_bits == 8
-            and self.scales.shape[1] == 1
             and x.dtype == torch.float32
             and x.device.type == "cpu"
             and integer_products()

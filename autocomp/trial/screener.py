@@ -55,9 +55,9 @@ class Screener:
         decoded = [Candidate.from_json(data) for data in candidates]
         order = sorted(range(len(decoded)), key=lambda at: [o.key for _, o in decoded[at]])
         values = [math.inf] * len(decoded)
-        for at, following in zip(order, [*order[1:], None], strict=True):
+        for place, at in enumerate(order):
             keep = 0
-            if following is not None:
+            for following in order[place + 1 : place + 2]:
                 keep = self.prefixes.common(decoded[at], decoded[following])
             values[at] = self.divergence(decoded[at], keep)
         return values

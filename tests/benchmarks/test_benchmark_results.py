@@ -1,4 +1,4 @@
-"""Results have the promised shape, tell nothing of the machine but its processor, and are quoted."""
+"""Results have the promised shape, name nothing but the processor, and are what the docs quote."""
 
 from __future__ import annotations
 
