@@ -8,7 +8,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile \
+          --constraint constraints.txt
 STUDY  ?= runs/quickstart
 
 .PHONY: quickstart test check bench clean
