@@ -34,7 +34,9 @@ def stop(process: subprocess.Popen[str]) -> str:
     """Ctrl-C, which a terminal sends to the whole group; what was said on stderr."""
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    # Python ends itself by the signal if it came while a string was executed (an import of Ray):
+    # a shell shows 130 for both.
+    assert process.returncode in (130, -signal.SIGINT), err
     assert "Traceback" not in err
     assert "Stopped. Everything finished is kept; continue with: autocomp search" in err
     return err
