@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_study import FITTING, SPEC, Command, ledger
+from tiny_study import SETTINGS, SPEC, Command, ledger
 
 from autocomp.api import prepare
 from autocomp.api.plan import make_plan
@@ -25,6 +25,8 @@ from autocomp.study.directory import Study
 from autocomp.targets import open_artifact
 from autocomp.trial.distil import distil
 from autocomp.trial.runner import CandidateRunner
+
+pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def runner(
 
     monkeypatch.setenv("AUTOCOMP_CACHE", str(command.cache))
     study_path = cut_back()
-    given = (f"model.source={command.model}", f"task.data.source={command.data}", *FITTING)
+    given = (f"model.source={command.model}", f"task.data.source={command.data}", *SETTINGS)
     plan = make_plan(SPEC, parse_overrides(given))
     teacher = prepare.prepare_teacher(plan, Silent())
     items = prepare.prepare_library(plan, teacher, no_cluster, Silent())
