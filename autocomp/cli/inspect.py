@@ -53,6 +53,7 @@ def check(spec: Path, settings: tuple[str, ...], as_json: bool) -> int:
 @_JSON
 def profile(spec: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Measure the target of SPEC: what each option costs, and how well costs add up."""
+    from autocomp.cli.interrupts import stoppable
     from autocomp.report.live import open_view
     from autocomp.spec.loader import parse_overrides
 
@@ -61,7 +62,7 @@ def profile(spec: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -
     with open_view(stderr_console(), quiet=quiet, study=str(spec)) as progress:
         from autocomp import api
 
-        table = api.profile(spec, overrides=overrides, progress=progress)
+        table = api.profile(spec, overrides=overrides, progress=stoppable(progress))
     if as_json:
         print_json(table)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -13,6 +12,7 @@ import click
 from autocomp import __version__
 from autocomp.cli.failures import run
 from autocomp.cli.inspect import check, ls, profile
+from autocomp.cli.interrupts import listen
 from autocomp.cli.search import search
 from autocomp.cli.study import dashboard, front, pick
 
@@ -69,8 +69,7 @@ for command in (check, search, front, pick, profile, ls, dashboard):
 def main() -> NoReturn:
     """The console entry point."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with it ignored
-        signal.signal(name, signal.default_int_handler)
+    listen()
     cli.main()
     raise SystemExit(0)
 

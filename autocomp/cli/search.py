@@ -55,6 +55,7 @@ def search(
     Everything from the spec to exported, measured models. Stop at any time: the same command
     continues where it stopped, and more --trials continue a finished study.
     """
+    from autocomp.cli.interrupts import stoppable
     from autocomp.report.live import open_view
     from autocomp.spec.loader import parse_overrides
 
@@ -72,7 +73,7 @@ def search(
             screen=screen,
             time_limit_s=time_limit_s,
             overrides=overrides,
-            progress=progress,
+            progress=stoppable(progress),
             tracking_uri=tracking_uri,
             **({} if fork is None else {"fork": fork}),
         )

@@ -25,10 +25,12 @@ from autocomp.tasks.protocol import Task
 
 WARM_UP = 0.1
 MAX_GRAD_NORM = 1.0
+BLOWN_UP = 10.0
+"""Clipped gradients keep a diverging loss finite; this often its first value is divergence too."""
 
 
 class DivergedError(InternalError):
-    """Training left the finite numbers; the trial fails with this as its cause."""
+    """Training left the finite numbers, or all reason; the trial fails with this as its cause."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def distil(
             the teacher runs beside the student.
 
     Raises:
-        DivergedError: when the loss is no longer finite.
+        DivergedError: when the loss is no longer finite, or ends `BLOWN_UP` times higher than it
+            began and above what a student that knows nothing would have.
     """
     if settings.tokens == 0:
         return DistillationResult(0, 0, 0.0, 0.0)
@@ -116,6 +119,7 @@ def distil(
             module.p = 0.0
     seen, step, epoch = 0, 0, 0
     losses: list[float] = []
+    ignorant = math.inf
     while seen < settings.tokens:
         for inputs in task.batches("distil", batch, seed=seed + epoch, index=True):
             with gate.working():
@@ -124,6 +128,7 @@ def distil(
                 for group in optimiser.param_groups:
                     group["lr"] = settings.lr * rate
                 target = _target(task, teacher, teacher_logits, inputs)
+                ignorant = settings.temperature**2 * math.log(target.shape[-1])
                 loss = logit_loss(task.logits(student, inputs), target, settings.temperature)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -145,7 +150,13 @@ def distil(
         epoch += 1
     student.eval()
     tenth = max(1, len(losses) // 10)
-    return DistillationResult(seen, step, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    if last > max(BLOWN_UP * losses[0], ignorant):
+        raise DivergedError(
+            f"distillation diverged: the loss rose from {losses[0]:.3g} to {last:.3g} nats in "
+            f"{step} steps with learning rate {settings.lr:g}"
+        )
+    return DistillationResult(seen, step, first, last)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from tiny_study import SPEC, Command, Ended, sentences, stamps, write_rows
 
 from autocomp.cli.main import cli
 
+pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
+
 Run = Callable[..., Ended]
 
 

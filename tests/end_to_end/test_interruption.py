@@ -33,8 +33,10 @@ def announced(process: subprocess.Popen[str], step: str) -> None:
 def stop(process: subprocess.Popen[str]) -> str:
     """Ctrl-C, which a terminal sends to the whole group; what was said on stderr."""
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    _, err = process.communicate(timeout=120)
+    # Python ends itself by the signal if it came while a string was executed (an import of Ray):
+    # a shell shows 130 for both.
+    assert process.returncode in (130, -signal.SIGINT), err
     assert "Traceback" not in err
     assert "Stopped. Everything finished is kept; continue with: autocomp search" in err
     return err
@@ -119,6 +121,8 @@ def test_a_second_search_on_a_running_study_is_refused(
 FULL_DISK = """
 import os, sys
 from pathlib import Path
+
+pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
 
 library = os.environ["LIBRARY"]
 

@@ -204,6 +204,11 @@ def test_divergence_ends_the_trial_with_its_cause(teacher: Words) -> None:
         run(Words(), teacher, lr=1e38)
 
 
+def test_a_loss_that_blew_up_but_stayed_finite_is_divergence(teacher: Words) -> None:
+    with pytest.raises(DivergedError, match=r"the loss rose from .* learning rate 1000"):
+        run(Words(), teacher, lr=1e3)
+
+
 def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scales).round().clamp(-127, 127) * scales, scales
