@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -148,6 +149,7 @@ class _Search:
         progress.phase("report", 2)
         self._open_report_split(context, [dense, chosen])
         self._write_front()
+        shutil.rmtree(study.paths.work, ignore_errors=True)  # made again if the search goes on
 
     def cluster(self) -> Cluster:
         """Ray, started at first use and kept until the search ends."""

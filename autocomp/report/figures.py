@@ -33,7 +33,7 @@ def format_quality(value: float | None) -> str:
     """Three decimals, four significant digits for small values; `–` for `None`."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
+    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:#.4g}"
 
 
 def format_excess(excess: Mapping[str, float]) -> str:

@@ -94,11 +94,15 @@ _LIMITS = ("latency_ms", "size_bytes", "peak_memory_bytes", "quality")
 
 
 def describe_target(target: Mapping[str, Any]) -> str:
-    """`onnxruntime-cpu, batch 1, sequence 32, threads 1`; parts that are not there are left out."""
+    """`onnxruntime-cpu, batch 1, sequence 32, threads 1`; parts that are not there are left out.
+
+    Images have no sequence.
+    """
     parts = [str(target["name"])] if target.get("name") else []
     workload = target.get("workload")
     if isinstance(workload, Mapping):
-        parts += [f"{name} {value}" for name, value in workload.items() if value is not None]
+        unused = "sequence" if workload.get("image") else None
+        parts += [f"{k} {v}" for k, v in workload.items() if v is not None and k != unused]
     return ", ".join(parts)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autocomp.core.errors import ModelError
+from autocomp.core.errors import ModelError, UserError
 from autocomp.spec.schema import TeacherSection
 from autocomp.tasks.protocol import Task
 
@@ -33,6 +33,9 @@ def fit_full(
 
     In place; `settings` gives epochs, learning rate and batch. The same seed gives the same weights
     on the same machine. Loshchilov & Hutter 2017, arXiv 1711.05101.
+
+    Raises:
+        UserError: when the loss is no longer finite.
     """
     steps = settings.epochs * math.ceil(len(task.splits["distil"]) / settings.batch)
     warm_up = max(1, round(_WARM_UP * steps))
@@ -50,6 +53,11 @@ def fit_full(
         for epoch in range(settings.epochs):
             for batch in task.batches("distil", settings.batch, seed=seed + epoch):
                 loss = task.loss(task.logits(model, batch), batch["labels"])
+                if not bool(torch.isfinite(loss)):
+                    raise UserError(
+                        f"fitting the teacher diverged at step {done} of {steps} (loss "
+                        f"{float(loss.detach())}). Lower task.teacher.lr, now {settings.lr:g}"
+                    )
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
                 optimiser.step()

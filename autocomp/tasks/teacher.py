@@ -65,8 +65,9 @@ def make_teacher(
     `progress` counts training steps. The same spec, data and model give the same weights.
 
     Raises:
-        ModelError: with `fit: none`, if the model lacks the task's head.
-        UserError: if the settings make no sense for the task.
+        ModelError: with `fit: none`, if the model lacks the task's head; else if its weights hold
+            NaN or infinity.
+        UserError: if the settings make no sense for the task, or training diverges under them.
         StorageError: if the disk is full; nothing half-written stays.
     """
     settings = spec.task.teacher
@@ -183,9 +184,20 @@ def _fitted(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a new head is initialised at random
         model = load_model(model_path, task.name, task.num_labels, trust_remote_code)
+        _check_finite(model, model_path)
         fit = fit_head if settings.fit == "head" else fit_full
         fit(model, task, settings, seed=seed, progress=progress)
     return model.eval()
+
+
+def _check_finite(model: nn.Module, model_path: Path) -> None:
+    """Fitting would spread one NaN over every weight, and the message name the wrong tensor."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"{model_path}: {name} holds NaN or infinity, so no teacher can be fitted. "
+                f"Fetch the model again, or take another"
+            )
 
 
 def _store(model: nn.Module, task: Task, model_path: Path, directory: Path) -> Path:

@@ -66,7 +66,7 @@ def trainable_parameters(student: nn.Module) -> list[nn.Parameter]:
 def _unshare(student: nn.Module) -> None:
     """Give the student its own storage: a stitched model shares what it did not replace.
 
-    Parameters that are one (a tied table and head) stay one.
+    A head tied to the embedding table stays tied, so it is frozen with the table and stored once.
     """
     own: dict[int, nn.Parameter] = {}
     for module in student.modules():

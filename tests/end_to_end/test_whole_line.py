@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -235,18 +236,29 @@ def test_the_exported_directory_loads_as_its_card_says(
     assert "is not empty" in again.complaint()
 
 
-def test_searching_again_runs_and_builds_nothing(command: Command, finished: Path) -> None:
+def test_searching_again_runs_and_builds_nothing(
+    command: Command, finished: Path, tmp_path: Path
+) -> None:
+    """Also from a ledger whose last line was torn by a crash."""
+
     def durable(files: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         changing = ("mlflow", "mlartifacts", "lease", "log.txt", "front.", "gate")
         return {name: stamp for name, stamp in files.items() if not name.startswith(changing)}
 
-    study, cache = durable(stamps(finished)), stamps(command.cache)
-    view = json.loads((finished / "front.json").read_text())
-    ended = command.search(finished, options=("--json", "--quiet"))
-    assert ended.status == 0
-    assert ended.json == view
-    assert ended.err == ""
-    assert durable(stamps(finished)) == study
+    copy = tmp_path / "study"
+    shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("mlflow*", "mlartifacts"))
+    study, cache = durable(stamps(copy)), stamps(command.cache)
+    whole = (copy / "ledger.jsonl").read_text(encoding="utf-8")
+    with (copy / "ledger.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "trial", "key": "cut off in the mid')
+    ended = command.search(copy, options=("--json", "--quiet"))
+    assert ended.status == 0, ended.err
+    assert ended.json["trials"] == json.loads((finished / "front.json").read_text())["trials"]
+    assert "Traceback" not in ended.err
+    assert (copy / "ledger.jsonl").read_text(encoding="utf-8") == whole
+    after = durable(stamps(copy))
+    del study["ledger.jsonl"], after["ledger.jsonl"]
+    assert after == study
     assert stamps(command.cache) == cache
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
 from autocomp.core.unit import Site, Unit
-from autocomp.report.figures import format_excess, format_share, summarise_option
+from autocomp.report.figures import format_excess, format_quality, format_share, summarise_option
 from autocomp.report.summary import candidate_figures, figures_text
 
 
@@ -106,3 +106,9 @@ def test_shares_and_overshoots() -> None:
     assert format_excess({"latency_ms": 0.123, "size_bytes": 1.5}) == "latency +12%, size ×2.5"
     assert format_excess({"peak_memory_bytes": float("inf")}) == "peak memory unmeasured"
     assert format_excess({"quality": 0.02}) == "quality −0.02"
+
+
+def test_small_qualities_keep_four_digits() -> None:
+    """1 / perplexity: 97 and 100 must not look alike."""
+    shown = [format_quality(value) for value in (None, 0.0, 1 / 97, 1 / 100, 0.9016)]
+    assert shown == ["–", "0.000", "0.01031", "0.01000", "0.902"]

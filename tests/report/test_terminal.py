@@ -15,7 +15,7 @@ from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.quantities import parse_limit
 from autocomp.front.pick import pick
 from autocomp.report.tables import print_check, print_kind, print_mapping, print_picked
-from autocomp.report.terminal import print_front
+from autocomp.report.terminal import describe_target, print_front
 
 
 def text_of(data: dict[str, Any], width: int = 80, **options: Any) -> str:
@@ -47,6 +47,12 @@ def test_rows_and_marks() -> None:
 
 def test_it_ends_with_the_next_command() -> None:
     assert text_of(view()).endswith("  autocomp pick runs/quickstart --export out/\n")
+
+
+def test_images_have_no_sequence() -> None:
+    workload = {"batch": 1, "sequence": 128, "image": 56, "threads": 1}
+    described = describe_target({"name": "onnxruntime-cpu", "workload": workload})
+    assert described == "onnxruntime-cpu, batch 1, image 56, threads 1"
 
 
 def test_the_report_split_stands_below_the_table() -> None:

@@ -1,0 +1,164 @@
+"""The model card and the files an exported model is shipped with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autocomp.core.candidate import Candidate
+from autocomp.core.errors import InternalError, UserError
+from autocomp.core.measurement import Measurement
+from autocomp.export.card import model_card
+from autocomp.export.companions import Companions
+from autocomp.export.onnx import OnnxExporter
+from autocomp.export.protocol import ExportRequest
+from autocomp.spec.schema import Spec
+from autocomp.study.records import TrialRecord
+from autocomp.targets.protocol import Artifact, Target
+
+SPEC = Spec.model_validate(
+    {
+        "version": 1,
+        "model": {"source": "package:shop/model"},
+        "task": {"name": "text-classification", "data": {"source": "data.jsonl"}},
+        "budget": {"latency": "50%"},
+        "space": [{"match": "*"}],
+    }
+)
+DENSE = Measurement("measured", 4.0, 10_000_000, 100_000_000)
+RECORD = TrialRecord(
+    id="6fc4fb7607",
+    kind="search",
+    proposed_by="milp",
+    state="complete",
+    candidate=Candidate.of({}),
+    quality=0.875,
+    teacher_kl=0.0123,
+    metric={"name": "accuracy", "value": 0.875},
+    measured=Measurement("measured", 1.0, 5, 75_000_000),
+    estimated=Measurement("estimated", 1.1, 2_400_000),
+    artifact="artifacts/6fc4fb7607",
+)
+
+
+def companions(path: Path, labels: tuple[str, ...], inputs: dict[str, Any]) -> Companions:
+    source = path / "source"
+    source.mkdir(exist_ok=True)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "secrets.txt").write_text("not for shipping")
+    kept = Companions(path / "companions")
+    assert not kept.complete
+    kept.write(source, labels, inputs)
+    assert kept.complete
+    return kept
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> ExportRequest:
+    artifact = tmp_path / "artifact" / "model.onnx"
+    artifact.parent.mkdir()
+    artifact.write_bytes(b"graph")
+    return ExportRequest(
+        SPEC,
+        RECORD,
+        Artifact(artifact, 5),
+        companions(tmp_path, ("bad", "good"), {"input_ids": np.arange(4)[None]}),
+        replace(RECORD, id="dense", kind="dense", measured=DENSE),
+        {"quality": 0.8125, "teacher_quality": 0.84},
+    )
+
+
+class EchoTarget:
+    """Logits follow from the file's bytes."""
+
+    def run(self, artifact: Artifact, inputs: Any) -> Any:
+        return np.frombuffer(artifact.path.read_bytes(), np.uint8).astype(float)
+
+    def measure(self, artifact: Artifact, inputs: Any) -> Measurement:
+        return Measurement("measured", 1.02, artifact.size_bytes)
+
+
+TARGET: Target = EchoTarget()  # type: ignore[assignment]
+
+
+def test_companions_are_what_was_given(tmp_path: Path) -> None:
+    pixels = np.arange(12, dtype=np.float32).reshape(1, 3, 4)[:, ::-1]  # not contiguous
+    kept = companions(tmp_path, ("été", "low"), {"pixel_values": pixels})
+    again = Companions(kept.directory)
+    assert again.label_names == ("été", "low")
+    np.testing.assert_array_equal(again.inputs["pixel_values"], pixels)
+    assert [file.name for file in again.files()] == ["tokenizer.json"]
+
+
+def test_the_card_says_what_was_measured(request_: ExportRequest) -> None:
+    card = model_card(request_, "model.onnx")
+    assert card.startswith("# shop/model, compressed\n")
+    assert "| latency | 1 ms | 25.0% | 1.1 ms |" in card
+    assert "| peak memory | 75 MB | 75.0% | – |" in card
+    assert "accuracy on the search split: 0.875" in card
+    assert "report split, opened once: 0.8125 (teacher 0.84)" in card
+    assert "batch 1, 128 tokens, 1 thread(s)" in card
+
+
+@pytest.mark.parametrize(
+    ("labels", "inputs", "says"),
+    [
+        (("a",), {"input_ids": np.zeros((1, 4), np.int64)}, 'open("labels.txt")'),
+        ((), {"input_ids": np.zeros((1, 4), np.int64)}, "most likely next token"),
+        (("a",), {"pixel_values": np.zeros((1, 3, 28, 28), np.float32)}, "(1, 3, 28, 28)"),
+    ],
+)
+def test_how_to_load_suits_the_task_and_is_python(
+    request_: ExportRequest, tmp_path: Path, labels: Any, inputs: Any, says: str
+) -> None:
+    other = companions(tmp_path / "source", labels, inputs)
+    code = model_card(replace(request_, companions=other), "model.onnx").partition("```python\n")[2]
+    code = code.partition("```")[0]
+    compile(code, "card", "exec")
+    assert says in code
+    assert "torch" not in code
+
+
+def test_missing_figures_are_dashes(request_: ExportRequest) -> None:
+    bare = replace(RECORD, metric={}, teacher_kl=None, estimated=None)
+    card = model_card(replace(request_, record=bare, dense=None, report=None), "model.onnx")
+    assert "| latency | 1 ms | – | – |" in card
+    assert "None" not in card.partition("## Load")[0]
+    assert "report split" not in card
+
+
+def test_export_is_whole_and_verified(request_: ExportRequest, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    OnnxExporter().write(request_, out)
+    assert {file.name for file in out.iterdir()} == {
+        "README.md", "candidate.yaml", "labels.txt", "model.onnx", "tokenizer.json",
+    }  # fmt: skip
+    assert (out / "labels.txt").read_text() == "bad\ngood\n"
+    verified = OnnxExporter().verify(request_, out, TARGET)
+    assert verified.max_difference == 0
+    assert verified.measured.latency_ms == 1.02
+    with pytest.raises(UserError, match="is not empty"):
+        OnnxExporter().write(request_, out)
+
+
+def test_a_changed_export_is_found(request_: ExportRequest, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    OnnxExporter().write(request_, out)
+    (out / "model.onnx").write_bytes(b"grapH")
+    with pytest.raises(InternalError, match="logits differ"):
+        OnnxExporter().verify(request_, out, TARGET)
+    (out / "model.onnx").write_bytes(b"graph and more")
+    with pytest.raises(InternalError, match="bytes"):
+        OnnxExporter().verify(request_, out, TARGET)
+
+
+def test_a_failed_export_leaves_nothing(request_: ExportRequest, tmp_path: Path) -> None:
+    (request_.artifact.path.parent / "folder").mkdir()  # cannot be copied as a file
+    out = tmp_path / "elsewhere" / "out"
+    with pytest.raises(InternalError):
+        OnnxExporter().write(request_, out)
+    assert list(out.parent.iterdir()) == []

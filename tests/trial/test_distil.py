@@ -1,0 +1,239 @@
+"""Distillation on a model of two layers: the loss, what is trained, how long, and divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autocomp.core.candidate import Distillation
+from autocomp.core.gate import Gate
+from autocomp.core.unit import SiteFormat
+from autocomp.models.modules import QuantEmbedding, QuantLinear
+from autocomp.tasks.protocol import Task
+from autocomp.trial.distil import DivergedError, distil, logit_loss, trainable_parameters
+
+EXAMPLES, TOKENS, CLASSES = 48, 5, 3
+
+
+class Words(nn.Module):
+    """Mean of embeddings, then a linear layer and a head."""
+
+    def __init__(self, embedding: nn.Module | None = None, linear: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding = embedding or nn.Embedding(20, 8)
+        self.linear = linear or nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(8, CLASSES)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.linear(self.embedding(ids).mean(1))) * self.scale
+        out: torch.Tensor = self.head(self.dropout(hidden))
+        return out
+
+
+class Sentences:
+    """The part of a task that distillation needs."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(0, 20, (EXAMPLES, TOKENS), generator=draw)
+        self.seeds: list[int | None] = []
+
+    def batches(
+        self, split: str, batch: int, *, seed: int | None = None, index: bool = False
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        assert split == "distil"
+        self.seeds.append(seed)
+        order = torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(seed or 0))
+        for rows in order.split(batch):
+            yield {"ids": self.ids[rows], "index": rows}
+
+    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = model(inputs["ids"])
+        return out
+
+    def tokens(self, inputs: dict[str, torch.Tensor]) -> int:
+        return inputs["ids"].numel()
+
+
+class CountingGate(Gate):
+    """A gate in memory."""
+
+    def __init__(self) -> None:
+        self.entered = 0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        self.entered += 1
+        yield
+
+
+def run(
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    tokens: int = 2000,
+    lr: float = 3e-2,
+    seed: int = 0,
+    logits: np.ndarray[Any, Any] | None = None,
+    gate: CountingGate | None = None,
+) -> tuple[Any, Sentences]:
+    task = Sentences()
+    result = distil(
+        student,
+        teacher,
+        cast(Task, task),
+        Distillation(tokens=tokens, lr=lr, temperature=2.0),
+        batch=8,
+        seed=seed,
+        gate=gate or CountingGate(),
+        teacher_logits=logits,
+    )
+    return result, task
+
+
+@pytest.fixture
+def teacher() -> Words:
+    torch.manual_seed(0)
+    model = Words().eval()
+    with torch.no_grad():
+        model.embedding.weight.mul_(2)
+        model.head.weight.mul_(6)
+    return model
+
+
+def test_the_loss_is_the_closed_form_in_float64() -> None:
+    draw = np.random.default_rng(0)
+    student, teacher = draw.normal(size=(2, 7, CLASSES)) * 4
+    tau = 2.5
+
+    def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        powers = np.exp(logits / tau - (logits / tau).max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    p, q = softmax(teacher), softmax(student)
+    expected = tau**2 * np.mean(np.sum(p * (np.log(p) - np.log(q)), axis=-1))
+    tensors = [torch.tensor(logits, dtype=torch.float32) for logits in (student, teacher)]
+    assert float(logit_loss(tensors[0], tensors[1], tau)) == pytest.approx(expected, rel=1e-5)
+    assert float(logit_loss(tensors[1], tensors[1], tau)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_student_approaches_the_teacher_and_embeddings_stay(teacher: Words) -> None:
+    torch.manual_seed(1)
+    student = Words(embedding=nn.Embedding.from_pretrained(teacher.embedding.weight.clone()))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    result, _ = run(student, teacher)
+    assert result.last_loss < 0.2 * result.first_loss
+    after = student.state_dict()
+    assert torch.equal(after["embedding.weight"], before["embedding.weight"])
+    assert not torch.equal(after["linear.weight"], before["linear.weight"])
+    assert not student.training
+
+
+def test_tokens_are_real_ones_and_every_step_passes_the_gate(teacher: Words) -> None:
+    gate = CountingGate()
+    result, task = run(Words(), teacher, tokens=390, gate=gate)
+    assert result.tokens == 400  # whole batches of 8 × 5
+    assert result.steps == gate.entered == 10
+    assert task.seeds == [0, 1], "six steps to an epoch, each shuffled anew"
+
+
+def test_no_tokens_leave_the_student_as_it_is(teacher: Words) -> None:
+    student = Words()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    result, task = run(student, teacher, tokens=0)
+    assert (result.tokens, result.steps, task.seeds) == (0, 0, [])
+    assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
+
+
+def test_what_the_student_shares_with_the_teacher_is_not_trained_in_place(teacher: Words) -> None:
+    student = Words()
+    for own, shared in zip(student.parameters(), teacher.parameters(), strict=True):
+        own.data = shared.data
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    run(student, teacher)
+    assert all(torch.equal(before[name], t) for name, t in teacher.state_dict().items())
+    assert not torch.equal(student.linear.weight, teacher.linear.weight)
+
+
+def test_a_head_tied_to_the_table_stays_tied_and_fixed(teacher: Words) -> None:
+    student = Words(embedding=nn.Embedding(CLASSES, 8))
+    student.head.weight = cast(nn.Embedding, student.embedding).weight
+    before = student.head.weight.detach().clone()
+    task = Sentences()
+    task.ids %= CLASSES
+    gate = CountingGate()
+    settings = Distillation(tokens=400, lr=1e-2, temperature=2.0)
+    distil(student, teacher, cast(Task, task), settings, batch=8, seed=0, gate=gate)
+    assert student.head.weight is student.embedding.weight
+    assert torch.equal(student.head.weight, before)
+
+
+def test_the_same_seed_gives_the_same_student(teacher: Words) -> None:
+    students = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        student = Words()
+        run(student, teacher, seed=seed, tokens=600)
+        students.append(student.head.weight.detach().clone())
+    assert torch.equal(students[0], students[1])
+    assert not torch.equal(students[0], students[2])
+
+
+def test_known_logits_of_the_teacher_stand_in_for_it(teacher: Words) -> None:
+    known = teacher(Sentences().ids).detach().numpy()
+    weights = []
+    for logits, model in ((None, teacher), (known, Words())):  # the second teacher is never asked
+        torch.manual_seed(5)
+        student = Words()
+        run(student, model, logits=logits, tokens=600)
+        weights.append(student.head.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_divergence_ends_the_trial_with_its_cause(teacher: Words) -> None:
+    with pytest.raises(DivergedError, match=r"diverged at step \d+ .* learning rate 1e\+38"):
+        run(Words(), teacher, lr=1e38)
+
+
+def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scales).round().clamp(-127, 127) * scales, scales
+
+
+def test_quantised_layers_are_trained_on_their_grid_and_quantised_tables_are_not(
+    teacher: Words,
+) -> None:
+    table, table_scales = quantised(teacher.embedding.weight.detach())
+    weight, scales = quantised(nn.Linear(8, 8).weight.detach())
+    form = SiteFormat(rows=8, columns=8, bias=True, weight_bits=8)
+    student = Words(
+        embedding=QuantEmbedding(
+            table, table_scales, None, SiteFormat(rows=20, columns=8, bias=False, weight_bits=8)
+        ),
+        linear=QuantLinear(weight, torch.zeros(8), scales, form),
+    )
+    linear = cast(QuantLinear, student.linear)
+    codes = linear.codes().clone()
+    result, _ = run(student, teacher)
+    assert result.last_loss < 0.5 * result.first_loss
+    assert torch.equal(student.embedding.weight, table)
+    assert not torch.equal(linear.codes(), codes)
+    assert torch.equal(linear.scales, scales), "the grid it was given is the one that is exported"
+    assert int(linear.codes().abs().max()) <= 127
+
+
+def test_trainable_is_everything_but_the_tables(teacher: Words) -> None:
+    chosen = {id(parameter) for parameter in trainable_parameters(teacher)}
+    names = {name for name, parameter in teacher.named_parameters() if id(parameter) in chosen}
+    assert names == {"linear.weight", "linear.bias", "head.weight", "head.bias"}
+    assert not teacher.embedding.weight.requires_grad
+    assert math.isfinite(float(teacher.scale))
