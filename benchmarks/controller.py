@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.setting import SPEC
 
 WORKERS = 2
-REDUCED = {"search.screen": 200, "search.trials": 6}
+REDUCED = {"search.screen": 200, "search.trials": 4, "distill.tokens": [40000]}
 COUNTED = ("scores", "screening", "trials", "report")
 
 
