@@ -126,7 +126,8 @@ def library_path() -> Path:
 def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
     """Export the skeleton unless it is cached; keep what exported models are shipped with.
 
-    The context has no library items yet: enough for the dense trial and the cost table.
+    The context has no library items yet: enough for the dense trial and the cost table. Its paths
+    are absolute: a worker's working directory is not this process's.
     """
     from autocomp.export.companions import Companions
     from autocomp.models.load import load_model
@@ -148,14 +149,14 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
         )
     return TrialContext(
         spec=plan.spec,
-        model_path=plan.model_path,
-        teacher_path=teacher.path,
-        skeleton_path=skeleton_path(model, plan.units, teacher.task, skeletons),
-        study_path=study.paths.root,
-        library_path=library_path(),
+        model_path=plan.model_path.resolve(),
+        teacher_path=teacher.path.resolve(),
+        skeleton_path=skeleton_path(model, plan.units, teacher.task, skeletons).resolve(),
+        study_path=study.paths.root.resolve(),
+        library_path=library_path().resolve(),
         items={},
         units=plan.units,
-        gate=Gate(study.paths.gate),
+        gate=Gate(study.paths.gate.resolve()),
         reference=study.reference(make_target(plan.spec.target).fingerprint()),
     )
 

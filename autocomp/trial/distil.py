@@ -112,7 +112,7 @@ def distil(
         return DistillationResult(0, 0, 0.0, 0.0)
     _unshare(student)
     parameters = trainable_parameters(student)
-    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     student.train()
     for module in student.modules():
         if isinstance(module, nn.Dropout):

@@ -23,7 +23,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 def finished(command: Command) -> Path:
     """A study that was searched once, without interruption. Read only: copy it to change it."""
     study = command.directory / "finished"
-    ended = command.search(study, options=("--json",))
+    # Named relative to the working directory, as a person does; workers have another one.
+    ended = command.search(Path("finished"), options=("--json",))
     assert ended.status == 0, ended.err
     (command.directory / "printed.json").write_text(ended.out, encoding="utf-8")
     return study
