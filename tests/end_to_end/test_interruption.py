@@ -18,6 +18,8 @@ from tiny_study import Command, ended_with, keys, ledger, stamps, wait_until
 
 STEPS = ("library", "scores", "trials")
 
+pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
+
 
 def announced(process: subprocess.Popen[str], step: str) -> None:
     """Read the log lines until the step has begun."""
@@ -121,8 +123,6 @@ def test_a_second_search_on_a_running_study_is_refused(
 FULL_DISK = """
 import os, sys
 from pathlib import Path
-
-pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
 
 library = os.environ["LIBRARY"]
 

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from tiny_study import ROOT, TOPICS, Command, keys, ledger, stamps
 
+pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
+
 NUMBER = {"type": ["number", "null"]}
 COSTS = {"latency_ms": NUMBER, "size_bytes": NUMBER, "peak_memory_bytes": NUMBER}
 
@@ -186,7 +188,6 @@ def test_pick_of_what_nothing_meets(command: Command, finished: Path) -> None:
 ALONE = """
 import sys
 
-pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "transformers", "autocomp"):
