@@ -54,6 +54,7 @@ FRONT = shape(
         "dense": {"type": "string"},
         "chosen": {"type": ["string", "null"]},
         "hypervolume": {"type": "number"},
+        "report": {"type": ["object", "null"]},
         "trials": {"type": "array", "items": shape(TRIAL)},
     }
 )
