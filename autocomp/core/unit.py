@@ -102,9 +102,12 @@ class SiteFormat:
         rows, columns: the shape of the weight that remains, `(out, in)`.
         bias: whether a bias is added.
         embedding: True for a table that is gathered from, False for a linear layer.
-        weight_bits: 32 (dense), 8 or 4.
+        weight_bits: 32 (dense), 8, 4, 3 or 2.
         group: columns that share one scale; `None` is one scale per row. Unused when dense.
-        activation_bits: 32 (float) or 8 (quantised at run time, per tensor or per block).
+        activation_bits: 32 (float) or 8 (quantised, per tensor).
+        static: whether the range of 8-bit activations is fixed at calibration, not at run time.
+        scaled: whether inputs are multiplied by a vector first, the weight having been divided.
+        nonzeros: weights stored where the site is sparse, in total; `None` is all of them.
     """
 
     rows: int
@@ -114,6 +117,9 @@ class SiteFormat:
     weight_bits: int = 32
     group: int | None = None
     activation_bits: int = 32
+    static: bool = False
+    scaled: bool = False
+    nonzeros: int | None = None
 
 
 UnitFormat = Mapping[str, SiteFormat]

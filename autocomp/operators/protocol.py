@@ -46,6 +46,11 @@ class SiteState:
         codes: int8 `(rows, columns)`, symmetric, once quantised; `weight == codes * scale`.
         scales: float32 `(rows, groups)`, `groups == ceil(columns / group)`, once quantised.
         kept_columns: indices of the original input columns that remain; `None` is all of them.
+        mask: bool `(rows, columns)`, true where a weight may be other than zero; `None` is all.
+        origin: float32 `(rows, columns)`, the weight before sparsity: what bits are solved from.
+        input_scale: float32 `(columns,)`, what inputs are multiplied by; `weight` is already
+            divided by it.
+        input_range: smallest and largest input, where activations are static.
     """
 
     weight: torch.Tensor
@@ -54,6 +59,10 @@ class SiteState:
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     kept_columns: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    origin: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    input_range: tuple[float, float] | None = None
 
 
 UnitState = dict[str, SiteState]
