@@ -18,6 +18,7 @@ from torch import nn
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.layouts import Layout, SublayerSpec, layout_of
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
+from autocomp.models.sparse import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,6 +31,7 @@ class SiteStateLike(Protocol):
     format: SiteFormat
     codes: torch.Tensor | None
     scales: torch.Tensor | None
+    mask: torch.Tensor | None
 
 
 def copy_for_surgery(model: Model) -> Model:
@@ -49,8 +51,8 @@ def copy_for_surgery(model: Model) -> Model:
 def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) -> None:
     """Put what operators made of `unit` in its place; an empty `state` skips the unit.
 
-    A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, else a plain layer of its
-    new shape. The tensors of `state` are used as they are. A table and a head that shared their
+    A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, a `SparseLinear` if it has
+    a mask alone, else a plain layer of its new shape. The tensors of `state` are used as they are. A table and a head that shared their
     weight no longer do once either is installed: each then has its own.
 
     Raises:
@@ -81,7 +83,11 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
 def _linear(site: SiteStateLike) -> nn.Module:
     if site.codes is not None:
         assert site.scales is not None
-        return QuantLinear(site.weight, site.bias, site.scales, site.format, site.codes)
+        return QuantLinear(
+            site.weight, site.bias, site.scales, site.format, site.codes, mask=site.mask
+        )
+    if site.mask is not None:
+        return SparseLinear(site.weight, site.bias, site.mask, site.format)
     return dense_linear(site.weight, site.bias)
 
 

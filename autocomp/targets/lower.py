@@ -119,6 +119,7 @@ def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int) -> None
                 nodes.append(helper.make_node("DynamicQuantizeLinear", [x], quantised[x]))
             piece = recipes.lower_linear(site, weights, x, output, tokens, quantised.get(x))
         nodes += piece.nodes
+        graph.values += piece.values
         graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
     graph.nodes = nodes
 

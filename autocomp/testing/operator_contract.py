@@ -147,7 +147,7 @@ class _Case:
 
 
 def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
-    parts = ("weight", "bias", "codes", "scales", "kept_columns")
+    parts = ("weight", "bias", "codes", "scales", "kept_columns", "mask")
     return {
         f"{name}.{part}": getattr(site, part)
         for name, site in state.items()
@@ -261,6 +261,11 @@ class OperatorContract:
             if site.bias is not None:
                 assert tuple(site.bias.shape) == (form.rows,), f"{what}: {name}"
                 assert torch.isfinite(site.bias).all(), f"{what}: {name}"
+            assert (site.mask is None) == (form.nonzeros is None), f"{what}: {name}"
+            if site.mask is not None:
+                assert site.mask.dtype == torch.bool
+                assert int(site.mask.sum()) == form.nonzeros, f"{what}: {name}"
+                assert not site.weight[~site.mask].any(), f"{what}: {name} is not zero off its mask"
             assert (site.codes is None) == (form.weight_bits == 32), f"{what}: {name}"
             if site.codes is not None:
                 assert site.scales is not None

@@ -57,7 +57,8 @@ class Gptq:
         """Solve every group of sites that share an input.
 
         Sparse sites are solved from the weight before sparsity, their mask held: one sweep makes
-        up for what is dropped and what is rounded.
+        up for what is dropped and what is rounded. It takes columns as they stand, as the sweep
+        that chose the mask did: by falling input energy, the error is a fifth larger.
         """
         import torch
 

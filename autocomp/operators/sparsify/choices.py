@@ -66,14 +66,14 @@ def pattern(level: Level) -> tuple[int, int] | None:
 
 
 def kept_per_row(level: Level, columns: int) -> int:
-    """Weights kept in a row of `columns`, on average over rows: the same whole number for all.
+    """Weights kept in a row of `columns`, on average over rows: a whole number, at least one.
 
     Under N:M a last group that is too short keeps N of its weights, or all.
     """
     found = pattern(level)
     if found is None:
         assert isinstance(level, float)
-        return columns - round(level * columns)
+        return max(columns - round(level * columns), 1)
     kept, group = found
     return columns // group * kept + min(kept, columns % group)
 
