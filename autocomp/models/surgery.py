@@ -52,8 +52,9 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
     """Put what operators made of `unit` in its place; an empty `state` skips the unit.
 
     A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, a `SparseLinear` if it has
-    a mask alone, else a plain layer of its new shape. The tensors of `state` are used as they are. A table and a head that shared their
-    weight no longer do once either is installed: each then has its own.
+    a mask alone, else a plain layer of its new shape. The tensors of `state` are used as they are.
+    A table and a head that shared their weight no longer do once either is installed: each then has
+    its own.
 
     Raises:
         ValueError: if `state` does not hold exactly the sites of the unit, or the unit was skipped.

@@ -168,9 +168,7 @@ def _level(value: float | str) -> float | str:
                 f"M at most 64), got {value!r}"
             )
     elif not 0 <= value < 1:
-        raise ValueError(
-            f"must be a fraction of zeros in [0, 1), or N:M like 2:4, got {value:g}"
-        )
+        raise ValueError(f"must be a fraction of zeros in [0, 1), or N:M like 2:4, got {value:g}")
     return value
 
 

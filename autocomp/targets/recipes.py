@@ -36,7 +36,7 @@ from autocomp.targets.storage import (
     pack_nibbles,
     storage_bytes,
 )
-from autocomp.targets.weights import Array, SiteWeights
+from autocomp.targets.weights import SiteWeights
 
 __all__ = [
     "FEW_TOKENS",

@@ -209,7 +209,9 @@ _HALF_BITS = (np.arange(16)[:, None] >> np.arange(4)) & 1
 
 def _as_halves(bits: Array) -> Array:
     """Zeros and ones, four of them in every half byte; their number a multiple of four."""
-    halves: Array = (bits.reshape(-1, 4) << np.arange(4, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
+    halves: Array = (bits.reshape(-1, 4) << np.arange(4, dtype=np.uint8)).sum(
+        axis=1, dtype=np.uint8
+    )
     return halves
 
 

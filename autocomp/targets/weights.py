@@ -112,11 +112,11 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
             return None
         shape = (spec.rows, spec.columns)
         bias = np.zeros(spec.rows, np.float32) if spec.bias else None
-        mask = None
+        mask: Array | None = None
         if spec.nonzeros is not None:
-            mask = np.zeros(spec.rows * spec.columns, np.bool_)
-            mask[np.linspace(0, mask.size - 1, spec.nonzeros).astype(np.int64)] = True
-            mask = mask.reshape(shape)
+            flat = np.zeros(spec.rows * spec.columns, np.bool_)
+            flat[np.linspace(0, flat.size - 1, spec.nonzeros).astype(np.int64)] = True
+            mask = flat.reshape(shape)
         if spec.weight_bits == 32:
             weight = np.resize(noise, shape)
             weight = weight if mask is None else weight * mask

@@ -104,7 +104,9 @@ def test_sparsegpt_equals_the_textbook(level: float | str) -> None:
     reached = output_error(weight - found, gram)
     reference = output_error(weight - torch.from_numpy(expected).float(), gram)
     assert reached == pytest.approx(reference, rel=0.01)
-    if isinstance(level, str):  # rows are independent: those with the same mask have the same weight
+    if isinstance(
+        level, str
+    ):  # rows are independent: those with the same mask have the same weight
         np.testing.assert_allclose(found.numpy()[same], expected[same], atol=2e-3)
 
 
@@ -119,9 +121,7 @@ def test_the_joint_sweep_equals_the_textbook() -> None:
     scales = search_scales(sparse_weight, like)
     codes = solve_columns(weight, scales, factor, like, mask)
     steps = np.repeat(scales.numpy(), 32, axis=1)[:, :columns].astype(np.float64)
-    expected, _ = textbook(
-        weight.numpy(), damped(gram).numpy(), 0.5, (mask.numpy(), steps, -8, 7)
-    )
+    expected, _ = textbook(weight.numpy(), damped(gram).numpy(), 0.5, (mask.numpy(), steps, -8, 7))
     found = dequantise(codes, scales, like)
     agree = np.isclose(found.numpy(), expected, atol=1e-5).all(axis=1)
     assert agree.mean() >= 0.8, agree
@@ -135,7 +135,9 @@ def test_one_solve_beats_sparsity_then_rounding(level: float | str) -> None:
     bits = {"weights": 4, "activations": 32, "group": 16}
     for unit in (attention(), ffn(gated=True)):
         state, stats = example_state(unit), example_stats(unit, tokens=3000)
-        joint = apply_option(unit, state, sparse("sparsegpt", level, Step.of("gptq", **bits)), stats)
+        joint = apply_option(
+            unit, state, sparse("sparsegpt", level, Step.of("gptq", **bits)), stats
+        )
         apart = apply_option(unit, state, sparse("sparsegpt", level, Step.of("rtn", **bits)), stats)
         errors = [
             sum(output_error(s.weight - result[n].weight, stats[n].gram) for n, s in state.items())
@@ -230,7 +232,10 @@ def test_patterns_hold_in_every_group(kept: int, extra: int, columns: int, seed:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
-    level=st.floats(0.01, 0.99), columns=st.integers(2, 300), rows=st.integers(1, 6), ties=st.booleans()
+    level=st.floats(0.01, 0.99),
+    columns=st.integers(2, 300),
+    rows=st.integers(1, 6),
+    ties=st.booleans(),
 )
 def test_the_number_of_weights_kept_is_known(
     level: float, columns: int, rows: int, ties: bool
@@ -360,7 +365,9 @@ def test_options_are_structure_times_sparsity_times_bits() -> None:
 
 def test_two_methods_are_alternatives() -> None:
     sparsity = {"method": ["wanda", "sparsegpt"], "levels": [0.5]}
-    options = unit_options(head(), rule_of(RuleSection.model_validate({"match": "*", "sparsity": sparsity})))
+    options = unit_options(
+        head(), rule_of(RuleSection.model_validate({"match": "*", "sparsity": sparsity}))
+    )
     assert [option.label() for option in options] == ["wanda level=0.5", "sparsegpt level=0.5"]
 
 
@@ -369,7 +376,11 @@ def test_two_methods_are_alternatives() -> None:
     [
         (embedding(), {"levels": [0.5]}, "Give the embedding a rule without sparsity"),
         (head(), {"method": "wandaa", "levels": [0.5]}, "Did you mean 'wanda'"),
-        (head(), {"method": "gptq", "levels": [0.5]}, "Allowed in sparsity: magnitude, sparsegpt, wanda"),
+        (
+            head(),
+            {"method": "gptq", "levels": [0.5]},
+            "Allowed in sparsity: magnitude, sparsegpt, wanda",
+        ),
     ],
 )
 def test_choices_that_make_no_sense(unit: Any, sparsity: dict[str, Any], message: str) -> None:

@@ -92,7 +92,7 @@ class Gptq:
                 return sites, codes, scales
 
             # Activation bits change the format alone: such options share codes. What is remembered
-            # holds the weights, so that their ids stay theirs. A mask comes with weights of its own.
+            # holds the weights, so that their ids stay theirs. A mask has weights of its own.
             used = ((id(one.weight), one.weight._version) for one in sites)
             key = ("gptq", like.weight_bits, like.group, *used)
             _, codes, scales = derived(stats[names[0]].gram, key, solve)

@@ -25,10 +25,11 @@ def solve_sparse(
 ) -> tuple[Tensor, Tensor]:
     """Weights and mask, `(rows, columns)` both, for `weight (rows, columns)`.
 
-    `factor` is of columns in their own order; those without input go first. `heights` are the row counts of the layers stacked
-    in `weight`: every one of them keeps exactly its rows × `kept_per_row`. A fraction's zeros are
-    shared out evenly over the blocks of columns, within a block they fall where w² / U[i, i]² is
-    lowest; under N:M, within every group of a row, looked at when its first column comes.
+    `factor` is of columns in their own order; those without input go first. `heights` are the row
+    counts of the layers stacked in `weight`: every one of them keeps exactly its rows ×
+    `kept_per_row`. A fraction's zeros are shared out evenly over the blocks of columns; within a
+    block they fall where w² / U[i, i]² is lowest. Under N:M they fall so within every group of a
+    row, looked at when its first column comes.
     """
     rows, columns = weight.shape
     group = pattern(level)
@@ -58,7 +59,11 @@ def solve_sparse(
             if group is not None and i % group[1] == 0:
                 end = min(i + group[1], stop - start)
                 keep[start + i : start + end] = _group_mask(
-                    pending[start + i : start + end], errors[:i], mixing[i:end], pivots[i:end], group
+                    pending[start + i : start + end],
+                    errors[:i],
+                    mixing[i:end],
+                    pivots[i:end],
+                    group,
                 )
             if i:
                 column = torch.addmv(column, errors[:i].t(), mixing[i, :i], alpha=-1)

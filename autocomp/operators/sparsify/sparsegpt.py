@@ -64,9 +64,13 @@ class SparseGpt:
             factor = factor_of(stats[names[0]], state[names[0]].kept_columns, reorder=False)
             heights = [len(weight) for weight in weights]
             weight, mask = solve_sparse(torch.cat(weights), factor, step["level"], heights)
-            parts = zip(names, weight.split(heights), mask.split(heights), strict=True)
-            for name, new, kept in parts:
-                result[name] = sparse_site(state[name], kept.clone(), new, formats[name])
+            start = 0
+            for name, height in zip(names, heights, strict=True):
+                rows = slice(start, start + height)
+                result[name] = sparse_site(
+                    state[name], mask[rows].clone(), weight[rows], formats[name]
+                )
+                start = rows.stop
         return result
 
 
