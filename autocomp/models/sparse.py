@@ -11,7 +11,7 @@ from autocomp.models.rounding import straight_through
 
 
 def check_mask(weight: torch.Tensor, mask: torch.Tensor | None, format: SiteFormat) -> None:
-    """Raise ValueError unless there is a mask of `weight`'s shape exactly where `format` is sparse."""
+    """Raise ValueError unless a sparse `format`, and no other, has a mask of `weight`'s shape."""
     if (mask is None) != (format.nonzeros is None):
         raise ValueError(f"a sparse format needs a mask, a dense one has none: {format}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
