@@ -363,7 +363,7 @@ class TrialProposer:
         )
 
     def _offered(self, candidate: Candidate) -> bool:
-        """Whether the candidate could be proposed: a point of the space, on a runtime that is there."""
+        """Whether it could be proposed: a point of the space, on a runtime that is searched."""
         return candidate.runtime in self._costs and candidate in self._space
 
     def _fits(self, candidate: Candidate, limits: Mapping[Runtime, Limits]) -> bool:

@@ -195,7 +195,9 @@ def test_new_candidates_are_made_when_the_screened_ones_no_longer_fit(
         item for item in found if (slower.predict(item.candidate.by_unit).latency_ms or 0) > 2.97
     ]
     assert outside
-    proposer = TrialProposer(p.space, outside, {None: slower}, limit, scores=p.scores, trials=6, seed=0)
+    proposer = TrialProposer(
+        p.space, outside, {None: slower}, limit, scores=p.scores, trials=6, seed=0
+    )
     proposals = [proposer.ask() for _ in range(6)]
     known = {item.key for item in outside}
     for proposal in proposals:
