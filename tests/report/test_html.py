@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from samples import baselines, failed, record, records, view
+from samples import baselines, failed, on_two_runtimes, record, records, view
 
 from autocomp.report.html import front_html
 
@@ -112,3 +112,13 @@ def test_an_empty_study_has_a_page() -> None:
     page = Page(front_html(view([]))).data
     assert page["trials"] == []
     assert page["hypervolume"] is None
+
+
+def test_each_trial_tells_its_runtime_where_there_are_several() -> None:
+    data = Page(front_html(view(on_two_runtimes()))).data
+    assert data["runtimes"] == 2
+    assert data["dense"] == "dense"
+    for trial in data["trials"]:
+        assert trial["runtime"] in ("onnxruntime", "openvino")
+        assert trial["summary"].endswith(f"on {trial['runtime']}")
+    assert Page(front_html(view())).data["runtimes"] == 1
