@@ -13,7 +13,8 @@ from autocomp.core.candidate import Runtime
 from autocomp.front.pick import front
 from autocomp.report.progress import SearchProgress
 from autocomp.search.costs import PeakMemory
-from autocomp.search.proposer import Proposal, TrialProposer
+from autocomp.search.proposal import Proposal
+from autocomp.search.proposer import TrialProposer
 from autocomp.study.directory import Study, append_trial
 from autocomp.study.records import TrialRecord
 

@@ -30,7 +30,6 @@ import math
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +46,7 @@ from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
 from autocomp.search.costs import Costs, Limits, PeakMemory, Predictor, Predictors
 from autocomp.search.evolution import ORIGIN, distributions, to_params
+from autocomp.search.proposal import Proposal, trial_id
 from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened, new_study
 from autocomp.search.settings import Settings
@@ -58,32 +58,6 @@ logger = logging.getLogger(__name__)
 _SLACK = (1.0, 0.9, 1.0, 0.8)
 _ADAPT_AFTER = 3
 _LARGEST_MARGIN = 0.4
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A trial to run. `id` is readable for baselines, else the first digits of the key."""
-
-    id: str
-    kind: TrialKind
-    candidate: Candidate
-    proposed_by: str
-    estimated: Measurement | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain mapping, the payload of a worker."""
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "candidate": self.candidate.to_json(),
-            "proposed_by": self.proposed_by,
-            "estimated": None if self.estimated is None else self.estimated.to_json(),
-        }
-
-
-def trial_id(candidate: Candidate) -> str:
-    """The id of a proposal of the search."""
-    return candidate.key[:10]
 
 
 class TrialProposer:

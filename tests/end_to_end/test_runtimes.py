@@ -61,7 +61,8 @@ def search(
 
 
 def searched(command: Command, study: Path, *settings: str) -> Ended:
-    ended = command.search(study, *SETTINGS, *settings, options=("--json",))
+    arguments = command.spec_arguments(*SETTINGS, *settings)
+    ended = command.run("search", *arguments, "--study", study, "--json", timeout_s=800)
     assert ended.status == 0, ended.err
     return ended
 

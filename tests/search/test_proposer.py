@@ -23,7 +23,8 @@ from autocomp.core.errors import InternalError
 from autocomp.core.measurement import Measurement
 from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import baselines
-from autocomp.search.proposer import Proposal, TrialProposer
+from autocomp.search.proposal import Proposal
+from autocomp.search.proposer import TrialProposer
 from autocomp.search.screening import Screened, screen
 from autocomp.search.settings import Settings
 from autocomp.search.space import Space, hamming

@@ -18,7 +18,8 @@ from autocomp.core.measurement import Measurement
 from autocomp.search.baselines import baselines
 from autocomp.search.costs import Costs, PeakMemory
 from autocomp.search.milp import check_reachable, solve
-from autocomp.search.proposer import Proposal, TrialProposer
+from autocomp.search.proposal import Proposal
+from autocomp.search.proposer import TrialProposer
 from autocomp.search.repair import Repair
 from autocomp.search.screening import Screened, screen_on_each
 from autocomp.search.space import Vector
