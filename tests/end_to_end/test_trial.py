@@ -47,7 +47,7 @@ def runner(
     teacher = prepare.prepare_teacher(plan, Silent())
     items = prepare.prepare_library(plan, teacher, no_cluster, Silent())
     study = Study.create_or_open(study_path, plan.spec)
-    context = prepare.prepare_context(plan, study, teacher, items)
+    context = replace(prepare.prepare_context(plan, study, teacher), items=items)
     assert context.reference is not None
     made = CandidateRunner()
     made.setup({"trial": context})
