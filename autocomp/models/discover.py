@@ -74,9 +74,7 @@ def find_units(
                 skippable=True,
             )
         )
-    tied = (
-        task == "language-modeling" and layout.tied is not None and bool(config.get(layout.tied))
-    )
+    tied = task == "language-modeling" and layout.tied is not None and bool(config.get(layout.tied))
     units.append(
         Unit(
             "head",
@@ -162,7 +160,12 @@ def _fused_sites(layout: Layout, unit: Unit, site: str) -> list[Site]:
     names = layout.fused.get(holder, ())
     if unit.layer is None or child not in names:
         return []
-    return [other for name in names for other in unit.sites if other.name == f"{site.removesuffix(child)}{name}"]
+    return [
+        other
+        for name in names
+        for other in unit.sites
+        if other.name == f"{site.removesuffix(child)}{name}"
+    ]
 
 
 def _path(layout: Layout, unit: Unit, site: str) -> str:

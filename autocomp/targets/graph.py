@@ -98,7 +98,9 @@ class Graph:
             return None
         output, shape = f"{transpose.input[0]}.joined", "heads.joined"
         if self.producer(output) is None:
-            self.initializers[shape] = numpy_helper.from_array(np.array([0, 0, -1], np.int64), shape)
+            self.initializers[shape] = numpy_helper.from_array(
+                np.array([0, 0, -1], np.int64), shape
+            )
             node = helper.make_node("Reshape", [transpose.input[0], shape], [output])
             self.nodes.insert(self.nodes.index(transpose), node)
         return output

@@ -98,7 +98,10 @@ def _attention_marker(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H·D)` out."""
+    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H, D)` out.
+
+    The model reshapes that to `(B, T, H·D)`, which is what the marker stands for in the graph.
+    """
     batch, heads, length, head_dim = query.shape
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::Attention",
@@ -109,7 +112,7 @@ def _attention_marker(
             "scale": float(head_dim**-0.5 if scaling is None else scaling),
         },
         dtype=torch.float32,
-        shape=(batch, length, heads * value.shape[-1]),
+        shape=(batch, length, heads, value.shape[-1]),
         version=1,
     )
     return out, None
@@ -267,7 +270,7 @@ def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.ClearField("dim_param")
-    for node in graph.nodes:
+    for node in list(graph.nodes):  # resolving an attention inserts nodes
         del node.metadata_props[:]
         node.doc_string = ""
         if node.op_type == "Attention" and node.domain == DOMAIN:
@@ -303,10 +306,14 @@ def _resolve_attention(graph: Graph, node: onnx.NodeProto) -> None:
             kept = [item for item in rotary.attribute if item.name != "num_heads"]
             del rotary.attribute[:]
             rotary.attribute.extend(kept)
-    # The output is (B, T, H·D) already: the model's own reshape to it does nothing.
+    # The output is (B, T, H·D) already: the model's own reshape to it is left out.
     for user in graph.users(node.output[0]):
-        if user.op_type == "Reshape":
-            graph.replace_uses(user.output[0], node.output[0])
+        if user.op_type != "Reshape":
+            raise InternalError(
+                f"{user.op_type} after the attention of {attribute(node, 'query_site')}: the heads "
+                "must be joined first. Describe this model in autocomp/targets/skeleton.py"
+            )
+        graph.replace_uses(user.output[0], node.output[0])
 
 
 def _rotary_above(graph: Graph, tensor: str) -> onnx.NodeProto | None:
@@ -328,8 +335,6 @@ def _before_split(graph: Graph, tensor: str) -> str | None:
 
 def _rotate_whole(graph: Graph, rotary: onnx.NodeProto, source: str, head_dim: int) -> None:
     """Let a rotary embedding read `source` `(B, T, H·D)`; H is that of the site it rotates."""
-    if rotary.domain == DOMAIN:
-        return
     site = graph.upstream_site(source)
     rotary.input[0] = source
     for index in (1, 2):

@@ -13,7 +13,14 @@ from torch import nn
 
 from autocomp.core.errors import ModelError
 from autocomp.models.conversion import as_transformers
-from autocomp.models.discover import Stored, find_units, match_units, rest_parameters, stored_tensors, tensor_keys
+from autocomp.models.discover import (
+    Stored,
+    find_units,
+    match_units,
+    rest_parameters,
+    stored_tensors,
+    tensor_keys,
+)
 from autocomp.models.layouts import LAYOUTS
 from autocomp.models.sources import read_config, read_tensor_shapes
 
@@ -129,7 +136,9 @@ def test_fused_tensors_hold_several_sites(tmp_path: Path) -> None:
     units = find_units(config, shapes, example.task)
     rest = rest_parameters(config, units, {**shapes, "h.1.attn.bias": (1, 1, 16, 16)})
     norms = [f"h.{i}.ln_{j}" for i in range(3) for j in (1, 2)]
-    assert set(rest) == {f"{name}.{part}" for name in [*norms, "ln_f"] for part in ("weight", "bias")}
+    assert set(rest) == {
+        f"{name}.{part}" for name in [*norms, "ln_f"] for part in ("weight", "bias")
+    }
     wrong = {**shapes, "h.1.attn.c_attn.weight": (72, 24)}
     with pytest.raises(ModelError, match=r"c_attn\.weight is \(72, 24\).* says \(24, 72\)"):
         find_units(config, wrong, example.task)
@@ -200,7 +209,9 @@ def test_unknown_layout_says_what_it_saw_and_how_to_add_it() -> None:
     assert "h.{i}.attn.c_attn.weight 8×24 (4 times)" in message
     assert "ln.weight" not in message
     assert "autocomp/models/layouts/" in message
-    assert "Known: bert, deit, dinov2, distilbert, gpt2, llama, qwen2, qwen3, roberta, vit." in message
+    assert (
+        "Known: bert, deit, dinov2, distilbert, gpt2, llama, qwen2, qwen3, roberta, vit." in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +244,9 @@ def test_bad_configs_are_refused(change: dict[str, object], message: str) -> Non
 def test_what_a_layout_does_not_describe_is_refused(name: str, change: dict[str, object]) -> None:
     example = EXAMPLES[name]
     config = {"model_type": name, **example.config, **change}
-    with pytest.raises(ModelError, match=rf"{name}.* does not describe models with {[*change][0]}="):
+    with pytest.raises(
+        ModelError, match=rf"{name}.* does not describe models with {[*change][0]}="
+    ):
         find_units(config, {}, example.task)
 
 

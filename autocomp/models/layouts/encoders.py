@@ -24,9 +24,7 @@ _TABLES = (
     SiteSpec("embedding", "embeddings.word_embeddings", "vocabulary", "hidden", bias=False),
     SiteSpec("position", "embeddings.position_embeddings", "positions", "hidden", bias=False),
 )
-_BERT_KEYS = ConfigKeys(
-    head_dim=None, vocabulary="vocab_size", positions="max_position_embeddings"
-)
+_BERT_KEYS = ConfigKeys(head_dim=None, vocabulary="vocab_size", positions="max_position_embeddings")
 _NO_DECODER = {
     "is_decoder": (True,),
     "add_cross_attention": (True,),
