@@ -15,7 +15,7 @@ from typing import Any
 from autocomp.core.candidate import Option
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.models.discover import find_units, tensor_keys
+from autocomp.models.discover import find_units, rest_parameters
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
 from autocomp.operators import OPERATORS, option_formats, rule_of, unit_options
 from autocomp.search.space import Space
@@ -75,14 +75,8 @@ class Plan:
     @property
     def rest_bytes(self) -> int:
         """Bytes of the float32 tensors that belong to no unit: norms, positions, a patch conv."""
-        inside: set[str] = set()
-        for unit in self.units:
-            inside.update(tensor_keys(self.config, unit, self.shapes).values())
-        return 4 * sum(
-            _count(shape)
-            for name, shape in self.shapes.items()
-            if name not in inside and "position_ids" not in name
-        )
+        rest = rest_parameters(self.config, self.units, self.shapes)
+        return 4 * sum(_count(shape) for shape in rest.values())
 
 
 def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Plan:

@@ -66,13 +66,14 @@ def prepare_teacher(plan: Plan, progress: SearchProgress) -> Teacher:
 
 def untrained_teacher(plan: Plan, directory: Path) -> Teacher:
     """The source model with the task's head, untrained: for costs, which depend on shapes alone."""
+    from autocomp.models.conversion import save_model
     from autocomp.models.load import load_model, quiet
     from autocomp.tasks import make_task
 
     task = make_task(plan.spec, plan.model_path)
     model = load_model(plan.model_path, task.name, task.num_labels)
     with quiet():
-        model.save_pretrained(directory / "teacher")  # type: ignore[operator]
+        save_model(model, directory / "teacher")
     return Teacher(task, directory / "teacher")
 
 

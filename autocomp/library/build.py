@@ -23,7 +23,7 @@ from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import ModelError
 from autocomp.core.unit import Unit, dense_format
 from autocomp.library.store import Library, item_key
-from autocomp.models.discover import tensor_keys
+from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
 from autocomp.operators import apply_step, option_formats
 from autocomp.operators.gram import derived, output_error
@@ -298,28 +298,30 @@ class _Reader:
                     self._shapes[name] = tuple(tensors.get_slice(name).get_shape())
 
     def state(self, unit: Unit) -> UnitState:
-        names = tensor_keys(self._config, unit, self._shapes)
+        places = stored_tensors(self._config, unit, self._shapes)
         formats = dense_format(unit)
         return {
             site.name: SiteState(
-                weight=self._tensor(f"{site.name}.weight", names, (site.rows, site.columns)),
-                bias=self._tensor(f"{site.name}.bias", names, (site.rows,)) if site.bias else None,
+                weight=self._tensor(f"{site.name}.weight", places, (site.rows, site.columns)),
+                bias=self._tensor(f"{site.name}.bias", places, (site.rows,)) if site.bias else None,
                 format=formats[site.name],
             )
             for site in unit.sites
         }
 
-    def _tensor(self, name: str, names: Mapping[str, str], shape: tuple[int, ...]) -> torch.Tensor:
-        stored = names.get(name)
+    def _tensor(
+        self, name: str, places: Mapping[str, Stored], shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        stored = places.get(name)
         if stored is None:
             raise ModelError(f"{self._path}: no tensor {name}; the teacher's files are incomplete")
-        with safe_open(self._file_of[stored], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored).float()
+        with safe_open(self._file_of[stored.key], framework="pt") as file:
+            tensor: torch.Tensor = stored.read(file.get_slice(stored.key)).float().contiguous()
         if tuple(tensor.shape) != shape:
-            raise ModelError(f"{self._path}: {stored} is {tuple(tensor.shape)}, not {shape}")
+            raise ModelError(f"{self._path}: {stored.key} is {tuple(tensor.shape)}, not {shape}")
         if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
             raise ModelError(
-                f"{self._path}: {stored} holds NaN or infinity. Nothing can be built from it; "
+                f"{self._path}: {stored.key} holds NaN or infinity. Nothing can be built from it; "
                 f"fetch the model again, or fit the teacher at a lower learning rate"
             )
         return tensor
