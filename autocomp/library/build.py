@@ -26,6 +26,7 @@ from autocomp.library.store import Library, item_key
 from autocomp.models.discover import tensor_keys
 from autocomp.models.sources import read_config, weight_files
 from autocomp.operators import apply_step, option_formats
+from autocomp.operators.factorize.factors import multiplied
 from autocomp.operators.gram import derived, output_error
 from autocomp.operators.protocol import SiteState, SiteStats, UnitState
 
@@ -218,9 +219,11 @@ def relative_errors(
     """Site → ‖Wx − Ŵx‖² / ‖Wx‖² over the calibration tokens, biases included in the difference.
 
     Where outputs were removed there is no original to compare with: `before`, the state before the
-    last step, stands in, and where the last step removed them, the kept ones are unchanged.
+    last step, stands in, and where the last step removed them, the kept ones are unchanged. Factors
+    are multiplied: the error is that of the site they stand for.
     """
     errors: dict[str, float] = {}
+    before, after = multiplied(before), multiplied(after)
     for name, site in after.items():
         reference = original[name]
         if reference.weight.shape[0] != site.weight.shape[0]:

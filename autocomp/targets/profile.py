@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from autocomp.core.factors import site_of
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets import recipes
 from autocomp.targets.cost_table import Choice, CostTable, Entry
@@ -210,15 +211,17 @@ def _measure_choice(
 def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> object:
     """Equal for options that run the same kernels on the same shapes."""
     shapes = []
-    for site in unit.sites:
-        one = formats[site.name]
+    roles = {site.name: site.role for site in unit.sites}
+    for name, one in formats.items():
         kind = recipes.recipe(one, target.tokens)
         kernel: object = kind
         if kind == "unpacked":
             kernel = "float"
         elif kind in ("nbits", "gather-blocks"):
             kernel = (kind, one.weight_bits, one.group, one.activation_bits)
-        shapes.append((site.role, one.rows, one.columns, one.bias, kernel))
+        site = site_of(name)
+        part = name.removeprefix(site)
+        shapes.append((roles[site], part, one.rows, one.columns, one.bias, kernel))
     return (unit.kind, unit.head_dim, tuple(shapes))
 
 

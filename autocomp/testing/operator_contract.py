@@ -28,6 +28,7 @@ import torch
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
+from autocomp.core.factors import first_of, second_of
 from autocomp.core.unit import Site, SiteFormat, Unit, dense_format
 from autocomp.library.store import Library
 from autocomp.models.modules import CODE_RANGE, group_count
@@ -283,11 +284,11 @@ class OperatorContract:
                 continue
             readers, writer = INNER_ROLES.get(case.unit.kind, ((), ""))
             for site in case.unit.sites:
-                form = formats[site.name]
+                rows, columns = _shape(formats, site)
                 if site.role in readers or not readers:
-                    assert form.columns == site.columns, f"{case}: {site.name}"
+                    assert columns == site.columns, f"{case}: {site.name}"
                 if site.role == writer or not readers:
-                    assert form.rows == site.rows, f"{case}: {site.name}"
+                    assert rows == site.rows, f"{case}: {site.name}"
 
     def test_saved_and_loaded_it_is_the_same(self, operator: Operator, tmp_path: Path) -> None:
         """The library gives back the bits it was given."""
@@ -324,6 +325,16 @@ class OperatorContract:
             for state, stats, what in trials:
                 after = operator.apply(case.unit, state, case.step, stats)
                 self._assert_sound(after, formats, f"{case}, {what}")
+
+
+def _shape(formats: dict[str, SiteFormat], site: Site) -> tuple[int, int]:
+    """Rows and columns of what stands at a site, one layer or two factors."""
+    if site.name in formats:
+        form = formats[site.name]
+        return form.rows, form.columns
+    first, second = formats[first_of(site.name)], formats[second_of(site.name)]
+    assert second.columns == (first.columns if site.table else first.rows), site.name
+    return (first.rows, second.rows) if site.table else (second.rows, first.columns)
 
 
 def _with_dead_columns(stats: UnitStats) -> UnitStats:
