@@ -35,7 +35,9 @@ def factored_sites(names: Iterable[str]) -> list[str]:
     """The sites among `names` that are there as two factors."""
     known = set(names)
     return [
-        site_of(name) for name in known if name.endswith(_FIRST) and second_of(site_of(name)) in known
+        site_of(name)
+        for name in known
+        if name.endswith(_FIRST) and second_of(site_of(name)) in known
     ]
 
 

@@ -12,7 +12,12 @@ from autocomp.operators.protocol import Operator, Rule, Stage, UnitState, UnitSt
 from autocomp.testing.operator_contract import OperatorContract
 
 ALL = Rule(
-    structure={"heads": [1.0, 0.5, 0.25], "width": [1.0, 0.67, 0.34], "skip": True, "rank": [1.0, 0.6]},
+    structure={
+        "heads": [1.0, 0.5, 0.25],
+        "width": [1.0, 0.67, 0.34],
+        "skip": True,
+        "rank": [1.0, 0.6],
+    },
     bits={"method": ["gptq", "rtn"], "weights": ["dense", 8, 4], "activations": ["dense", 8]},
 )
 SMALL_GROUP = Rule(
