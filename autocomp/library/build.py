@@ -98,17 +98,21 @@ def plan_build(
     stats_paths: Mapping[str, Path],
     stats_fingerprint: str,
     library: Library,
+    own_fingerprints: Mapping[str, str] | None = None,
 ) -> BuildPlan:
     """One task per unit with missing items, largest first; items that are there are checked.
 
     Args:
         options: unit name → its options, as `unit_options` gives them.
-        stats_paths: unit name → file of `calibrate`; embeddings have none.
+        stats_paths: unit name → file of statistics; an embedding may have none.
+        own_fingerprints: unit name → fingerprint of its statistics, where they are not those of
+            `stats_fingerprint` alone.
 
     Raises:
         ModelError: if the teacher lacks a tensor, or one holds NaN or infinity.
     """
     keys: Keys = {}
+    own = own_fingerprints or {}
     tasks: list[BuildTask] = []
     reader = _Reader(model_path)
     for unit in units:
@@ -118,7 +122,7 @@ def plan_build(
         digest = _digest(unit, reader.state(unit))
         missing: list[tuple[Option, str]] = []
         for option in built:
-            key = item_key(digest, option, stats_fingerprint)
+            key = item_key(digest, option, own.get(unit.name, stats_fingerprint))
             keys[unit.name, option.key] = key
             if not library.contains(key):
                 missing.append((option, key))

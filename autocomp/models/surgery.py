@@ -20,6 +20,7 @@ from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.factors import LowRank
 from autocomp.models.layouts import Layout, SublayerSpec, layout_of
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
+from autocomp.models.pruned_table import PrunedTable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +33,8 @@ class SiteStateLike(Protocol):
     format: SiteFormat
     codes: torch.Tensor | None
     scales: torch.Tensor | None
+    kept_rows: torch.Tensor | None
+    row_of: torch.Tensor | None
 
 
 def copy_for_surgery(model: Model) -> Model:
@@ -52,7 +55,8 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
     """Put what operators made of `unit` in its place; an empty `state` skips the unit.
 
     A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, else a plain layer of its
-    new shape, and `LowRank` where the state holds its two factors. The tensors of `state` are used as they are. A table and a head that shared their
+    new shape; `LowRank` where the state holds its two factors, `PrunedTable` around a table that
+    lost rows. The tensors of `state` are used as they are. A table and a head that shared their
     weight no longer do once either is installed: each then has its own.
 
     Raises:
@@ -80,7 +84,12 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
 
 
 def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
-    return _embedding(site, padding_idx) if site.format.embedding else _linear(site)
+    if not site.format.embedding:
+        return _linear(site)
+    if site.kept_rows is None or site.row_of is None:
+        return _embedding(site, padding_idx)
+    padding_row = None if padding_idx is None else int(site.row_of[padding_idx])
+    return PrunedTable(_embedding(site, padding_row), site.row_of, site.kept_rows)
 
 
 def _linear(site: SiteStateLike) -> nn.Module:

@@ -26,6 +26,7 @@ OPERATORS: Registry[Operator] = Registry(
         "width": "autocomp.operators.prune.width:OPERATOR",
         "skip": "autocomp.operators.prune.skip:OPERATOR",
         "rank": "autocomp.operators.factorize.rank:OPERATOR",
+        "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
         "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
     },

@@ -152,6 +152,9 @@ class StructureSection(_Section):
         min_length=1,
         description="Fractions of the rank at which two factors hold as many weights as the layer.",
     )
+    vocabulary: bool = Field(
+        False, description="Also offer keeping the embeddings of the task's own tokens alone."
+    )
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
 
 

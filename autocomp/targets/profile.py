@@ -193,7 +193,17 @@ def measure_formats(
 ) -> float:
     """Latency in reference milliseconds of a whole model with made-up weights."""
     lowered = lower_formats(target, skeleton, units, formats)
+    inputs = _in_range(inputs, formats)
     return target.to_ms(target.time_graph(lowered, inputs, **_WHOLE))
+
+
+def _in_range(inputs: Mapping[str, Array], formats: Mapping[str, UnitFormat]) -> dict[str, Array]:
+    """Token ids within the smallest table: which row is read makes no difference to costs."""
+    tables = [one.rows for unit in formats.values() for one in unit.values() if one.embedding]
+    result = dict(inputs)
+    if tables and "input_ids" in result:
+        result["input_ids"] = result["input_ids"] % min(tables)
+    return result
 
 
 def _measure_choice(
@@ -248,7 +258,8 @@ def _pieces(
         nodes, outside, end = cuts[unit.name]
         piece = _as_model(skeleton, nodes, {name: values[name] for name in outside}, end)
         lowered = target.lower_weights(piece, stand_in_weights(formats))
-        result[key] = (lowered, {name: values[name] for name in outside})
+        feeds = {name: values[name] for name in outside}
+        result[key] = (lowered, _in_range(feeds, {unit.name: formats}))
     return result
 
 

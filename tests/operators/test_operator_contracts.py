@@ -9,7 +9,7 @@ from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators import OPERATORS
 from autocomp.operators.protocol import Operator, Rule, Stage, UnitState, UnitStats
-from autocomp.testing.operator_contract import OperatorContract
+from autocomp.testing.operator_contract import USED_ROWS, OperatorContract
 
 ALL = Rule(
     structure={
@@ -25,6 +25,9 @@ SMALL_GROUP = Rule(
 )
 
 
+VOCABULARY = Rule(structure={"vocabulary": {"keep": len(USED_ROWS), "unknown": 3}})
+
+
 class TestRegistered(OperatorContract):
     @pytest.fixture(params=sorted(OPERATORS))
     def operator(self, request: pytest.FixtureRequest) -> Operator:
@@ -33,7 +36,7 @@ class TestRegistered(OperatorContract):
     def rules(self) -> list[Rule]:
         return [
             Rule(structure={name: ALL.structure[name]}, bits=ALL.bits) for name in ALL.structure
-        ] + [SMALL_GROUP]
+        ] + [SMALL_GROUP, VOCABULARY]
 
 
 class _Broken:

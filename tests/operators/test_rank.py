@@ -1,4 +1,4 @@
-"""Low rank against the closed-form optimum in float64 and against what others of that rank reach."""
+"""Low rank against the closed-form optimum in float64, and against others of the same rank."""
 
 from __future__ import annotations
 

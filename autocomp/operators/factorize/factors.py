@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from autocomp.calibrate.stats import SiteStats, UnitStats
 from autocomp.core.factors import factored_sites, first_of, second_of
+from autocomp.core.unit import SiteFormat
 from autocomp.operators.gram import derived
 from autocomp.operators.protocol import SiteState, UnitState
 
@@ -52,7 +51,5 @@ def _product(first: SiteState, second: SiteState) -> SiteState:
     else:
         weight = second.weight @ first.weight
     rows, columns = weight.shape
-    format = replace(
-        second.format, rows=rows, columns=columns, embedding=first.format.embedding, weight_bits=32
-    )
-    return SiteState(weight, second.bias, format, kept_columns=first.kept_columns)
+    left = SiteFormat(rows, columns, second.bias is not None, first.format.embedding)
+    return SiteState(weight, second.bias, left, kept_columns=first.kept_columns)

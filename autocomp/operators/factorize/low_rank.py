@@ -109,7 +109,8 @@ def table_basis(table: Tensor, seen: Tensor | None) -> Tensor:
     for rows, share in zip(torch.split(table, 4096), torch.split(weights, 4096), strict=True):
         moments += rows.double().t() @ (rows.double() * share[:, None])
     _, vectors = torch.linalg.eigh(moments)
-    return vectors.flip(1).float()
+    best_first: Tensor = vectors.flip(1).float()
+    return best_first
 
 
 def cholesky(gram: Tensor, damping: float) -> Tensor:
@@ -128,6 +129,7 @@ def cholesky(gram: Tensor, damping: float) -> Tensor:
     while True:
         shifted = gram.clone()
         shifted.diagonal().add_(damping * mean)
+        root: Tensor
         root, failed = torch.linalg.cholesky_ex(shifted)
         if not failed.item():
             return root

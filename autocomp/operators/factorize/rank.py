@@ -102,8 +102,8 @@ class Rank:
 
 
 def _rank(site: Site, ratio: float) -> int | None:
-    format = SiteFormat(site.rows, site.columns, site.bias)
-    return rank_for(format, ratio) if site.role in ROLES else None
+    whole = SiteFormat(site.rows, site.columns, site.bias)
+    return rank_for(whole, ratio) if site.role in ROLES else None
 
 
 OPERATOR = Rank()
