@@ -151,13 +151,11 @@ def _vocabulary(
         rule, site = rules.get(unit.name), unit.site("embedding")
         if rule is None or site is None or not loaded.spec.space[rule].structure.vocabulary:
             continue
-        from autocomp.tasks import make_task
         from autocomp.tasks.vocabulary import task_vocabulary
 
         place = ("space", rule, "structure", "vocabulary")
-        task = make_task(loaded.spec, model_path)
         try:
-            return task_vocabulary(loaded.spec, task, model_path, site.rows)
+            return task_vocabulary(loaded.spec, model_path, site.rows)
         except UserError as error:
             raise loaded.source.error_at(place, f"{unit.name}: {error}") from error
     return None

@@ -245,7 +245,7 @@ def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | No
         assert site.kept_columns is not None
         after = torch.zeros_like(weight)
         after[:, site.kept_columns] = site.weight
-    if stats is None:
+    if stats is None or stats.rows is not None:
         return _relative_distance(weight, after)
     difference = weight - after
     gram, mean = stats.gram, stats.mean

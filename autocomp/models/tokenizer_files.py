@@ -1,8 +1,8 @@
 """Tokenizer files: which tokens any text needs, and the files of a pruned vocabulary. No torch.
 
 `tokenizer.json` (Hugging Face tokenizers) is read and rewritten as plain JSON, for WordPiece,
-WordLevel, BPE and Unigram models. A rewritten tokenizer gives the same tokens as the original wherever the
-original's are all kept; other text it cuts into smaller pieces that are.
+WordLevel, BPE and Unigram models. A rewritten tokenizer gives the same tokens as the original
+wherever the original's are all kept; other text it cuts into smaller pieces that are.
 """
 
 from __future__ import annotations

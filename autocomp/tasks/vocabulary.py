@@ -27,8 +27,8 @@ def token_counts(task: Task, rows: int) -> Array:
     return counts
 
 
-def task_vocabulary(spec: Spec, task: Task, model_path: Path, rows: int) -> Vocabulary:
-    """What to keep of a table of `rows` tokens for a task.
+def task_vocabulary(spec: Spec, model_path: Path, rows: int) -> Vocabulary:
+    """What to keep of a table of `rows` tokens for the spec's task; its texts are encoded for it.
 
     Raises:
         UserError: for a task that is about more than the tokens it was shown.
@@ -39,8 +39,10 @@ def task_vocabulary(spec: Spec, task: Task, model_path: Path, rows: int) -> Voca
             f"vocabulary: only text-classification models can lose tokens; {spec.task.name} "
             f"needs each of them as an answer. Leave structure.vocabulary out"
         )
+    from autocomp.tasks import make_task
+
     tokenizer = read_tokenizer(model_path)
-    used = np.flatnonzero(token_counts(task, rows)).tolist()
+    used = np.flatnonzero(token_counts(make_task(spec, model_path), rows)).tolist()
     required = sorted(required_ids(tokenizer, used))
     return chosen_vocabulary(used, required, unknown_id(tokenizer), rows)
 

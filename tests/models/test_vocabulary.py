@@ -61,7 +61,7 @@ def _tokenizer(kind: str) -> Tokenizer:
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     if kind == "BPE":
         tokenizer.post_processor = processors.RobertaProcessing(
-            sep=("[SEP]", ids["[SEP]"]), cls=("[CLS]", ids["[CLS]"])
+            ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
         )
     else:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -130,7 +130,7 @@ def test_bpe_keeps_what_kept_tokens_are_merged_from(tmp_path) -> None:
 
 
 def test_a_tokenizer_that_cannot_be_rewritten_is_refused(tmp_path) -> None:
-    with pytest.raises(ModelError, match="leave structure.vocabulary out"):
+    with pytest.raises(ModelError, match=r"leave structure\.vocabulary out"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Strange"}}')
     with pytest.raises(ModelError, match="a Strange tokenizer cannot be pruned"):
