@@ -122,7 +122,7 @@ def prepare_library(
             progress.advance(sum(sizes) * done // max(total, 1))
 
         run_tasks(build_unit, build.tasks, cluster().workers, advance)
-    for path in paths.values():
+    for path in (paths | counted).values():
         path.unlink(missing_ok=True)
     return build.keys
 
