@@ -17,7 +17,9 @@ from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.discover import find_units, rest_parameters
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
+from autocomp.models.vocabulary import Vocabulary
 from autocomp.operators import OPERATORS, option_formats, rule_of, unit_options
+from autocomp.operators.protocol import Rule
 from autocomp.search.space import Space
 from autocomp.spec.loader import LoadedSpec, load_spec
 from autocomp.spec.names import check_names, match_rules
@@ -41,6 +43,7 @@ class Plan:
         units: every unit of the task model, in model order.
         rules: unit name → index of its rule; units without one stay dense.
         options: unit name → options; dense alone where no rule applies.
+        vocabulary: the tokens the task uses, where a rule offers keeping these alone.
     """
 
     loaded: LoadedSpec
@@ -51,6 +54,7 @@ class Plan:
     units: tuple[Unit, ...]
     rules: Mapping[str, int]
     options: Mapping[str, tuple[Option, ...]]
+    vocabulary: Vocabulary | None = None
 
     @property
     def spec(self) -> Spec:
@@ -108,18 +112,65 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
     rules = match_rules(loaded, [unit.name for unit in units])
     target = make_target(spec.target)
-    options = {unit.name: _options(loaded, unit, rules.get(unit.name), target) for unit in units}
-    return Plan(loaded, model_path, config, shapes, data, units, rules, options)
+    for unit in units:
+        _refuse_tied(loaded, unit, rules.get(unit.name), units)
+    vocabulary = _vocabulary(loaded, model_path, units, rules)
+    options = {
+        unit.name: _options(loaded, unit, rules.get(unit.name), target, vocabulary)
+        for unit in units
+    }
+    return Plan(loaded, model_path, config, shapes, data, units, rules, options, vocabulary)
+
+
+def _refuse_tied(loaded: LoadedSpec, unit: Unit, rule: int | None, units: tuple[Unit, ...]) -> None:
+    """A table that a head shares is stored once; a table of its own would only add to it."""
+    sharing = [other.name for other in units if other.tied_to == unit.name]
+    if rule is None or not sharing:
+        return
+    structure = loaded.spec.space[rule].structure
+    for name, asked in (("rank", structure.rank), ("vocabulary", structure.vocabulary)):
+        if asked:
+            raise loaded.source.error_at(
+                ("space", rule, "structure", name),
+                f"{unit.name}: its weight is also that of {sharing[0]}, which needs it whole, so "
+                f"{name} would make the model larger. Leave it out, or use bits",
+            )
+
+
+def _vocabulary(
+    loaded: LoadedSpec, model_path: Path, units: tuple[Unit, ...], rules: Mapping[str, int]
+) -> Vocabulary | None:
+    """The tokens the task uses, if a rule asks for them: the texts are tokenised for it."""
+    for unit in units:
+        rule, site = rules.get(unit.name), unit.site("embedding")
+        if rule is None or site is None or not loaded.spec.space[rule].structure.vocabulary:
+            continue
+        from autocomp.tasks.vocabulary import task_vocabulary
+
+        place = ("space", rule, "structure", "vocabulary")
+        try:
+            return task_vocabulary(loaded.spec, model_path, site.rows)
+        except UserError as error:
+            raise loaded.source.error_at(place, f"{unit.name}: {error}") from error
+    return None
 
 
 def _options(
-    loaded: LoadedSpec, unit: Unit, rule: int | None, target: Target
+    loaded: LoadedSpec,
+    unit: Unit,
+    rule: int | None,
+    target: Target,
+    vocabulary: Vocabulary | None,
 ) -> tuple[Option, ...]:
     """The unit's options under its rule, each one the target can carry out."""
     if rule is None:
         return (Option(),)
+    asked = rule_of(loaded.spec.space[rule])
+    if vocabulary is not None and "vocabulary" in asked.structure:
+        counts = {"keep": len(vocabulary.kept), "unknown": vocabulary.unknown}
+        asked = Rule({**asked.structure, "vocabulary": counts}, asked.bits)
     try:
-        options = tuple(unit_options(unit, rule_of(loaded.spec.space[rule])))
+        options = tuple(unit_options(unit, asked))
     except UserError as error:
         raise loaded.source.error_at(("space", rule), f"{unit.name}: {error}") from error
     for option in options:

@@ -352,8 +352,10 @@ class _Search:
 
         Dense is the teacher, exported.
         """
+        from autocomp.models.vocabulary import load_vocabulary
         from autocomp.targets import make_target, open_artifact
         from autocomp.tasks import make_task
+        from autocomp.tasks.vocabulary import retokenised
 
         known = self.study.ledger.read().of("report")
         if all(record.id in known for record in records):
@@ -364,7 +366,11 @@ class _Search:
         for done, record in enumerate(records, start=1):
             assert record.artifact is not None
             artifact = open_artifact(self.study.paths.root / record.artifact)
-            quality = task.evaluate(partial(target.run, artifact), "report").quality
+            vocabulary = load_vocabulary(artifact.path.parent)
+            asked = task
+            if vocabulary is not None:
+                asked = retokenised(self.plan.spec, self.plan.model_path, vocabulary)
+            quality = asked.evaluate(partial(target.run, artifact), "report").quality
             teacher = quality if teacher is None else teacher
             self.study.ledger.append(
                 "report",
