@@ -56,11 +56,12 @@ def model_card(request: ExportRequest, file: str) -> str:
     spec, record = request.spec, request.record
     dense = None if request.dense is None else request.dense.measured
     workload = spec.target.workload
+    runtime = record.candidate.runtime or spec.target.runtime
     lines = [
         f"# {spec.model.source.removeprefix('package:')}, compressed",
         "",
         f"Trial `{record.id}` of an autocomp study, proposed by {record.proposed_by}. Task: "
-        f"{spec.task.name}. Target: {spec.target.runtime} on {spec.target.device}, batch "
+        f"{spec.task.name}. Target: {runtime} on {spec.target.device}, batch "
         f"{workload.batch}, {_shape(request)}, {workload.threads} thread(s).",
         "",
         "| | measured | of dense | estimated before the trial |",

@@ -26,7 +26,8 @@ def candidate_figures(
     Returns:
         `mean_bits` over the units that remain, `skipped_units`; with `units` also `removed_share`
         (of all weights, by structure), `heads_kept`, `width_kept` (shares, a skipped unit keeps 0);
-        `tokens`, and when there are any `lr`, `temperature`, `loss`.
+        `tokens`, and when there are any `lr`, `temperature`, `loss`; `runtime` where the study has
+        a choice.
     """
     known = {unit.name: unit for unit in units or ()}
     bits_sum = weight_sum = removed = total = 0.0
@@ -53,6 +54,8 @@ def candidate_figures(
             if shares:
                 figures[f"{axis}_kept"] = round(sum(shares) / len(shares), 4)
     figures.update(candidate.get("distillation", {}))
+    if candidate.get("runtime") is not None:
+        figures["runtime"] = candidate["runtime"]
     return figures
 
 
@@ -114,6 +117,8 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
         )
     elif tokens == 0:
         parts.append("not distilled")
+    if "runtime" in figures:
+        parts.append(f"on {figures['runtime']}")
     return " · ".join(parts)
 
 

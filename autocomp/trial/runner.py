@@ -23,7 +23,7 @@ import onnx
 import torch
 from torch import nn
 
-from autocomp.core.candidate import Candidate
+from autocomp.core.candidate import Candidate, Runtime
 from autocomp.core.errors import AutocompError
 from autocomp.core.measurement import Measurement
 from autocomp.library.stitch import stitch
@@ -35,8 +35,7 @@ from autocomp.study.directory import append_trial
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
 from autocomp.study.records import TrialRecord
-from autocomp.targets import make_target
-from autocomp.targets.protocol import Artifact
+from autocomp.targets.protocol import Artifact, Target
 from autocomp.tasks import make_task
 from autocomp.tasks.protocol import Array, Run, Split, Task
 from autocomp.tasks.teacher import teacher_logits
@@ -72,7 +71,7 @@ def teacher_side(model: nn.Module, task: Task, split: Split, cache: Path) -> Arr
 
 
 class CandidateRunner:
-    """Holds teacher, library, task and target; `run` takes one candidate to a measured artifact.
+    """Holds teacher, library, task and targets; `run` takes one candidate to a measured artifact.
 
     Call sequence: `setup({"trial": TrialContext})` once, then `run(payload)` per trial.
     """
@@ -88,12 +87,17 @@ class CandidateRunner:
         self.teacher = load_model(trial.teacher_path, self.task.name, self.task.num_labels)
         self._retokenised: tuple[Vocabulary, Task] | None = None
         self.library = Library(trial.library_path)
-        reference = None if trial.reference is None else dict(trial.reference)
-        self.target = make_target(trial.spec.target, trial.gate, reference)
+        self._targets: dict[Runtime, Target] = {}
         self.skeleton = onnx.load(trial.skeleton_path)
         self.expected = teacher_side(
             self.teacher, self.task, "search", self.paths.work / "teacher-search.npy"
         )
+
+    def target(self, runtime: Runtime = None) -> Target:
+        """The target of a runtime, made at first use."""
+        if runtime not in self._targets:
+            self._targets[runtime] = self.context.target(runtime)
+        return self._targets[runtime]
 
     def run(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Run one trial.
@@ -128,7 +132,8 @@ class CandidateRunner:
         return record.to_json()
 
     def _carry_out(self, record: TrialRecord, seconds: dict[str, float]) -> TrialRecord:
-        context, candidate, target = self.context, record.candidate, self.target
+        context, candidate = self.context, record.candidate
+        target = self.target(candidate.runtime)
         workload = context.spec.target.workload
         with _timed(seconds, "stitch"):
             student = stitch(self.teacher, context.units, self.library, context.items, candidate)
@@ -155,7 +160,7 @@ class CandidateRunner:
             vocabulary = model_vocabulary(student)
             if vocabulary is not None:
                 vocabulary.save(directory)
-            check_agreement(self.target, artifact, student, self.task, workload.batch)
+            check_agreement(target, artifact, student, self.task, workload.batch)
         with _timed(seconds, "evaluate"):
             evaluation = self._task_of(artifact).evaluate(
                 partial(target.run, artifact), "search", teacher=self.expected

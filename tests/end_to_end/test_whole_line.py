@@ -35,6 +35,7 @@ def shape(properties: dict[str, Any]) -> dict[str, Any]:
 TRIAL: dict[str, Any] = {
     "id": {"type": "string"},
     "kind": {"enum": ["dense", "uniform", "search"]},
+    "runtime": {"type": "string"},
     "proposed_by": {"enum": ["baseline", "milp", "evolution", "random"]},
     "state": {"enum": ["complete", "failed", "pruned"]},
     "on_front": {"type": "boolean"},
