@@ -92,6 +92,10 @@ def report(plan: Plan) -> CheckReport:
         notes.append(
             "latency is measured, not guessed: autocomp profile SPEC tells what is reached"
         )
+    if plan.vocabulary is not None:
+        notes.append(
+            f"vocabulary: {len(plan.vocabulary.kept)} of {plan.vocabulary.size} tokens are kept"
+        )
     unmatched = [unit.name for unit in plan.units if unit.name not in plan.rules]
     if unmatched:
         notes.append(f"no rule for {', '.join(unmatched)}: stays dense")

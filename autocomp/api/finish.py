@@ -23,8 +23,10 @@ def open_report_split(
 
     Dense is the teacher, exported. Each is evaluated on its own runtime.
     """
+    from autocomp.models.vocabulary import load_vocabulary
     from autocomp.targets import open_artifact
     from autocomp.tasks import make_task
+    from autocomp.tasks.vocabulary import retokenised
 
     study = session.study
     known = study.ledger.read().of("report")
@@ -36,7 +38,11 @@ def open_report_split(
         assert record.artifact is not None
         target = context.target(record.candidate.runtime)
         artifact = open_artifact(study.paths.root / record.artifact)
-        quality = task.evaluate(partial(target.run, artifact), "report").quality
+        vocabulary = load_vocabulary(artifact.path.parent)
+        asked = task
+        if vocabulary is not None:
+            asked = retokenised(session.plan.spec, session.plan.model_path, vocabulary)
+        quality = asked.evaluate(partial(target.run, artifact), "report").quality
         teacher = quality if teacher is None else teacher
         study.ledger.append(
             "report",

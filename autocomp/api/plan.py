@@ -15,9 +15,11 @@ from typing import Any
 from autocomp.core.candidate import Option, Runtime
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.models.discover import find_units, tensor_keys
+from autocomp.models.discover import find_units, rest_parameters
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
+from autocomp.models.vocabulary import Vocabulary
 from autocomp.operators import OPERATORS, option_formats, rule_of, unit_options
+from autocomp.operators.protocol import Rule
 from autocomp.search.space import Space
 from autocomp.spec.loader import LoadedSpec, load_spec
 from autocomp.spec.names import check_names, match_rules
@@ -45,6 +47,7 @@ class Plan:
         units: every unit of the task model, in model order.
         rules: unit name → index of its rule; units without one stay dense.
         options: unit name → options; dense alone where no rule applies.
+        vocabulary: the tokens the task uses, where a rule offers keeping these alone.
         runtimes: what is searched on, the one relative limits refer to first; `(None,)` where the
             spec leaves no choice.
         excluded: runtime → options it cannot carry out, though another can.
@@ -59,6 +62,7 @@ class Plan:
     units: tuple[Unit, ...]
     rules: Mapping[str, int]
     options: Mapping[str, tuple[Option, ...]]
+    vocabulary: Vocabulary | None = None
     runtimes: tuple[Runtime, ...] = (None,)
     excluded: Mapping[Runtime, Exclusions] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -102,14 +106,8 @@ class Plan:
     @property
     def rest_bytes(self) -> int:
         """Bytes of the float32 tensors that belong to no unit: norms, positions, a patch conv."""
-        inside: set[str] = set()
-        for unit in self.units:
-            inside.update(tensor_keys(self.config, unit, self.shapes).values())
-        return 4 * sum(
-            _count(shape)
-            for name, shape in self.shapes.items()
-            if name not in inside and "position_ids" not in name
-        )
+        rest = rest_parameters(self.config, self.units, self.shapes)
+        return 4 * sum(_count(shape) for shape in rest.values())
 
 
 def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Plan:
@@ -138,8 +136,13 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
     data = inspect_data(spec)
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
     rules = match_rules(loaded, [unit.name for unit in units])
+    for unit in units:
+        _refuse_tied(loaded, unit, rules.get(unit.name), units)
+    vocabulary = _vocabulary(loaded, model_path, units, rules)
     targets = {runtime: make_target(spec.target.on(runtime)) for runtime in runtimes}
-    options = {unit.name: _options(loaded, unit, rules.get(unit.name)) for unit in units}
+    options = {
+        unit.name: _options(loaded, unit, rules.get(unit.name), vocabulary) for unit in units
+    }
     excluded = _excluded(loaded, units, rules, options, targets, notes)
     return Plan(
         loaded,
@@ -150,18 +153,58 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         units,
         rules,
         options,
+        vocabulary,
         tuple(excluded),
         excluded,
         tuple(notes),
     )
 
 
-def _options(loaded: LoadedSpec, unit: Unit, rule: int | None) -> tuple[Option, ...]:
+def _refuse_tied(loaded: LoadedSpec, unit: Unit, rule: int | None, units: tuple[Unit, ...]) -> None:
+    """A table that a head shares is stored once; a table of its own would only add to it."""
+    sharing = [other.name for other in units if other.tied_to == unit.name]
+    if rule is None or not sharing:
+        return
+    structure = loaded.spec.space[rule].structure
+    for name, asked in (("rank", structure.rank), ("vocabulary", structure.vocabulary)):
+        if asked:
+            raise loaded.source.error_at(
+                ("space", rule, "structure", name),
+                f"{unit.name}: its weight is also that of {sharing[0]}, which needs it whole, so "
+                f"{name} would make the model larger. Leave it out, or use bits",
+            )
+
+
+def _vocabulary(
+    loaded: LoadedSpec, model_path: Path, units: tuple[Unit, ...], rules: Mapping[str, int]
+) -> Vocabulary | None:
+    """The tokens the task uses, if a rule asks for them: the texts are tokenised for it."""
+    for unit in units:
+        rule, site = rules.get(unit.name), unit.site("embedding")
+        if rule is None or site is None or not loaded.spec.space[rule].structure.vocabulary:
+            continue
+        from autocomp.tasks.vocabulary import task_vocabulary
+
+        place = ("space", rule, "structure", "vocabulary")
+        try:
+            return task_vocabulary(loaded.spec, model_path, site.rows)
+        except UserError as error:
+            raise loaded.source.error_at(place, f"{unit.name}: {error}") from error
+    return None
+
+
+def _options(
+    loaded: LoadedSpec, unit: Unit, rule: int | None, vocabulary: Vocabulary | None
+) -> tuple[Option, ...]:
     """The unit's options under its rule."""
     if rule is None:
         return (Option(),)
+    asked = rule_of(loaded.spec.space[rule])
+    if vocabulary is not None and "vocabulary" in asked.structure:
+        counts = {"keep": len(vocabulary.kept), "unknown": vocabulary.unknown}
+        asked = Rule({**asked.structure, "vocabulary": counts}, asked.bits)
     try:
-        return tuple(unit_options(unit, rule_of(loaded.spec.space[rule])))
+        return tuple(unit_options(unit, asked))
     except UserError as error:
         raise loaded.source.error_at(("space", rule), f"{unit.name}: {error}") from error
 

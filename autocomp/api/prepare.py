@@ -66,13 +66,14 @@ def prepare_teacher(plan: Plan, progress: SearchProgress) -> Teacher:
 
 def untrained_teacher(plan: Plan, directory: Path) -> Teacher:
     """The source model with the task's head, untrained: for costs, which depend on shapes alone."""
+    from autocomp.models.conversion import save_model
     from autocomp.models.load import load_model, quiet
     from autocomp.tasks import make_task
 
     task = make_task(plan.spec, plan.model_path)
     model = load_model(plan.model_path, task.name, task.num_labels)
     with quiet():
-        model.save_pretrained(directory / "teacher")  # type: ignore[operator]
+        save_model(model, directory / "teacher")
     return Teacher(task, directory / "teacher")
 
 
@@ -100,7 +101,16 @@ def prepare_library(
     paths = {
         u.name: directory / f"{u.name}.safetensors" for u in plan.units if u.kind != "embedding"
     }
-    build = plan_build(teacher.path, plan.units, plan.options, paths, statistics, library)
+    counted = _count_tokens(plan, teacher.task, directory)
+    build = plan_build(
+        teacher.path,
+        plan.units,
+        plan.options,
+        paths | counted,
+        statistics,
+        library,
+        {unit: content_key([statistics, path.name]) for unit, path in counted.items()},
+    )
     if build.tasks:
         model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
         for _ in calibrate(model, plan.units, batches, directory, progress=progress.advance):
@@ -113,9 +123,42 @@ def prepare_library(
             progress.advance(sum(sizes) * done // max(total, 1))
 
         run_tasks(build_unit, build.tasks, cluster().workers, advance)
-    for path in paths.values():
+    for path in (paths | counted).values():
         path.unlink(missing_ok=True)
     return build.keys
+
+
+def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:
+    """Statistics of the word embedding, where an option looks at them; unit name → file.
+
+    A token that a pruned vocabulary keeps counts at least once. The file's name holds the digest of
+    the counts: unlike other statistics they are of the distil split too.
+    """
+    import numpy as np
+    import torch
+
+    from autocomp.calibrate.stats import SiteStats, save_stats
+    from autocomp.tasks.vocabulary import token_counts
+
+    files: dict[str, Path] = {}
+    for unit in plan.units:
+        site = unit.site("embedding")
+        used = {step.operator for option in plan.options[unit.name] for step in option.steps}
+        if site is None or not used & {"rank", "vocabulary"}:
+            continue
+        counts = token_counts(task, site.rows)
+        if plan.vocabulary is not None:
+            kept = list(plan.vocabulary.kept)
+            counts[kept] = np.maximum(counts[kept], 1)
+        files[unit.name] = (
+            directory / f"{unit.name}-{content_key(counts.tolist())[:16]}.safetensors"
+        )
+        nothing = torch.empty(0)
+        rows = SiteStats(
+            nothing.reshape(0, 0), nothing, int(counts.sum()), torch.from_numpy(counts)
+        )
+        save_stats(files[unit.name], {site.name: rows})
+    return files
 
 
 def library_path() -> Path:
@@ -132,6 +175,7 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
     from autocomp.export.companions import Companions
     from autocomp.models.load import load_model
     from autocomp.targets.skeleton import cached_skeleton, skeleton_path
+    from autocomp.tasks.inspect import sample_texts
 
     model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
     skeletons = cache_directory() / "skeletons"
@@ -145,6 +189,7 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
             tuple(teacher.task.label_names),
             {name: tensor.numpy() for name, tensor in inputs.items()},
             teacher.task.processor_json(),
+            sample_texts(plan.spec),
         )
     return TrialContext(
         spec=plan.spec,

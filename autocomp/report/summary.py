@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from autocomp.core.candidate import Option
 from autocomp.core.unit import Unit
+from autocomp.operators import option_formats
 from autocomp.study.records import TrialRecord
 
 _DENSE_BITS = 32
@@ -78,7 +80,17 @@ def _kept_share(
         if axis in option and share:
             share = float(option[axis]["keep"]) / full
         kept[axis].append(share)
-    return share
+    return share * _thinned(option, unit) if share else 0.0
+
+
+def _thinned(option: Mapping[str, Mapping[str, Any]], unit: Unit | None) -> float:
+    """The share of the unit's weights that low rank or a pruned vocabulary leaves."""
+    steps = {name: args for name, args in option.items() if name in ("rank", "vocabulary")}
+    if unit is None or not steps:
+        return float(steps.get("rank", {}).get("ratio", 1.0))
+    left = option_formats(unit, Option.from_json(steps)).values()
+    whole = sum(site.rows * site.columns for site in unit.sites)
+    return sum(one.rows * one.columns for one in left) / whole
 
 
 def _whole(unit: Unit) -> dict[str, int | None]:

@@ -178,6 +178,14 @@ class StructureSection(_Section):
     width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, min_length=1, description="Fractions of the feed-forward width kept."
     )
+    rank: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Fractions of the rank at which two factors hold as many weights as the layer.",
+    )
+    vocabulary: bool = Field(
+        False, description="Also offer keeping the embeddings of the task's own tokens alone."
+    )
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
 
 
