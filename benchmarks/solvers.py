@@ -1,9 +1,9 @@
 """GPTQ and SparseGPT on one linear layer: seconds and output error by width.
 
 Square layers with correlated inputs of uneven energy; the same weight, inputs and options can be
-given to a peer (`layer`). Processor seconds of one thread from the Gram matrix on, the median of
-`REPEATS`; the error is that of the output relative to its energy, on the calibration inputs. Damping
-is 1% of the mean diagonal, as peers have it: there are four tokens for every column.
+given to a peer (see `peer_solvers`). Processor seconds of one thread from the Gram matrix on, the
+median of `REPEATS`; the error is that of the output relative to its energy, on the calibration
+inputs. Damping is 1% of the mean diagonal, as peers have it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def solve(step: Any, weight: Any, gram: Any, tokens: int) -> tuple[float, float]
     width = len(weight)
     unit = Unit("head", "head", (Site("linear", "head", width, width, False),))
     state = {"linear": SiteState(weight, None, dense_format(unit)["linear"])}
-    # As many tokens as it takes for the least damping; a fresh matrix, so that nothing is remembered.
+    # As many tokens as make the damping least; a fresh matrix, so that nothing is remembered.
     stats = {"linear": SiteStats(gram.clone(), gram.new_zeros(width), max(tokens, 30 * width))}
     start = cpu_seconds()
     after = apply_option(unit, state, Option((step,)), stats)["linear"]
