@@ -26,6 +26,7 @@ from autocomp.library.store import Library, item_key
 from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
 from autocomp.operators import apply_step, option_formats
+from autocomp.operators.factorize.factors import multiplied
 from autocomp.operators.gram import derived, output_error
 from autocomp.operators.protocol import SiteState, SiteStats, UnitState
 
@@ -97,17 +98,21 @@ def plan_build(
     stats_paths: Mapping[str, Path],
     stats_fingerprint: str,
     library: Library,
+    own_fingerprints: Mapping[str, str] | None = None,
 ) -> BuildPlan:
     """One task per unit with missing items, largest first; items that are there are checked.
 
     Args:
         options: unit name → its options, as `unit_options` gives them.
-        stats_paths: unit name → file of `calibrate`; embeddings have none.
+        stats_paths: unit name → file of statistics; an embedding may have none.
+        own_fingerprints: unit name → fingerprint of its statistics, where they are not those of
+            `stats_fingerprint` alone.
 
     Raises:
         ModelError: if the teacher lacks a tensor, or one holds NaN or infinity.
     """
     keys: Keys = {}
+    own = own_fingerprints or {}
     tasks: list[BuildTask] = []
     reader = _Reader(model_path)
     for unit in units:
@@ -117,7 +122,7 @@ def plan_build(
         digest = _digest(unit, reader.state(unit))
         missing: list[tuple[Option, str]] = []
         for option in built:
-            key = item_key(digest, option, stats_fingerprint)
+            key = item_key(digest, option, own.get(unit.name, stats_fingerprint))
             keys[unit.name, option.key] = key
             if not library.contains(key):
                 missing.append((option, key))
@@ -218,9 +223,11 @@ def relative_errors(
     """Site → ‖Wx − Ŵx‖² / ‖Wx‖² over the calibration tokens, biases included in the difference.
 
     Where outputs were removed there is no original to compare with: `before`, the state before the
-    last step, stands in, and where the last step removed them, the kept ones are unchanged.
+    last step, stands in, and where the last step removed them, the kept ones are unchanged. Factors
+    are multiplied: the error is that of the site they stand for.
     """
     errors: dict[str, float] = {}
+    before, after = multiplied(before), multiplied(after)
     for name, site in after.items():
         reference = original[name]
         if reference.weight.shape[0] != site.weight.shape[0]:
@@ -238,7 +245,7 @@ def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | No
         assert site.kept_columns is not None
         after = torch.zeros_like(weight)
         after[:, site.kept_columns] = site.weight
-    if stats is None:
+    if stats is None or stats.rows is not None:
         return _relative_distance(weight, after)
     difference = weight - after
     gram, mean = stats.gram, stats.mean

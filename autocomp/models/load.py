@@ -100,6 +100,20 @@ def load_tokenizer(path: Path) -> Any:
             raise ModelError(f"{path}: transformers cannot load the tokenizer: {reason}") from error
 
 
+def load_tokenizer_files(path: Path) -> Any:
+    """The tokenizer that `tokenizer.json` in `path` describes, whatever model it was made for.
+
+    Raises:
+        ModelError: when it cannot be loaded.
+    """
+    with quiet():
+        try:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"{path}: transformers cannot load the tokenizer: {reason}") from error
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' log below errors and its progress bars inside the block."""

@@ -40,10 +40,12 @@ RULES = {
         {"method": "gptq", "weights": ["dense", 8, 4], "activations": ["dense", 8], "group": 16},
     ),
     "ffn": Rule(
-        {"width": [1.0, 0.5], "skip": True},
+        {"width": [1.0, 0.5], "rank": [1.0, 0.5], "skip": True},
         {"method": ["gptq", "rtn"], "weights": ["dense", 8]},
     ),
-    "embedding": Rule({}, {"method": "rtn", "weights": ["dense", 8, 4], "group": 16}),
+    "embedding": Rule(
+        {"rank": [1.0, 0.5]}, {"method": "rtn", "weights": ["dense", 8, 4], "group": 16}
+    ),
     "head": Rule({}, {"method": "gptq", "weights": ["dense", 8]}),
 }
 

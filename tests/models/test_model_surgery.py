@@ -36,6 +36,8 @@ class State:
     format: SiteFormat
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    kept_rows: torch.Tensor | None = None
+    row_of: torch.Tensor | None = None
 
 
 def _dense_state(model: nn.Module, unit: Unit) -> dict[str, State]:
