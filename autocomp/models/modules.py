@@ -1,7 +1,7 @@
 """The modules a compressed model is made of: quantised linear layers and tables, skipped sublayers.
 
-Weights are symmetric: `codes = clamp(round(weight / scale))` with −127…127 at 8 bits and −8…7 at 4,
-one scale per row, or per `group` consecutive columns of a row (the last group may be shorter). The
+Weights are symmetric: `codes = clamp(round(weight / scale))` with −127…127 at 8 bits, −8…7 at 4,
+−4…3 at 3 and −2…1 at 2; one scale per row, or per `group` consecutive columns of a row (the last group may be shorter). The
 float `weight` stays trainable: the forward pass rounds it, the backward pass goes straight through
 (Bengio et al., 2013, arXiv:1308.3432), clipped outside the range. Activations are quantised as the
 runtime does it, so that what is evaluated here is what is shipped.
@@ -25,7 +25,7 @@ from autocomp.models.rounding import (
     straight_through,
 )
 
-CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7)}
+CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}
 """Weight bits → smallest and largest code."""
 
 
@@ -79,7 +79,10 @@ def _fake_quantise_weight(
 
 def _check(weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> None:
     if format.weight_bits not in CODE_RANGE:
-        raise ValueError(f"weight_bits is {format.weight_bits}; a quantised module takes 8 or 4")
+        raise ValueError(
+            f"weight_bits is {format.weight_bits}; a quantised module takes "
+            f"{', '.join(map(str, CODE_RANGE))}"
+        )
     expected = (format.rows, format.columns), (format.rows, group_count(format))
     found = tuple(weight.shape), tuple(scales.shape)
     if found != expected:

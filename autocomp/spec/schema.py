@@ -161,7 +161,7 @@ class BitsSection(_Section):
         ["dense"], min_length=1, description="Activation bits; dense is the target's own."
     )
     group: int = Field(
-        32, ge=0, description="Columns that share a scale, where weights are 4-bit. 0: a whole row."
+        32, ge=0, description="Columns that share a scale, below 8-bit weights. 0: a whole row."
     )
 
 

@@ -95,7 +95,9 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
     rng = np.random.default_rng(seed)
     noise = (rng.standard_normal(1 << 16) * 0.03).astype(np.float32)
     codes = {8: rng.integers(-127, 128, 1 << 16, dtype=np.int8)}
-    codes[4] = rng.integers(-8, 8, 1 << 16, dtype=np.int8)
+    for bits in (4, 3, 2):
+        half = 1 << (bits - 1)
+        codes[bits] = rng.integers(-half, half, 1 << 16, dtype=np.int8)
 
     def provide(site: str) -> SiteWeights | None:
         spec = formats.get(site)

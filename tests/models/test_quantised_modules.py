@@ -18,10 +18,10 @@ from autocomp.core.unit import SiteFormat
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
 from autocomp.models.rounding import fake_quantise_per_tensor, integer_products
 
-RANGES = {8: (-127, 127), 4: (-8, 7)}
+RANGES = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}
 FORMATS = [
     SiteFormat(5, 22, True, weight_bits=bits, group=group, activation_bits=activation)
-    for bits in (8, 4)
+    for bits in (8, 4, 3, 2)
     for group in (None, 8, 22)
     for activation in (32, 8)
 ]
@@ -106,7 +106,7 @@ def test_vanishing_activations_stay_finite(size: float) -> None:
 
 
 def test_codes_saturate_at_the_range() -> None:
-    for bits, expected in ((8, [-127, 127, 0]), (4, [-8, 7, 0])):
+    for bits, expected in ((8, [-127, 127, 0]), (4, [-8, 7, 0]), (3, [-4, 3, 0]), (2, [-2, 1, 0])):
         fmt = SiteFormat(1, 3, False, weight_bits=bits)
         layer = QuantLinear(torch.tensor([[-1e6, 1e6, 0.4]]), None, torch.tensor([[1.0]]), fmt)
         assert layer.codes().tolist() == [expected]
@@ -248,7 +248,7 @@ def test_skip_broadcasts_a_zero() -> None:
 @pytest.mark.parametrize(
     ("fmt", "shape", "message"),
     [
-        (SiteFormat(2, 4, False, weight_bits=32), (2, 4), "takes 8 or 4"),
+        (SiteFormat(2, 4, False, weight_bits=32), (2, 4), "takes 8, 4, 3, 2"),
         (SiteFormat(2, 4, False, weight_bits=8), (2, 5), "do not fit"),
         (SiteFormat(2, 4, False, weight_bits=8, group=2), (2, 4), r"scales \(2, 2\)"),
         (SiteFormat(2, 4, True, weight_bits=8), (2, 4), "bias None"),

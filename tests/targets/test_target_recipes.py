@@ -161,6 +161,7 @@ def test_predicted_bytes_are_those_of_the_file(bits, group, activations, embeddi
 def test_unsupported_formats_say_why():
     good = SiteFormat(8, 64, True, False, 4, 32, 8)
     assert recipes.unsupported(good) is None
+    assert "3-bit weights" in str(recipes.unsupported(replace(good, weight_bits=3)))
     assert "6-bit weights" in str(recipes.unsupported(replace(good, weight_bits=6)))
     assert "4-bit activations" in str(recipes.unsupported(replace(good, activation_bits=4)))
     dense = SiteFormat(8, 64, True, activation_bits=8)

@@ -10,7 +10,7 @@ from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
 
-WEIGHT_BITS = (8, 4)
+WEIGHT_BITS = (8, 4, 3, 2)
 ACTIVATION_BITS = (8,)
 
 
@@ -18,8 +18,8 @@ def bit_steps(operator: str, unit: Unit, bits: Mapping[str, Any]) -> list[Step |
     """Steps for every combination of weight and activation bits; `None` for dense weights.
 
     Dense weights ignore the activation choice (there is no runtime format of float weights and
-    integer activations); embeddings have no activations. 8-bit weights have a scale per row, 4-bit
-    ones a scale per `group` columns (0: per row).
+    integer activations); embeddings have no activations. 8-bit weights have a scale per row, those
+    of fewer bits a scale per `group` columns (0: per row).
 
     Raises:
         UserError: for bits or a group that are not supported, naming what is.

@@ -23,9 +23,9 @@ class Gptq:
     """GPTQ with activation order and static, error-minimising scales."""
 
     name = "gptq"
-    summary = "Round weights to 8 or 4 bits; outputs on real inputs change least."
+    summary = "Round weights to 8, 4, 3 or 2 bits; outputs on real inputs change least."
     paper = "Frantar et al., 2022, GPTQ, arXiv:2210.17323"
-    choices = "bits.weights, bits.activations, bits.group (of 4-bit weights; 0: a whole row)"
+    choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
     stage: Stage = "bits"
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)

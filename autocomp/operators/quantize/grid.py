@@ -1,6 +1,6 @@
 """The quantisation grid: symmetric integer codes times a scale per row or per group of columns.
 
-8-bit codes run −127…127, 4-bit codes −8…7. Needs torch.
+8-bit codes run −127…127, 4-bit codes −8…7, 3-bit codes −4…3, 2-bit codes −2…1. Needs torch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from autocomp.core.unit import SiteFormat
 from autocomp.models.modules import CODE_RANGE, group_size, quantise
 from autocomp.operators.protocol import SiteState
 
-SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
-"""Fractions of the largest weight that a 4-bit scale is tried at."""
+SHRINK: dict[int, tuple[float, ...]] = {
+    bits: tuple(1.0 - 0.025 * step for step in range(tried))
+    for bits, tried in ((4, 20), (3, 28), (2, 34))
+}
+"""Weight bits → fractions of the largest weight a scale is tried at; fewer bits clip more."""
 
 _TINY = 1e-30
 _PIECE = 1 << 16
@@ -24,7 +27,7 @@ _PIECE = 1 << 16
 def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
     """Scales `(rows, groups)` for `weight (rows, columns)`.
 
-    8 bits: the largest weight over 127. 4 bits: the fraction of the largest weight that minimises
+    8 bits: the largest weight over 127. Fewer: the fraction of the largest weight that minimises
     the squared rounding error of the group. A group of zeros gets scale 1.
     """
     return torch.cat([_search(weight[rows], format) for rows in _row_slices(weight)])
@@ -47,7 +50,7 @@ def _search(weight: Tensor, format: SiteFormat) -> Tensor:
         return full
     best = full
     best_error = torch.full_like(full, float("inf"))
-    for shrink in SHRINK:
+    for shrink in SHRINK[format.weight_bits]:
         scales = full * shrink
         inverse = scales.reciprocal().unsqueeze(2)
         rounded = (grouped * inverse).round_().clamp_(low, high)

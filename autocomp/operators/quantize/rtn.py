@@ -11,14 +11,12 @@ from autocomp.operators.quantize.choices import bit_steps, quantised_formats
 
 
 class RoundToNearest:
-    """Symmetric round-to-nearest; at 4 bits the scale minimises the squared weight error."""
+    """Symmetric round-to-nearest; below 8 bits the scale minimises the squared weight error."""
 
     name = "rtn"
-    summary = "Round weights to the nearest of 8 or 4 bits; no calibration."
+    summary = "Round weights to the nearest of 8, 4, 3 or 2 bits; no calibration."
     paper = ""
-    choices = (
-        "bits.weights, bits.activations, bits.group (of 4-bit weights and tables; 0: a whole row)"
-    )
+    choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
     stage: Stage = "bits"
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
