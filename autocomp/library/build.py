@@ -233,11 +233,11 @@ def relative_errors(
 
 
 def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | None) -> float:
-    weight, after = reference.weight, site.weight
+    weight, after = reference.weight, _on_plain_inputs(site)
     if weight.shape != after.shape:
         assert site.kept_columns is not None
         after = torch.zeros_like(weight)
-        after[:, site.kept_columns] = site.weight
+        after[:, site.kept_columns] = _on_plain_inputs(site)
     if stats is None:
         return _relative_distance(weight, after)
     difference = weight - after
@@ -253,6 +253,11 @@ def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | No
     key = ("energy", id(weight), weight._version)
     energy = derived(stats.gram, key, lambda: (weight, output_error(weight, gram)))[1]
     return max(error, 0.0) / energy if energy > 0 else 0.0
+
+
+def _on_plain_inputs(site: SiteState) -> torch.Tensor:
+    """The weight as it acts on inputs that are not scaled."""
+    return site.weight if site.input_scale is None else site.weight * site.input_scale
 
 
 def _beginnings(entry: tuple[Option, str]) -> list[str]:

@@ -30,6 +30,8 @@ class SiteStateLike(Protocol):
     format: SiteFormat
     codes: torch.Tensor | None
     scales: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    input_range: tuple[float, float] | None
 
 
 def copy_for_surgery(model: Model) -> Model:
@@ -81,7 +83,15 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
 def _linear(site: SiteStateLike) -> nn.Module:
     if site.codes is not None:
         assert site.scales is not None
-        return QuantLinear(site.weight, site.bias, site.scales, site.format, site.codes)
+        return QuantLinear(
+            site.weight,
+            site.bias,
+            site.scales,
+            site.format,
+            site.codes,
+            input_scale=site.input_scale,
+            input_range=site.input_range,
+        )
     return dense_linear(site.weight, site.bias)
 
 

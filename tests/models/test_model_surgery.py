@@ -36,6 +36,8 @@ class State:
     format: SiteFormat
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    input_range: tuple[float, float] | None = None
 
 
 def _dense_state(model: nn.Module, unit: Unit) -> dict[str, State]:

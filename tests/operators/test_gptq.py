@@ -52,7 +52,9 @@ def textbook(
     return codes
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 32), (4, 16), (3, 64), (2, 128)])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(8, None), (4, None), (4, 32), (4, 16), (3, 64), (2, 128)]
+)
 def test_equals_the_textbook(bits: int, group: int | None) -> None:
     columns = 300  # more than two blocks, and no multiple of a group
     torch.manual_seed(0)
@@ -185,7 +187,9 @@ def test_scales_minimise_the_error_over_the_tried_ones(bits: int) -> None:
         for index, start in enumerate(range(0, 40, 16)):
             group = weight[row, start : start + 16].numpy().astype(np.float64)
             tried = np.abs(group).max() / high * np.array(SHRINK[bits])
-            errors = [np.sum((np.clip(np.round(group / s), low, high) * s - group) ** 2) for s in tried]
+            errors = [
+                np.sum((np.clip(np.round(group / s), low, high) * s - group) ** 2) for s in tried
+            ]
             chosen = scales[row, index]
             found = np.sum((np.clip(np.round(group / chosen), low, high) * chosen - group) ** 2)
             assert found <= min(errors) * (1 + 1e-5)

@@ -13,10 +13,20 @@ from autocomp.testing.operator_contract import OperatorContract
 
 ALL = Rule(
     structure={"heads": [1.0, 0.5, 0.25], "width": [1.0, 0.67, 0.34], "skip": True},
-    bits={"method": ["gptq", "rtn"], "weights": ["dense", 8, 4, 3, 2], "activations": ["dense", 8]},
+    bits={
+        "method": ["gptq", "rtn"],
+        "weights": ["dense", 8, 4, 3, 2],
+        "activations": ["dense", 8, "static"],
+    },
 )
 SMALL_GROUP = Rule(
-    bits={"method": ["gptq", "rtn"], "weights": [4], "activations": ["dense"], "group": 16}
+    bits={
+        "method": ["gptq", "rtn"],
+        "weights": [8, 4],
+        "activations": ["dense"],
+        "group": 16,
+        "per_site": True,
+    }
 )
 
 

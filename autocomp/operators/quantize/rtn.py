@@ -30,18 +30,19 @@ class RoundToNearest:
         self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
     ) -> dict[str, SiteFormat]:
         """Same shapes, fewer bits."""
-        return quantised_formats(formats, step)
+        return quantised_formats(unit, formats, step)
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Round every site."""
-        from autocomp.operators.quantize.grid import quantised_site, round_to_grid, search_scales
+        from autocomp.operators.quantize.finish import quantised_site
+        from autocomp.operators.quantize.grid import round_to_grid, search_scales
 
         formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
         result: UnitState = {}
         for name, site in state.items():
             scales = search_scales(site.weight, formats[name])
             codes = round_to_grid(site.weight, scales, formats[name])
-            result[name] = quantised_site(site, codes, scales, formats[name])
+            result[name] = quantised_site(site, codes, scales, formats[name], step, stats.get(name))
         return result
 
 
