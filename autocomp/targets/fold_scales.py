@@ -8,6 +8,8 @@ post-norm the residual reads it too: there the multiplication stays.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -19,12 +21,16 @@ _NORMS = ("LayerNormalization", "RMSNormalization")
 
 
 def fold_scales(graph: Graph) -> int:
-    """Fold what can be folded, in place; returns the number of norms that took over a vector."""
+    """Fold what can be folded; returns the number of norms that took over a vector.
+
+    Nodes that change are replaced by copies: the model `graph` was made from stays as it is.
+    """
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.nodes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    folded, gone = 0, set[int]()
+    folded: dict[str, Array] = {}  # output of a norm → what it takes over
+    alias: dict[str, str] = {}  # output of a multiplication → output of the norm
     for norm in graph.nodes:
         output = norm.output[0]
         if norm.op_type not in _NORMS or output in graph.outputs or not _plain(norm, graph):
@@ -34,18 +40,32 @@ def fold_scales(graph: Graph) -> int:
         first = vectors[0] if vectors else None
         if first is None or not all(v is not None and np.array_equal(v, first) for v in vectors):
             continue
-        for index in range(1, len(norm.input)):
-            if norm.input[index]:
-                value = numpy_helper.to_array(graph.initializers[norm.input[index]])
-                name = f"{output}.folded{index}"
-                graph.initializers[name] = numpy_helper.from_array(value * first, name)
-                norm.input[index] = name
-        for user in users:
-            graph.replace_uses(user.output[0], output)
-            gone.add(id(user))
-        folded += 1
-    graph.nodes = [node for node in graph.nodes if id(node) not in gone]
-    return folded
+        folded[output] = first
+        alias.update((user.output[0], output) for user in users)
+    graph.nodes = [
+        _changed(node, graph, folded, alias) for node in graph.nodes if node.output[0] not in alias
+    ]
+    return len(folded)
+
+
+def _changed(
+    node: onnx.NodeProto, graph: Graph, folded: Mapping[str, Array], alias: Mapping[str, str]
+) -> onnx.NodeProto:
+    """The node as it is afterwards: a copy if anything changes."""
+    vector = folded.get(node.output[0])
+    if vector is None and not any(name in alias for name in node.input):
+        return node
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    for index, name in enumerate(node.input):
+        copy.input[index] = alias.get(name, name)
+        if vector is not None and index and name:
+            weights = numpy_helper.to_array(graph.initializers[name]) * vector
+            copy.input[index] = f"{node.output[0]}.folded{index}"
+            graph.initializers[copy.input[index]] = numpy_helper.from_array(
+                weights, copy.input[index]
+            )
+    return copy
 
 
 def _plain(norm: onnx.NodeProto, graph: Graph) -> bool:

@@ -122,7 +122,11 @@ def test_a_skipped_unit_has_no_format() -> None:
         (head(), {"bits": {"weights": [8], "activations": [4]}}, "Allowed: dense, 8"),
         (head(), {"bits": {"weights": [4], "group": 33}}, "power of two"),
         (head(), {"bits": {"method": "gptqq", "weights": [8]}}, "Did you mean 'gptq'"),
-        (head(), {"bits": {"method": "heads", "weights": [8]}}, "Allowed in bits: gptq, rtn"),
+        (
+            head(),
+            {"bits": {"method": "heads", "weights": [8]}},
+            "Allowed in bits: awq, awq_gptq, gptq, hqq",
+        ),
     ],
 )
 def test_choices_that_make_no_sense(unit: Any, section: dict[str, Any], message: str) -> None:

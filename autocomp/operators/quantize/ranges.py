@@ -72,9 +72,9 @@ def _least_error(
 ) -> tuple[float, float]:
     """Ends of least expected squared error among `FRACTIONS` of `low` and of `high`.
 
-    A value outside costs its squared distance to the range, one inside a twelfth of a squared step
-    (zero costs nothing: it is exact). Sampled values count `weight` times, each column's extremes
-    once more, as a sample tends to miss them.
+    A value outside costs its squared distance to the range; one inside that is rounded to zero its
+    square, another a twelfth of a squared step. Sampled values count `weight` times, each column's
+    extremes once more, as a sample tends to miss them.
     """
     values = torch.cat([sample, extremes]).double()
     weights = torch.ones_like(values)
@@ -84,19 +84,23 @@ def _least_error(
     below = _beyond(-values, weights, -lows)  # (tried,)
     above = _beyond(values, weights, highs)
     step = (highs.unsqueeze(0) - lows.unsqueeze(1)) / 255.0  # (lows, highs)
-    rounding = step.square() / 12.0 * weights[values != 0].sum()
+    sizes, order = values.abs().sort()
+    counts, energy = _sums(weights[order]), _sums(weights[order] * sizes.square())
+    small = torch.searchsorted(sizes, step / 2.0)  # so many are rounded to zero
+    rounding = energy[small] + (counts[-1] - counts[small]) * step.square() / 12.0
     best = int((below.unsqueeze(1) + above.unsqueeze(0) + rounding).argmin())
     return float(lows[best // len(fractions)]), float(highs[best % len(fractions)])
 
 
 def _beyond(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Σ w (v − end)² over the values above each end; by sums from the largest value down."""
-    ordered, order = values.sort()
+    """Σ w (v − end)² over the values above each end."""
+    ordered, order = values.sort(descending=True)
     w = weights[order]
-    sums = [torch.cat([m.flip(0).cumsum(0).flip(0), m.new_zeros(1)]) for m in (w, w * ordered)]
-    squares = (w * ordered.square()).flip(0).cumsum(0).flip(0)
-    squares = torch.cat([squares, squares.new_zeros(1)])
-    first = torch.searchsorted(ordered, ends, right=True)
-    return (squares[first] - 2 * ends * sums[1][first] + ends.square() * sums[0][first]).clamp_min(
-        0.0
-    )
+    count = torch.searchsorted(-ordered, -ends)  # so many lie above
+    sums = [_sums(moment)[count] for moment in (w, w * ordered, w * ordered.square())]
+    return (sums[2] - 2 * ends * sums[1] + ends.square() * sums[0]).clamp_min(0.0)
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Of the first 0, 1, 2, … values."""
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])

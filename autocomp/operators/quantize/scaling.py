@@ -43,12 +43,16 @@ def awq_scale(sites: ScaledSites, gram: Tensor, count: int) -> Tensor:
     `gram (columns, columns)` is over `count` tokens. Channels without input count as the weakest.
     """
     energy = channel_energy(gram, count)
-    judged = [weight[_spread(len(weight))] for weight in sites.weights]
+    judged: dict[tuple[int, int | None], tuple[SiteFormat, list[Tensor]]] = {}
+    for weight, form in zip(sites.weights, sites.formats, strict=True):
+        _, parts = judged.setdefault((form.weight_bits, form.group), (form, []))
+        parts.append(weight[_spread(len(weight))])
+    alike = [(form, torch.cat(parts)) for form, parts in judged.values()]
     best, least = torch.ones_like(energy), float("inf")
     for alpha in ALPHAS:
         scale = power_scale(energy, alpha)
         error = 0.0
-        for weight, form in zip(judged, sites.formats, strict=True):
+        for form, weight in alike:
             error += output_error(weight - rounded(weight * scale, form) / scale, gram)
         if error < least:
             best, least = scale, error
