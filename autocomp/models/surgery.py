@@ -92,6 +92,8 @@ def _linear(site: SiteStateLike) -> nn.Module:
             input_scale=site.input_scale,
             input_range=site.input_range,
         )
+    if site.format.scaled or site.format.static:
+        raise ValueError(f"inputs are scaled or static before weights are quantised: {site.format}")
     return dense_linear(site.weight, site.bias)
 
 
