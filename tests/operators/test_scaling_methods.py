@@ -75,7 +75,7 @@ def test_half_quadratic_equals_the_textbook(bits: int, group: int | None) -> Non
     # A tie decided the other way in float32 sends a group elsewhere; nearly all go the same way.
     assert np.mean(agree) >= 0.8
     assert max(gain) <= 1 + 1e-5
-    assert np.mean(gain) < (1.0 if bits == 8 else 0.99)
+    assert np.mean(gain) < (1.0 if group is None else 0.99)
     assert np.mean(distance) < 1.2
 
 
@@ -227,7 +227,9 @@ def test_smooth_scale_is_the_published_one(migration: float) -> None:
     np.testing.assert_allclose(scale / scale[0], expected / expected[0], rtol=1e-4)
     assert found[readers[0]].codes is not None
     difference = (effective(found[readers[0]]) - state[readers[0]].weight).abs()
-    assert (difference <= found[readers[0]].scales / scale * 0.501).all()  # half a step
+    assert (
+        difference <= found[readers[0]].scales / torch.from_numpy(scale) * 0.501
+    ).all()  # half a step
 
 
 def test_smoothing_lessens_the_error_of_8_bit_activations() -> None:
