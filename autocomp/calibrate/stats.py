@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VERSION = 2
 """Raised when statistics gain or change a part: earlier files are then gathered again."""
 
-_VALUES = ("low", "high", "sample")
+_OPTIONAL = ("rows", "low", "high", "sample")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class SiteStats:
         gram: float32 `(columns, columns)`, the sum of x xᵀ over `count` real tokens.
         mean: float32 `(columns,)`, mean input.
         count: tokens seen.
+        rows: of a table, int64 `(rows,)`: how often each row was looked up; Gram matrix and mean
+            are empty then.
         low, high: float32 `(columns,)`, smallest and largest input of each column.
         sample: float32 `(n, columns)`, inputs of some of the tokens; see `calibrate.values`.
     """
@@ -40,13 +42,14 @@ class SiteStats:
     gram: torch.Tensor
     mean: torch.Tensor
     count: int
+    rows: torch.Tensor | None = None
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
     sample: torch.Tensor | None = None
 
 
 UnitStats = Mapping[str, SiteStats]
-"""Site name → statistics; embeddings have none."""
+"""Site name → statistics; tables have `rows` alone, or none."""
 
 
 def save_stats(path: Path, stats: UnitStats) -> None:
@@ -64,7 +67,7 @@ def save_stats(path: Path, stats: UnitStats) -> None:
         slot = slots.setdefault(id(site.gram), len(slots))
         tensors[f"gram.{slot}"] = site.gram.contiguous()
         tensors[f"mean.{slot}"] = site.mean.contiguous()
-        for part in _VALUES:
+        for part in _OPTIONAL:
             value = getattr(site, part)
             if value is not None:
                 tensors[f"{part}.{slot}"] = value.contiguous()
@@ -99,7 +102,7 @@ def load_stats(path: Path) -> dict[str, SiteStats]:
             gram=tensors[f"gram.{entry['slot']}"],
             mean=tensors[f"mean.{entry['slot']}"],
             count=entry["count"],
-            **{part: tensors.get(f"{part}.{entry['slot']}") for part in _VALUES},
+            **{part: tensors.get(f"{part}.{entry['slot']}") for part in _OPTIONAL},
         )
         for name, entry in sites.items()
     }

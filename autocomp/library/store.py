@@ -69,7 +69,14 @@ class _Recent:
         self._tensors = [
             tensor
             for site in state.values()
-            for tensor in (site.weight, site.bias, site.codes, site.scales, site.input_scale)
+            for tensor in (
+                site.weight,
+                site.bias,
+                site.codes,
+                site.scales,
+                site.row_of,
+                site.input_scale,
+            )
             if tensor is not None
         ]
         self._versions = [tensor._version for tensor in self._tensors]
@@ -283,6 +290,8 @@ def _pack(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             "kept_columns": site.kept_columns,
             "input_scale": site.input_scale,
             "input_range": None if site.input_range is None else torch.tensor(site.input_range),
+            "kept_rows": site.kept_rows,
+            "row_of": site.row_of,
         }
         if site.codes is None:
             parts["weight"] = site.weight
@@ -313,6 +322,8 @@ def _unpack(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Un
             kept_columns=tensors.get(f"{name}|kept_columns"),
             input_scale=tensors.get(f"{name}|input_scale"),
             input_range=None if ends is None else (float(ends[0]), float(ends[1])),
+            kept_rows=tensors.get(f"{name}|kept_rows"),
+            row_of=tensors.get(f"{name}|row_of"),
         )
     return state
 

@@ -13,8 +13,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autocomp.core.errors import InternalError
+from autocomp.core.factors import second_of
 from autocomp.targets import recipes
 from autocomp.targets.fold_scales import fold_scales
+from autocomp.targets.factors import split_factors
 from autocomp.targets.graph import Graph, attribute, fold_zeros
 from autocomp.targets.inputs import Inputs
 from autocomp.targets.skeleton_format import DOMAIN, OPSET
@@ -32,7 +34,8 @@ def lower(
 
     Args:
         skeleton: from `export_skeleton`.
-        weights: site name → weights, `None` where skipped.
+        weights: site name → weights, `None` where skipped. A site X that is there as the factors
+            `X.first` and `X.second` is not asked for.
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
 
@@ -40,6 +43,7 @@ def lower(
         InternalError: if shapes do not fit, or every way to the output is skipped.
     """
     graph = Graph(skeleton)
+    split_factors(graph, weights)
     sites = {
         node.output[0]: str(attribute(node, "site"))
         for node in graph.nodes
@@ -143,7 +147,7 @@ def _heads(
     node: onnx.NodeProto, which: str, head_dim: int, present: Mapping[str, SiteWeights]
 ) -> int:
     site = str(attribute(node, which))
-    rows = present[site].format.rows
+    rows = present[site if site in present else second_of(site)].format.rows
     if rows % head_dim:
         raise InternalError(f"{site}: {rows} rows are no whole number of {head_dim}-wide heads")
     return rows // head_dim

@@ -9,14 +9,22 @@ from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators import OPERATORS
 from autocomp.operators.protocol import Operator, Rule, Stage, UnitState, UnitStats
-from autocomp.testing.operator_contract import OperatorContract
+from autocomp.testing.operator_contract import USED_ROWS, OperatorContract
 
 METHODS = ["gptq", "rtn", "hqq", "awq", "awq_gptq", "smoothquant"]
-STRUCTURE = {"heads": [1.0, 0.5, 0.25], "width": [1.0, 0.67, 0.34], "skip": True}
+STRUCTURE = {
+    "heads": [1.0, 0.5, 0.25],
+    "width": [1.0, 0.67, 0.34],
+    "skip": True,
+    "rank": [1.0, 0.6],
+}
 EIGHT = Rule(
     bits={"method": METHODS, "weights": ["dense", 8], "activations": [8, "static"]},
 )
 FOUR = Rule(bits={"method": METHODS, "weights": [4], "activations": ["dense"], "group": 16})
+
+
+VOCABULARY = Rule(structure={"vocabulary": {"keep": len(USED_ROWS), "unknown": 3}})
 
 
 class TestRegistered(OperatorContract):
@@ -26,7 +34,7 @@ class TestRegistered(OperatorContract):
 
     def rules(self) -> list[Rule]:
         structure = [Rule(structure={name: choice}) for name, choice in STRUCTURE.items()]
-        return [*structure, EIGHT, FOUR]
+        return [*structure, EIGHT, FOUR, VOCABULARY]
 
 
 class TestUneven(OperatorContract):

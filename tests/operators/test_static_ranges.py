@@ -29,7 +29,8 @@ from autocomp.testing.operator_contract import (
 def stats_of(inputs: torch.Tensor, sampled: int | None = None) -> SiteStats:
     low, high = torch.aminmax(inputs, dim=0)
     sample = inputs[: sampled or len(inputs)]
-    return SiteStats(inputs.T @ inputs, inputs.mean(0), len(inputs), low, high, sample)
+    gram, mean = inputs.T @ inputs, inputs.mean(0)
+    return SiteStats(gram, mean, len(inputs), low=low, high=high, sample=sample)
 
 
 def through(x: np.ndarray, low: float, high: float) -> np.ndarray:
