@@ -34,6 +34,8 @@ class SiteStateLike(Protocol):
     format: SiteFormat
     codes: torch.Tensor | None
     scales: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    input_range: tuple[float, float] | None
     mask: torch.Tensor | None
     kept_rows: torch.Tensor | None
     row_of: torch.Tensor | None
@@ -99,8 +101,17 @@ def _linear(site: SiteStateLike) -> nn.Module:
     if site.codes is not None:
         assert site.scales is not None
         return QuantLinear(
-            site.weight, site.bias, site.scales, site.format, site.codes, mask=site.mask
+            site.weight,
+            site.bias,
+            site.scales,
+            site.format,
+            site.codes,
+            input_scale=site.input_scale,
+            input_range=site.input_range,
+            mask=site.mask,
         )
+    if site.format.scaled or site.format.static:
+        raise ValueError(f"inputs are scaled or static before weights are quantised: {site.format}")
     if site.mask is not None:
         return SparseLinear(site.weight, site.bias, site.mask, site.format)
     return dense_linear(site.weight, site.bias)

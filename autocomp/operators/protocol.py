@@ -68,6 +68,10 @@ class SiteState:
     kept_rows: torch.Tensor | None = None
     row_of: torch.Tensor | None = None
 
+    def on_plain_inputs(self) -> torch.Tensor:
+        """The weight as it acts on inputs that are not scaled, `(rows, columns)`."""
+        return self.weight if self.input_scale is None else self.weight * self.input_scale
+
 
 UnitState = dict[str, SiteState]
 """Site name → state. An empty dictionary is a skipped unit."""
@@ -79,7 +83,8 @@ class Rule:
 
     `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
     `sparsity`: `{"method": "sparsegpt", "levels": [0.0, 0.5, "2:4"]}`.
-    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`.
+    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`;
+    also `range`, `migration`, `per_site`.
     """
 
     structure: Mapping[str, Any] = field(default_factory=dict)

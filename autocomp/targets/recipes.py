@@ -5,12 +5,15 @@ A *recipe* is chosen from the format and the number of tokens of a run. Measured
 115, 8-bit with float activations 290. Hence:
 
     float      fp32 weights, MatMul + Add
-    int8       8-bit activations: DynamicQuantizeLinear shared by the sites that read one tensor,
-               MatMulIntegerToFloat; a scale per row. Fewer bits are stored as such and widened
-               to int8 rows when the session is made
+    int8       8-bit activations: DynamicQuantizeLinear (QuantizeLinear where the range is fixed)
+               shared by the sites that read one tensor, MatMulIntegerToFloat; a scale per row.
+               Fewer bits are stored as such and widened to int8 rows when the session is made
     unpacked   float activations: integer weights stored, made float when the session is made:
                small on disk, as fast as float
     nbits      few tokens (decoding): MatMulNBits, which reads the small weights from memory
+
+Scaled inputs are multiplied by their vector first, once for the sites that share it; `unpacked`
+multiplies the weight instead, as the session is made.
 
 How fewer than 8 bits, and sparse weights, are stored and unpacked at load is in `storage`.
 
@@ -27,6 +30,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
+from autocomp.targets.inputs import Inputs
 from autocomp.targets.storage import (
     NARROW_BITS,
     Builder,
@@ -68,6 +72,8 @@ _NODE_BYTES = {
 """Names, shapes and attributes of a lowered site in the file, about, unpacking aside."""
 
 _GROUPED_BYTES = {"int8": 350, "unpacked": 450}
+_SCALED_BYTES, _STATIC_BYTES = 150, 200
+"""Of the nodes and constants that scale inputs, that quantise them to a fixed range; about."""
 
 
 def recipe(format: SiteFormat, tokens: int) -> Recipe:
@@ -76,7 +82,7 @@ def recipe(format: SiteFormat, tokens: int) -> Recipe:
         return "gather" if format.weight_bits == 32 else "gather-blocks"
     if format.weight_bits == 32:
         return "float"
-    packed = format.weight_bits in (8, 4) and format.nonzeros is None
+    packed = format.weight_bits in (8, 4) and format.nonzeros is None and not format.static
     if tokens < FEW_TOKENS and packed and _block(format) is not None:
         return "nbits"
     return "int8" if format.activation_bits == 8 else "unpacked"
@@ -89,6 +95,10 @@ def unsupported(format: SiteFormat, tokens: int = FEW_TOKENS) -> str | None:
         return f"{bits}-bit weights have no kernel; available: dense, 8, 4, 3, 2"
     if format.activation_bits not in (32, 8):
         return f"{format.activation_bits}-bit activations have no kernel; available: dense, 8"
+    if format.static and format.activation_bits != 8:
+        return "a static range needs 8-bit activations"
+    if bits == 32 and format.scaled:
+        return "scaled inputs need quantised weights"
     if bits == 32 and format.activation_bits == 8:
         return f"8-bit activations need weights of {', '.join(map(str, (8, *NARROW_BITS)))} bits"
     if format.embedding:
@@ -137,11 +147,19 @@ def _groups(format: SiteFormat) -> int:
 
 
 def size_bytes(format: SiteFormat, tokens: int) -> int:
-    """Bytes on disk of a site in this format."""
+    """Bytes on disk of a site in this format.
+
+    A vector that scales inputs counts at every site that reads them, though sites share it and
+    norms take it over: the file may be that much smaller.
+    """
     rows, columns = format.rows, format.columns
     bias = 4 * rows if format.bias else 0
     kind = recipe(format, tokens)
     size = bias + _NODE_BYTES[kind]
+    if format.scaled:
+        size += 4 * columns + _SCALED_BYTES
+    if format.static:
+        size += _STATIC_BYTES
     groups = _groups(format)
     match kind:
         case "float":
@@ -202,17 +220,15 @@ def lower_linear(
     x: str,
     output: str,
     tokens: int,
-    quantised_input: Sequence[str] | None,
+    inputs: Inputs,
 ) -> Piece:
-    """A linear layer `(…, columns)` → `(…, rows)`.
-
-    `quantised_input` names codes, scale and zero point of `x` when other sites share them.
-    """
+    """A linear layer `(…, columns)` → `(…, rows)`; `inputs` makes what it reads of `x`."""
     kind = recipe(weights.format, tokens)
     if kind == "int8":
-        return _int8(site, weights, x, output, quantised_input)
+        codes = inputs.codes(x, weights)
+        return _int8(site, weights, inputs.scaled(x, weights), output, codes)
     if kind == "nbits":
-        return _nbits(site, weights, x, output)
+        return _nbits(site, weights, inputs.scaled(x, weights), output)
     piece = Piece()
     if kind == "float":
         assert weights.weight is not None
@@ -285,7 +301,8 @@ def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     rows, columns = spec.rows, spec.columns
     if scales.shape[1] == 1:
         wide = build.matrix(codes, mask, spec.weight_bits, TensorProto.FLOAT)
-        return build.node("Mul", [wide, build.constant(scales[:, 0], "scales")])
+        matrix = build.node("Mul", [wide, build.constant(scales[:, 0], "scales")])
+        return _on_plain_inputs(build, weights, matrix)
     groups, width = grouped_shape(spec)
     padding = ((0, groups * width - columns), (0, 0))
     shape = (groups, width, rows)
@@ -300,10 +317,17 @@ def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     wide = build.matrix(codes, mask, spec.weight_bits, TensorProto.FLOAT)
     scaled = build.node("Mul", [wide, factor])
     matrix = build.node("Reshape", [scaled, build.shape((groups * width, rows), "matrix")])
-    if groups * width == columns:
+    if groups * width != columns:
+        ends = [build.shape((0,), "start"), build.shape((columns,), "stop")]
+        matrix = build.node("Slice", [matrix, *ends])
+    return _on_plain_inputs(build, weights, matrix)
+
+
+def _on_plain_inputs(build: Builder, weights: SiteWeights, matrix: str) -> str:
+    """`matrix (columns, rows)` with the vector of scaled inputs multiplied in, also at load."""
+    if weights.input_scale is None:
         return matrix
-    ends = [build.shape((0,), "start"), build.shape((columns,), "stop")]
-    return build.node("Slice", [matrix, *ends])
+    return build.node("Mul", [matrix, build.constant(weights.input_scale[:, None], "channels")])
 
 
 def _nbits(site: str, weights: SiteWeights, x: str, output: str) -> Piece:

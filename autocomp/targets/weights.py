@@ -31,6 +31,8 @@ class SiteWeights:
         codes: int8 `(rows, columns)` when quantised.
         scales: float32 `(rows, groups)` when quantised.
         bias: float32 `(rows,)` or `None`.
+        input_scale: float32 `(columns,)` where the format is scaled, else `None`.
+        input_range: smallest and largest input where the format is static, else `None`.
         mask: bool `(rows, columns)` when sparse, true at the weights that are stored.
     """
 
@@ -39,6 +41,8 @@ class SiteWeights:
     codes: Array | None = None
     scales: Array | None = None
     bias: Array | None = None
+    input_scale: Array | None = None
+    input_range: tuple[float, float] | None = None
     mask: Array | None = None
 
     def dequantised(self) -> Array:
@@ -83,6 +87,15 @@ def model_weights(model: nn.Module) -> Provider:
             left = dense if mask is None else module.format
             return SiteWeights(left, weight=_array(module.weight), bias=bias, mask=mask)
         scales = _array(module.scales).reshape(rows, -1)
+        input_scale = getattr(module, "input_scale", None)
+        return SiteWeights(
+            module.format,
+            codes=_array(module.codes()),
+            scales=scales,
+            bias=bias,
+            input_scale=None if input_scale is None else _array(input_scale),
+            input_range=getattr(module, "input_range", None),
+        )
         codes = _array(module.codes())
         return SiteWeights(module.format, codes=codes, scales=scales, bias=bias, mask=mask)
 
@@ -125,6 +138,14 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
             return SiteWeights(spec, weight=weight, bias=bias, mask=mask)
         groups = -(-spec.columns // (spec.group or spec.columns))
         scales = np.full((spec.rows, groups), 0.06 / 2 ** (spec.weight_bits - 1), np.float32)
+        return SiteWeights(
+            spec,
+            codes=np.resize(codes[spec.weight_bits], shape),
+            scales=scales,
+            bias=bias,
+            input_scale=np.full(spec.columns, 0.5, np.float32) if spec.scaled else None,
+            input_range=(-4.0, 4.0) if spec.static else None,
+        )
         made_up = np.resize(codes[spec.weight_bits], shape)
         made_up = made_up if mask is None else made_up * mask
         return SiteWeights(spec, codes=made_up, scales=scales, bias=bias, mask=mask)
