@@ -149,12 +149,14 @@ def test_one_solve_beats_sparsity_then_rounding(level: float | str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("bits", ["rtn", "gptq"])
+@pytest.mark.parametrize("bits", ["rtn", "gptq", "hqq", "awq", "awq_gptq", "smoothquant"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bits_hold_the_mask(method: str, bits: str, level: float | str) -> None:
     unit = attention(kv_heads=2)
     state, stats = example_state(unit), example_stats(unit)
-    step = Step.of(bits, weights=4, activations=8, group=16)
+    weights, group = (8, 0) if bits == "smoothquant" else (4, 16)
+    more = {"migration": 0.5} if bits == "smoothquant" else {}
+    step = Step.of(bits, weights=weights, activations=8, group=group, **more)
     option = sparse(method, level, step)
     formats = option_formats(unit, option)
     for name, site in apply_option(unit, state, option, stats).items():
