@@ -82,6 +82,10 @@ class Layout:
         keys: config keys of the dimensions.
         defaults: values of config keys that config.json may leave out.
         unsupported: config key → value this entry does not describe.
+        leading_tokens: tokens before an image's patches (class token, registers); 0 for text.
+            Above 0, a block is `x + scale(module(norm(x)))` twice, with the norm first among a
+            sublayer's `identity`, and its tokens can be merged or dropped between the two.
+        averaged: the norm, inside the base model, whose patch tokens the head takes the mean of.
         tied: config key that says that the head shares the embedding's weight.
         renames: (module name, name in older checkpoints) fragments; transformers converts these
             on load, and writes the older ones on save.
@@ -98,6 +102,8 @@ class Layout:
     keys: ConfigKeys = field(default_factory=ConfigKeys)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unsupported: Mapping[str, Any] = field(default_factory=dict)
+    leading_tokens: int = 0
+    averaged: str | None = None
     tied: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
 
@@ -172,6 +178,7 @@ VIT = Layout(
     ),
     heads={"image-classification": (SiteSpec("head", "classifier", "labels", "hidden"),)},
     defaults={"qkv_bias": True},
+    leading_tokens=1,
     renames=(
         ("layers.", "encoder.layer."),
         ("attention.q_proj", "attention.attention.query"),
@@ -204,6 +211,8 @@ DINOV2 = Layout(
     keys=ConfigKeys(width_ratio="mlp_ratio"),
     defaults={"qkv_bias": True, "mlp_ratio": 4},
     unsupported={"use_swiglu_ffn": True},
+    leading_tokens=1,
+    averaged="layernorm",
     renames=(
         ("attention.q_proj", "attention.attention.query"),
         ("attention.k_proj", "attention.attention.key"),

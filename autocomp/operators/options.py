@@ -1,21 +1,30 @@
 """From a rule of the spec to the options of a unit, and from an option to formats and weights.
 
-An option takes at most one step per stage (structure, then sparsity, then bits). Within a stage the
+An option takes at most one step per stage (structure, then tokens, sparsity, bits). Within a stage the
 operators named by the rule are alternatives; leaving a stage out is offered when every operator
 that has a choice there allows it. Torch is imported only when an option is applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
 from autocomp.core.registry import Registry
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, dense_format
-from autocomp.operators.protocol import STAGES, Operator, Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import (
+    STAGES,
+    Operator,
+    Rule,
+    Stage,
+    TokenOperator,
+    UnitState,
+    UnitStats,
+)
 from autocomp.spec.schema import RuleSection
 
 OPERATORS: Registry[Operator] = Registry(
@@ -24,6 +33,8 @@ OPERATORS: Registry[Operator] = Registry(
         "heads": "autocomp.operators.prune.heads:OPERATOR",
         "width": "autocomp.operators.prune.width:OPERATOR",
         "skip": "autocomp.operators.prune.skip:OPERATOR",
+        "tome": "autocomp.operators.tokens.tome:OPERATOR",
+        "token_prune": "autocomp.operators.tokens.token_prune:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
         "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
     },
@@ -37,7 +48,11 @@ def rule_of(section: RuleSection) -> Rule:
         for name, value in section.structure.model_dump().items()
         if value is not None and value is not False
     }
-    return Rule(structure=structure, bits=section.bits.model_dump())
+    return Rule(
+        structure=structure,
+        tokens={} if section.tokens is None else section.tokens.model_dump(),
+        bits=section.bits.model_dump(),
+    )
 
 
 def unit_options(unit: Unit, rule: Rule) -> list[Option]:
@@ -59,6 +74,44 @@ def option_formats(unit: Unit, option: Option) -> dict[str, SiteFormat]:
     for step in option.steps:
         formats = OPERATORS.get(step.operator).formats(unit, formats, step)
     return formats
+
+
+def token_reduction(unit: Unit, option: Option) -> TokenReduction | None:
+    """How `option` shortens the sequence behind `unit`; `None` if it does not."""
+    for step in option.steps:
+        operator = OPERATORS.get(step.operator)
+        if operator.stage == "tokens":
+            return cast(TokenOperator, operator).reduction(unit, step)
+    return None
+
+
+def tokens_kept(unit: Unit, step: Step, tokens: int) -> int:
+    """How many of `tokens` tokens `step` leaves to the units behind `unit`."""
+    reduction = token_reduction(unit, Option((step,)))
+    return tokens if reduction is None else reduction.kept(tokens)
+
+
+def sequence_lengths(
+    units: Iterable[Unit], options: Mapping[str, Option], tokens: int
+) -> dict[str, int]:
+    """Unit name → tokens it sees when the first unit sees `tokens`.
+
+    Args:
+        units: in model order.
+        options: unit name → option; a unit that is not named is dense.
+    """
+    seen: dict[str, int] = {}
+    for unit in units:
+        seen[unit.name] = tokens
+        for step in options.get(unit.name, Option()).steps:
+            tokens = tokens_kept(unit, step, tokens)
+    return seen
+
+
+def weight_option(option: Option) -> Option:
+    """`option` without the steps that change no weight: what the library builds and stores."""
+    steps = [step for step in option.steps if OPERATORS.get(step.operator).stage != "tokens"]
+    return Option(tuple(steps))
 
 
 def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats) -> UnitState:
@@ -94,6 +147,8 @@ def _named(rule: Rule, stage: Stage) -> list[str]:
     """Names of the operators the rule mentions in this stage."""
     if stage == "structure":
         return list(rule.structure)
+    if stage == "tokens":
+        return _as_list(rule.tokens.get("method", [])) if rule.tokens else []
     if stage == "bits":
         return _as_list(rule.bits.get("method", [])) if rule.bits else []
     return []

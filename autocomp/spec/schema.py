@@ -150,6 +150,18 @@ class StructureSection(_Section):
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
 
 
+class TokensSection(_Section):
+    """Shortening the sequence of patch tokens behind an attention sublayer (vision)."""
+
+    method: str | list[str] = Field("tome", description="Token operator(s): tome, token_prune.")
+    ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Shares of the patch tokens then present that are merged or dropped; 0.0 "
+        "leaves all.",
+    )
+
+
 class BitsSection(_Section):
     """Precision choices."""
 
@@ -170,6 +182,7 @@ class RuleSection(_Section):
 
     match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
     structure: StructureSection = StructureSection()
+    tokens: TokensSection | None = None
     bits: BitsSection = BitsSection()
 
 

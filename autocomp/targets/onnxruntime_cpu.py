@@ -20,6 +20,7 @@ from autocomp.core.files import write_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.targets.fingerprint import describe_cpu
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
@@ -128,20 +129,26 @@ class OnnxRuntimeTarget:
         self, skeleton: onnx.ModelProto, model: nn.Module, units: Sequence[Unit]
     ) -> onnx.ModelProto:
         """The graph of a stitched model; units that were skipped in it leave no node."""
+        from autocomp.models.tokens import model_reductions
         from autocomp.targets.weights import model_parameters, model_weights
 
-        return self.lower_weights(skeleton, model_weights(model), model_parameters(model))
+        return self.lower_weights(
+            skeleton, model_weights(model), model_parameters(model), model_reductions(model)
+        )
 
     def lower_weights(
         self,
         skeleton: onnx.ModelProto,
         weights: Provider,
         parameters: Mapping[str, Array] | None = None,
+        reductions: Mapping[str, TokenReduction] | None = None,
     ) -> onnx.ModelProto:
         """`lower` from a provider of weights instead of a torch model."""
         from autocomp.targets.lower import lower
 
-        return lower(skeleton, weights, tokens=self.tokens, parameters=parameters)
+        return lower(
+            skeleton, weights, tokens=self.tokens, parameters=parameters, reductions=reductions
+        )
 
     def write(self, lowered: onnx.ModelProto, directory: Path) -> Artifact:
         """`model.onnx` in `directory`, with `model.onnx.data` beside it above 2 GB.
