@@ -14,10 +14,17 @@ from typing import Any
 
 from autocomp.core.candidate import Option
 from autocomp.core.errors import UserError
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.discover import find_units, tensor_keys
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
-from autocomp.operators import OPERATORS, option_formats, rule_of, unit_options
+from autocomp.operators import (
+    OPERATORS,
+    option_formats,
+    rule_of,
+    token_reduction,
+    unit_options,
+)
 from autocomp.search.space import Space
 from autocomp.spec.loader import LoadedSpec, load_spec
 from autocomp.spec.names import check_names, match_rules
@@ -72,6 +79,17 @@ class Plan:
             for unit in self.units
         }
 
+    @cached_property
+    def reductions(self) -> dict[str, dict[str, TokenReduction]]:
+        """Unit name → option key → what the option does to the sequence; units without are out."""
+        found: dict[str, dict[str, TokenReduction]] = {}
+        for unit in self.units:
+            for option in self.options[unit.name]:
+                reduction = token_reduction(unit, option)
+                if reduction is not None:
+                    found.setdefault(unit.name, {})[option.key] = reduction
+        return found
+
     @property
     def rest_bytes(self) -> int:
         """Bytes of the float32 tensors that belong to no unit: norms, positions, a patch conv."""
@@ -99,6 +117,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         {
             "task.name": ("tasks", TASKS.names()),
             "space[*].bits.method": ("operators", OPERATORS.names()),
+            "space[*].tokens.method": ("operators", OPERATORS.names()),
         },
     )
     if target_name(spec.target) not in TARGETS:
@@ -129,6 +148,12 @@ def _options(
     except UserError as error:
         raise loaded.source.error_at(("space", rule), f"{unit.name}: {error}") from error
     for option in options:
+        reduction = token_reduction(unit, option)
+        reason = None if reduction is None else target.tokens_supported(reduction)
+        if reason is not None:
+            raise loaded.source.error_at(
+                ("space", rule), f"{unit.name}, {option.label()}: {target.name} {reason}"
+            )
         for left in option_formats(unit, option).values():
             reason = target.formats_supported(left)
             if reason is not None:

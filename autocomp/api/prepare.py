@@ -230,6 +230,7 @@ def prepare_cost_table(
         plan.units,
         plan.formats,
         Companions(study.paths.companions).inputs,
+        reductions=plan.reductions,
         seed=plan.spec.search.seed,
         progress=progress.advance,
     )

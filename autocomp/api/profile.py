@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,12 @@ def profile(
         "estimated": {
             "dense": None if dense is None else _costs(dense.latency_ms, dense.size_bytes),
             "smallest": _costs(
-                predictor.base_latency_ms
-                + sum(
-                    min(predictor.latency_ms(u.name, o) for o in plan.options[u.name])
-                    for u in plan.units
-                ),
+                predictor.predict(
+                    {
+                        u.name: min(plan.options[u.name], key=partial(predictor.latency_ms, u.name))
+                        for u in plan.units
+                    }
+                ).latency_ms,
                 predictor.base_size_bytes
                 + sum(
                     min(predictor.size_bytes(u.name, o) for o in plan.options[u.name])

@@ -1,9 +1,9 @@
-"""Fewer tokens from a layer on: merging (ToMe) and dropping (EViT) of patch tokens in a torch model.
+"""Fewer tokens from a layer on: merging (ToMe) and dropping (EViT) of an image's patch tokens.
 
-A block of a vision model is `x + attention(norm(x))`, then `x + ffn(norm(x))`. `install_tokens` puts
-a `TokenBlock` in its place, which holds the same modules under the same names and shortens the
-sequence between the two. How many tokens go follows from how many arrive, never from their values:
-shapes stay static.
+A block of a vision model is `x + attention(norm(x))`, then `x + ffn(norm(x))`. `install_tokens`
+puts a `TokenBlock` in its place, which holds the same modules under the same names and shortens
+the sequence between the two. How many tokens go follows from how many arrive, never from their
+values: shapes stay static.
 
 A merged token stands for several patches. That number, its *size*, weighs later merges and the mean
 over patch tokens where a head takes one (DINOv2), so that each patch counts once, as it did before;
@@ -62,7 +62,7 @@ class TokenBlock(nn.Module):
     ) -> torch.Tensor:
         """`(B, T, C)` → `(B, T', C)`."""
         if attention_mask is not None:
-            raise ValueError("tokens are merged or dropped in models without an attention mask only")
+            raise ValueError("tokens are merged or dropped only where no attention mask is given")
         with self._outputs("query") as queries, self._outputs("key") as keys:
             x = self._sublayer(self._attention, hidden_states, **kwargs)
         if queries and keys:
@@ -114,14 +114,12 @@ class ReduceTokens(nn.Module):
         self.unit, self.reduction, self.head_dim = unit, reduction, head_dim
         self.sizes, self.first = sizes, first
 
-    def forward(
-        self, x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """`(B, T, C)`, and projections `(B, T, H·D)`, → `(B, reduction.kept(T), C)`."""
         sizes = None if self.first else self.sizes.now
         removed = self.reduction.removed(x.shape[1])
         if removed and self.reduction.method == "tome":
-            metric = keys.detach().unflatten(-1, (-1, self.head_dim)).mean(dim=2)
+            metric = _by_head(keys.detach(), self.head_dim).mean(dim=2)
             x, sizes = merge_tokens(x, metric, removed, self.reduction.protected, sizes)
         elif removed:
             attention = class_attention(queries.detach(), keys.detach(), self.head_dim)
@@ -212,10 +210,15 @@ def class_attention(queries: torch.Tensor, keys: torch.Tensor, head_dim: int) ->
 
     `queries`, `keys`: `(B, T, H·D)`.
     """
-    query = queries[:, :1].unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, H, 1, D)
-    key = keys.unflatten(-1, (-1, head_dim)).permute(0, 2, 3, 1)  # (B, H, D, T)
-    scores = (query @ key) * head_dim**-0.5
+    query = _by_head(queries[:, :1], head_dim).transpose(1, 2)  # (B, H, 1, D)
+    key = _by_head(keys, head_dim).permute(0, 2, 3, 1)  # (B, H, D, T)
+    scores: torch.Tensor = (query @ key) * head_dim**-0.5
     return scores.softmax(dim=-1).mean(dim=1)[:, 0]
+
+
+def _by_head(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`(B, T, H·D)` → `(B, T, H, D)`."""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
 def drop_tokens(

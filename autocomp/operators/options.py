@@ -1,8 +1,8 @@
 """From a rule of the spec to the options of a unit, and from an option to formats and weights.
 
-An option takes at most one step per stage (structure, then tokens, sparsity, bits). Within a stage the
-operators named by the rule are alternatives; leaving a stage out is offered when every operator
-that has a choice there allows it. Torch is imported only when an option is applied.
+An option takes at most one step per stage (structure, then tokens, sparsity, bits). Within a
+stage the operators named by the rule are alternatives; leaving a stage out is offered when every
+operator that has a choice there allows it. Torch is imported only when an option is applied.
 """
 
 from __future__ import annotations

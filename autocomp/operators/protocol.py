@@ -76,13 +76,13 @@ class Rule:
     """The part of a spec's space rule that operators read; one entry per axis.
 
     `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
-    `tokens`: `{"method": "tome", "ratios": [0.0, 0.1]}`; empty where none is asked for.
     `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`.
+    `tokens`: `{"method": "tome", "ratios": [0.0, 0.1]}`; empty where none is asked for.
     """
 
     structure: Mapping[str, Any] = field(default_factory=dict)
-    tokens: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Operator(Protocol):

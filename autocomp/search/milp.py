@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 Weights = Sequence[NDArray[np.float64]]
 """One array of option scores per unit; `inf` forbids an option."""
 
+_CORRECTIONS = 6
+"""How often a solution is corrected for what linear terms miss."""
+_LEAST_STEP = 0.01
+"""Each correction is at least this share of the limit."""
+
 _NAMES = {"latency_ms": "latency", "size_bytes": "size", "peak_memory_bytes": "peak memory"}
 
 
@@ -43,7 +48,31 @@ def solve(
         limits: upper limit per metric.
         avoid: (vector, distance) pairs: the result differs from each in at least that many units.
         seconds: time limit; the best solution found by then is returned.
+
+    Where the costs are not linear, the solution is solved for again with what the terms missed in
+    the last one, until it is within the limits.
     """
+    missed = 0.0
+    for _ in range(1 if costs.linear else _CORRECTIONS):
+        vector = _solve_linear(weights, costs, limits, missed, avoid, seconds)
+        if vector is None or costs.fits(vector, limits):
+            return vector
+        step = _LEAST_STEP * limits.get("latency_ms", 0.0)
+        missed = max(missed + step, costs.interaction(vector))
+    if costs.linear:  # known to happen: scipy#24141
+        logger.warning("the solver returned a solution outside the limits; it is dropped")
+    return None
+
+
+def _solve_linear(
+    weights: Weights,
+    costs: Costs,
+    limits: Limits,
+    missed_ms: float,
+    avoid: Sequence[tuple[Vector, int]],
+    seconds: float,
+) -> Vector | None:
+    """`solve` for the linear terms; `missed_ms` of latency is added to every candidate's."""
     counts = [len(row) for row in weights]
     flat = np.concatenate(list(weights))
     allowed = np.isfinite(flat)
@@ -56,7 +85,8 @@ def solve(
     constraints = [LinearConstraint(choose, 1, 1)]
     for metric, limit in limits.items():
         row = np.concatenate(costs.terms[metric]) / limit  # relative: well scaled for the solver
-        room = 1.0 - costs.base[metric] / limit
+        base = costs.base[metric] + (missed_ms if metric == "latency_ms" else 0.0)
+        room = 1.0 - base / limit
         constraints.append(LinearConstraint(row[None, :], -np.inf, room))
     for vector, distance in avoid:
         same = np.zeros((1, columns))
@@ -74,11 +104,7 @@ def solve(
     if result.x is None:
         return None
     chosen = [int(np.argmax(result.x[starts[u] : starts[u + 1]])) for u in range(len(counts))]
-    vector = tuple(chosen)
-    if not costs.fits(vector, limits):  # known to happen: scipy#24141
-        logger.warning("the solver returned a solution outside the limits; it is dropped")
-        return None
-    return vector
+    return tuple(chosen)
 
 
 def seeds(

@@ -113,6 +113,10 @@ class OnnxRuntimeTarget:
 
         return recipes.unsupported(format)
 
+    def tokens_supported(self, reduction: TokenReduction) -> str | None:
+        """Why this token reduction cannot be lowered, or `None` if it can: all can."""
+        return None
+
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format."""
         from autocomp.targets import recipes
@@ -275,13 +279,23 @@ class OnnxRuntimeTarget:
         unit_formats: Mapping[str, Mapping[str, UnitFormat]],
         inputs: Mapping[str, Array],
         *,
+        reductions: Mapping[str, Mapping[str, TokenReduction]] | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> CostTable:
         """See `profile.profile`."""
         from autocomp.targets.profile import profile
 
-        return profile(self, skeleton, units, unit_formats, inputs, seed=seed, progress=progress)
+        return profile(
+            self,
+            skeleton,
+            units,
+            unit_formats,
+            inputs,
+            reductions=reductions,
+            seed=seed,
+            progress=progress,
+        )
 
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, Array]) -> int:
         """Peak resident bytes of a fresh process that loads the artifact and runs it once.

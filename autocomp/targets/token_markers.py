@@ -40,9 +40,7 @@ class _TokensMarker(nn.Module):
         super().__init__()
         self.unit, self.head_dim = unit.name, unit.head_dim
 
-    def forward(
-        self, x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return _symbolic(
             "Tokens",
             (x, queries, keys),

@@ -17,6 +17,7 @@ from autocomp.core.errors import InternalError
 from autocomp.core.tokens import TokenReduction
 from autocomp.targets.graph import attribute
 from autocomp.targets.skeleton_format import DOMAIN, OPSET
+from autocomp.targets.weights import Array
 
 Reductions = Mapping[str, TokenReduction]
 """Attention unit → what is done to the sequence behind it."""
@@ -34,7 +35,7 @@ class _Nodes:
         self.initializers: dict[str, onnx.TensorProto] = {}
 
     def constant(self, values: Any, dtype: type = np.int64) -> str:
-        array = np.array(values, dtype)
+        array: Array = np.array(values, dtype)
         label = "x".join(str(value) for value in array.flatten().tolist()).replace("-", "m")
         name = f"{self.prefix}.{np.dtype(dtype).name}.{array.ndim}.{label}"
         self.initializers[name] = numpy_helper.from_array(array, name)
@@ -239,6 +240,4 @@ def reduction_model(
         [helper.make_tensor_value_info(n, kind, None) for n in (out, sizes) if n is not None],
         initializer=list(add.initializers.values()),
     )
-    return helper.make_model(
-        graph, ir_version=10, opset_imports=[helper.make_opsetid("", OPSET)]
-    )
+    return helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", OPSET)])

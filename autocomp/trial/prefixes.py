@@ -115,9 +115,7 @@ def _size(entry: Any) -> int:
 
 
 @contextmanager
-def _recorded(
-    block: nn.Module, entries: list[Any], sizes: TokenSizes | None
-) -> Iterator[None]:
+def _recorded(block: nn.Module, entries: list[Any], sizes: TokenSizes | None) -> Iterator[None]:
     """What `block` gives, and the sizes of its tokens, are appended to `entries`."""
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -131,9 +129,7 @@ def _recorded(
 
 
 @contextmanager
-def _replayed(
-    chain: Sequence[nn.Module], entry: Any, sizes: TokenSizes | None
-) -> Iterator[None]:
+def _replayed(chain: Sequence[nn.Module], entry: Any, sizes: TokenSizes | None) -> Iterator[None]:
     """The blocks of `chain` do nothing; the last gives what was recorded."""
     output, known = entry
     if sizes is not None:

@@ -15,6 +15,7 @@ ALL = Rule(
     structure={"heads": [1.0, 0.5, 0.25], "width": [1.0, 0.67, 0.34], "skip": True},
     bits={"method": ["gptq", "rtn"], "weights": ["dense", 8, 4], "activations": ["dense", 8]},
 )
+TOKENS = Rule(tokens={"method": ["tome", "token_prune"], "ratios": [0.0, 0.1, 0.25]})
 SMALL_GROUP = Rule(
     bits={"method": ["gptq", "rtn"], "weights": [4], "activations": ["dense"], "group": 16}
 )
@@ -28,7 +29,7 @@ class TestRegistered(OperatorContract):
     def rules(self) -> list[Rule]:
         return [
             Rule(structure={name: ALL.structure[name]}, bits=ALL.bits) for name in ALL.structure
-        ] + [SMALL_GROUP]
+        ] + [SMALL_GROUP, TOKENS]
 
 
 class _Broken:
