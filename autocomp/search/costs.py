@@ -117,6 +117,20 @@ class Costs:
         """Whether the terms say all."""
         return self._interaction is None
 
+    def around(self, vector: Sequence[int]) -> tuple[float, list[NDArray[np.float64]]]:
+        """Latency of a candidate in ms, and per unit what switching it alone to an option adds."""
+        total = self.total("latency_ms", vector)
+        switched = [
+            np.array(
+                [
+                    self.total("latency_ms", [*vector[:unit], option, *vector[unit + 1 :]]) - total
+                    for option in range(len(terms))
+                ]
+            )
+            for unit, terms in enumerate(self.terms["latency_ms"])
+        ]
+        return total, switched
+
     def interaction(self, vector: Sequence[int]) -> float:
         """Latency in ms that the terms miss; negative where they say too much."""
         if self._interaction is None:

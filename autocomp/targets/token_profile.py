@@ -155,8 +155,11 @@ def token_costs(
     own: dict[str, tuple[float, ...]] = {}
     for options in reductions.values():
         for reduction in options.values():
-            name = reduction_key(reduction)
-            own[name] = tuple(times.get((name, length), 0.0) for length in lengths)
+            name, curve, latency = reduction_key(reduction), [], 0.0
+            for length in reversed(lengths):  # where no token goes, nothing was timed
+                latency = times.get((name, length), latency)
+                curve.append(latency)
+            own[name] = tuple(reversed(curve))
     return TokenCosts(tuple(lengths), curves, reductions, own)
 
 
