@@ -101,7 +101,7 @@ def _solve_expanded(
             base, terms = costs.around(vector)
             continue
         if not better:
-            reach //= 2
+            reach = (reach + 1) // 2 if reach > 1 else 0
             if vector == best[1] or not reach:
                 break
         base, terms = costs.around(best[1])

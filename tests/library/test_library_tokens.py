@@ -21,7 +21,7 @@ from autocomp.operators.protocol import Rule
 
 RULE = Rule(
     structure={"skip": True},
-    bits={"method": "rtn", "weights": ["dense", 8], "activations": [32]},
+    bits={"method": "rtn", "weights": ["dense", 8], "activations": ["dense"]},
     tokens={"method": ["tome", "token_prune"], "ratios": [0.0, 0.25]},
 )
 MERGE = Step.of("tome", ratio=0.25)
