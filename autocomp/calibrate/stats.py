@@ -28,15 +28,18 @@ class SiteStats:
         gram: float32 `(columns, columns)`, the sum of x xᵀ over `count` real tokens.
         mean: float32 `(columns,)`, mean input.
         count: tokens seen.
+        rows: of a table, int64 `(rows,)`: how often each row was looked up; Gram matrix and mean
+            are empty then.
     """
 
     gram: torch.Tensor
     mean: torch.Tensor
     count: int
+    rows: torch.Tensor | None = None
 
 
 UnitStats = Mapping[str, SiteStats]
-"""Site name → statistics; embeddings have none."""
+"""Site name → statistics; tables have `rows` alone, or none."""
 
 
 def save_stats(path: Path, stats: UnitStats) -> None:
@@ -54,6 +57,8 @@ def save_stats(path: Path, stats: UnitStats) -> None:
         slot = slots.setdefault(id(site.gram), len(slots))
         tensors[f"gram.{slot}"] = site.gram.contiguous()
         tensors[f"mean.{slot}"] = site.mean.contiguous()
+        if site.rows is not None:
+            tensors[f"rows.{slot}"] = site.rows.contiguous()
         sites[name] = {"slot": slot, "count": site.count}
     data = save(tensors, metadata={"sites": json.dumps(sites)})
 
@@ -85,6 +90,7 @@ def load_stats(path: Path) -> dict[str, SiteStats]:
             gram=tensors[f"gram.{entry['slot']}"],
             mean=tensors[f"mean.{entry['slot']}"],
             count=entry["count"],
+            rows=tensors.get(f"rows.{entry['slot']}"),
         )
         for name, entry in sites.items()
     }

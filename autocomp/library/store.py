@@ -69,7 +69,7 @@ class _Recent:
         self._tensors = [
             tensor
             for site in state.values()
-            for tensor in (site.weight, site.bias, site.codes, site.scales)
+            for tensor in (site.weight, site.bias, site.codes, site.scales, site.row_of)
             if tensor is not None
         ]
         self._versions = [tensor._version for tensor in self._tensors]
@@ -275,7 +275,12 @@ def _pack(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A quantised site is stored as codes and scales, from which its weight follows exactly."""
     tensors: dict[str, torch.Tensor] = {}
     for name, site in state.items():
-        parts = {"bias": site.bias, "kept_columns": site.kept_columns}
+        parts = {
+            "bias": site.bias,
+            "kept_columns": site.kept_columns,
+            "kept_rows": site.kept_rows,
+            "row_of": site.row_of,
+        }
         if site.codes is None:
             parts["weight"] = site.weight
         else:
@@ -302,6 +307,8 @@ def _unpack(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Un
             codes=codes,
             scales=scales,
             kept_columns=tensors.get(f"{name}|kept_columns"),
+            kept_rows=tensors.get(f"{name}|kept_rows"),
+            row_of=tensors.get(f"{name}|row_of"),
         )
     return state
 

@@ -15,9 +15,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from autocomp.core.factors import first_of, second_of, site_of
 from autocomp.core.unit import SiteFormat, Unit
+from autocomp.models.factors import LowRank
 from autocomp.models.layouts import Layout, SublayerSpec, layout_of
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
+from autocomp.models.pruned_table import PrunedTable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,6 +33,8 @@ class SiteStateLike(Protocol):
     format: SiteFormat
     codes: torch.Tensor | None
     scales: torch.Tensor | None
+    kept_rows: torch.Tensor | None
+    row_of: torch.Tensor | None
 
 
 def copy_for_surgery(model: Model) -> Model:
@@ -50,7 +55,8 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
     """Put what operators made of `unit` in its place; an empty `state` skips the unit.
 
     A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, else a plain layer of its
-    new shape. The tensors of `state` are used as they are. A table and a head that shared their
+    new shape; `LowRank` where the state holds its two factors, `PrunedTable` around a table that
+    lost rows. The tensors of `state` are used as they are. A table and a head that shared their
     weight no longer do once either is installed: each then has its own.
 
     Raises:
@@ -60,22 +66,30 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
         skip(model, unit)
         return
     names = [site.name for site in unit.sites]
-    if sorted(names) != sorted(state):
+    if sorted(names) != sorted({site_of(name) for name in state}):
         raise ValueError(f"{unit.name} has sites {names}, but the state holds {sorted(state)}")
     modules = unit_modules(model, unit)
     if not modules:
         raise ValueError(f"{unit.name} was skipped in this model: nothing can be installed there")
     for name in names:
-        old = modules[name]
-        site = state[name]
-        if site.format.embedding:
-            padding_idx = getattr(old, "padding_idx", None)
-            new: nn.Module = _embedding(site, padding_idx)
+        padding_idx = getattr(modules[name], "padding_idx", None)
+        if name in state:
+            new = _layer(state[name], padding_idx)
         else:
-            new = _linear(site)
+            first, second = state[first_of(name)], state[second_of(name)]
+            new = LowRank(_layer(first, padding_idx), _layer(second, None))
         replace_module(model, name, new)
     if unit.kind in ("embedding", "head"):
         _untie(model)
+
+
+def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
+    if not site.format.embedding:
+        return _linear(site)
+    if site.kept_rows is None or site.row_of is None:
+        return _embedding(site, padding_idx)
+    padding_row = None if padding_idx is None else int(site.row_of[padding_idx])
+    return PrunedTable(_embedding(site, padding_row), site.row_of, site.kept_rows)
 
 
 def _linear(site: SiteStateLike) -> nn.Module:

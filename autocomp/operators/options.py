@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
+from autocomp.core.factors import factored_sites
 from autocomp.core.registry import Registry
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, dense_format
@@ -33,6 +34,8 @@ OPERATORS: Registry[Operator] = Registry(
         "heads": "autocomp.operators.prune.heads:OPERATOR",
         "width": "autocomp.operators.prune.width:OPERATOR",
         "skip": "autocomp.operators.prune.skip:OPERATOR",
+        "rank": "autocomp.operators.factorize.rank:OPERATOR",
+        "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
         "tome": "autocomp.operators.tokens.tome:OPERATOR",
         "token_prune": "autocomp.operators.tokens.token_prune:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
@@ -122,7 +125,14 @@ def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats)
 
 
 def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
-    """Carry out one step. Does not modify `state`."""
+    """Carry out one step. Does not modify `state`.
+
+    The factors of a low-rank site have statistics like any other: see `factor_stats`.
+    """
+    if factored_sites(state):
+        from autocomp.operators.factorize.factors import factor_stats
+
+        stats = factor_stats(state, stats)
     return OPERATORS.get(step.operator).apply(unit, state, step, stats)
 
 

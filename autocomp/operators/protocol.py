@@ -53,6 +53,8 @@ class SiteState:
         input_scale: float32 `(columns,)`, what inputs are multiplied by; `weight` is already
             divided by it.
         input_range: smallest and largest input, where activations are static.
+        kept_rows: of a table, int64 `(rows,)`, ascending: the original rows that remain.
+        row_of: with it, int64 `(original rows,)`: which row stands for each original one.
     """
 
     weight: torch.Tensor
@@ -65,6 +67,8 @@ class SiteState:
     origin: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_range: tuple[float, float] | None = None
+    kept_rows: torch.Tensor | None = None
+    row_of: torch.Tensor | None = None
 
 
 UnitState = dict[str, SiteState]

@@ -12,6 +12,8 @@ from autocomp.core.hashing import content_key
 from autocomp.core.quantities import Dimension, parse_limit
 
 TASKS = ("text-classification", "image-classification", "language-modeling")
+AUTO = "auto"
+"""As `target.runtime`: every installed runtime of the device."""
 
 
 class _Section(BaseModel):
@@ -106,8 +108,37 @@ class TargetSection(_Section):
     """Device, runtime, workload."""
 
     device: str = Field("cpu", description="What the model runs on.")
-    runtime: str = Field("onnxruntime", description="What runs the model.")
+    runtime: str | list[str] = Field(
+        "onnxruntime",
+        description="What runs the model. A list, or auto for every installed runtime of the "
+        "device: the search chooses; limits relative to dense refer to the first one.",
+    )
     workload: WorkloadSection = WorkloadSection()
+
+    @field_validator("runtime")
+    @classmethod
+    def _worth_choosing(cls, runtime: str | list[str]) -> str | list[str]:
+        if isinstance(runtime, list):
+            if len(set(runtime)) < max(len(runtime), 1):
+                raise ValueError("needs at least one runtime, each at most once")
+            if AUTO in runtime:
+                raise ValueError(f"{AUTO} stands alone: runtime: {AUTO}")
+        return runtime
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the search chooses the runtime: then every candidate names its own."""
+        return self.runtime == AUTO or not isinstance(self.runtime, str)
+
+    @property
+    def label(self) -> str:
+        """`onnxruntime-cpu`, `auto-cpu`, `onnxruntime+openvino-cpu`."""
+        runtime = self.runtime if isinstance(self.runtime, str) else "+".join(self.runtime)
+        return f"{runtime}-{self.device}"
+
+    def on(self, runtime: str | None) -> TargetSection:
+        """This target with its runtime chosen; `None` where there is no choice."""
+        return self if runtime is None else self.model_copy(update={"runtime": runtime})
 
 
 class BudgetSection(_Section):
@@ -146,6 +177,14 @@ class StructureSection(_Section):
     )
     width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, min_length=1, description="Fractions of the feed-forward width kept."
+    )
+    rank: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Fractions of the rank at which two factors hold as many weights as the layer.",
+    )
+    vocabulary: bool = Field(
+        False, description="Also offer keeping the embeddings of the task's own tokens alone."
     )
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
 

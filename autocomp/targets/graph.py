@@ -89,6 +89,22 @@ class Graph:
         source = self.producer(reshape.input[0])
         return reshape.input[0] if source is not None and source.op_type == "Linear" else None
 
+    def joined_heads(self, tensor: str) -> str | None:
+        """`(B, T, H·D)` from `tensor` `(B, H, T, D)` if that is `Transpose(x, 0 2 1 3)`."""
+        transpose = self.producer(tensor)
+        if transpose is None or transpose.op_type != "Transpose":
+            return None
+        if list(attribute(transpose, "perm", [])) != [0, 2, 1, 3]:
+            return None
+        output, shape = f"{transpose.input[0]}.joined", "heads.joined"
+        if self.producer(output) is None:
+            self.initializers[shape] = numpy_helper.from_array(
+                np.array([0, 0, -1], np.int64), shape
+            )
+            node = helper.make_node("Reshape", [transpose.input[0], shape], [output])
+            self.nodes.insert(self.nodes.index(transpose), node)
+        return output
+
     def expanded_to_batch(self, tensor: str) -> str:
         """`tensor` `(1, …)` repeated to `(B, …)`, B being the first axis of the first input."""
         output, shape = f"{tensor}.expanded", f"{self.inputs[0]}.batch"

@@ -14,7 +14,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autocomp.core.errors import InternalError
+from autocomp.core.factors import second_of
 from autocomp.targets import recipes
+from autocomp.targets.factors import split_factors
 from autocomp.targets.graph import Graph, attribute, fold_zeros
 from autocomp.targets.skeleton_format import DOMAIN, OPSET
 from autocomp.targets.token_nodes import Reductions, resolve_tokens
@@ -33,7 +35,8 @@ def lower(
 
     Args:
         skeleton: from `export_skeleton`.
-        weights: site name → weights, `None` where skipped.
+        weights: site name → weights, `None` where skipped. A site X that is there as the factors
+            `X.first` and `X.second` is not asked for.
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
         reductions: attention unit → what is done to the sequence behind it.
@@ -44,6 +47,7 @@ def lower(
     graph = Graph(skeleton)
     graph.nodes, constants = resolve_tokens(graph.nodes, reductions or {})
     graph.initializers.update(constants)
+    split_factors(graph, weights)
     sites = {
         node.output[0]: str(attribute(node, "site"))
         for node in graph.nodes
@@ -152,7 +156,7 @@ def _heads(
     node: onnx.NodeProto, which: str, head_dim: int, present: Mapping[str, SiteWeights]
 ) -> int:
     site = str(attribute(node, which))
-    rows = present[site].format.rows
+    rows = present[site if site in present else second_of(site)].format.rows
     if rows % head_dim:
         raise InternalError(f"{site}: {rows} rows are no whole number of {head_dim}-wide heads")
     return rows // head_dim

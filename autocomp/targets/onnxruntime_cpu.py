@@ -185,7 +185,7 @@ class OnnxRuntimeTarget:
     def run(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Array:
         """Logits for a batch; the last artifact's session is kept open."""
         session = self._session(artifact.path)
-        (logits,) = session.run(["logits"], _feed(session, inputs))
+        (logits,) = session.run(["logits"], _feed(session, artifact.feeds(inputs)))
         return np.asarray(logits)
 
     def verify(self, artifact: Artifact, model: nn.Module, inputs: Mapping[str, Array]) -> float:
@@ -206,7 +206,7 @@ class OnnxRuntimeTarget:
     def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
         """Latency at the workload, alone on the machine while the gate is held; and size."""
         session = open_session(artifact.path, self.workload.threads)
-        timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
+        timing = self.time_session(session, artifact.feeds(inputs), rounds=10, seconds=1.0)
         return Measurement(
             provenance="measured",
             latency_ms=self.to_ms(timing),
@@ -305,7 +305,7 @@ class OnnxRuntimeTarget:
         """
         with tempfile.TemporaryDirectory() as scratch:
             arrays = Path(scratch) / "inputs.npz"
-            np.savez(arrays, **inputs)  # type: ignore[arg-type]
+            np.savez(arrays, **artifact.feeds(inputs))  # type: ignore[arg-type]
             root = str(Path(__file__).resolve().parents[2])
             paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             command = [sys.executable, "-m", "autocomp.targets.peak_memory"]

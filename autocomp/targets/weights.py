@@ -65,6 +65,8 @@ def model_weights(model: nn.Module) -> Provider:
             module: Any = model.get_submodule(site)
         except AttributeError:
             return None
+        if hasattr(module, "row_of"):
+            module = module.table  # a pruned vocabulary: the artifact takes its own ids
         if not hasattr(module, "weight"):
             return None
         bias = getattr(module, "bias", None)

@@ -9,16 +9,24 @@ from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators import OPERATORS
 from autocomp.operators.protocol import Operator, Rule, Stage, UnitState, UnitStats
-from autocomp.testing.operator_contract import OperatorContract
+from autocomp.testing.operator_contract import USED_ROWS, OperatorContract
 
 ALL = Rule(
-    structure={"heads": [1.0, 0.5, 0.25], "width": [1.0, 0.67, 0.34], "skip": True},
+    structure={
+        "heads": [1.0, 0.5, 0.25],
+        "width": [1.0, 0.67, 0.34],
+        "skip": True,
+        "rank": [1.0, 0.6],
+    },
     bits={"method": ["gptq", "rtn"], "weights": ["dense", 8, 4], "activations": ["dense", 8]},
 )
 TOKENS = Rule(tokens={"method": ["tome", "token_prune"], "ratios": [0.0, 0.1, 0.25]})
 SMALL_GROUP = Rule(
     bits={"method": ["gptq", "rtn"], "weights": [4], "activations": ["dense"], "group": 16}
 )
+
+
+VOCABULARY = Rule(structure={"vocabulary": {"keep": len(USED_ROWS), "unknown": 3}})
 
 
 class TestRegistered(OperatorContract):
@@ -29,7 +37,7 @@ class TestRegistered(OperatorContract):
     def rules(self) -> list[Rule]:
         return [
             Rule(structure={name: ALL.structure[name]}, bits=ALL.bits) for name in ALL.structure
-        ] + [SMALL_GROUP, TOKENS]
+        ] + [SMALL_GROUP, VOCABULARY, TOKENS]
 
 
 class _Broken:

@@ -82,6 +82,21 @@ def test_reads_values_and_defaults(write):
             "heads: [.nan]",
             "13 space[0].structure.heads[0]: must be a finite number, got nan",
         ),
+        (
+            "search: {trials: 5}",
+            "target: {runtime: [onnxruntime, auto]}",
+            "19 target.runtime: auto stands alone: runtime: auto",
+        ),
+        (
+            "search: {trials: 5}",
+            "target: {runtime: []}",
+            "19 target.runtime: needs at least one runtime, each at most once",
+        ),
+        (
+            "search: {trials: 5}",
+            "target: {runtime: 7}",
+            "19 target.runtime: expected text or a list, got 7; write [7]",
+        ),
         ("heads: [1.0, 0.5]", "heads: []", "13 space[0].structure.heads: needs at least 1 entry"),
         (
             "skip: true",

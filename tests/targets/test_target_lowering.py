@@ -18,7 +18,7 @@ from autocomp.targets.graph import attribute
 from autocomp.targets.skeleton import cached_skeleton
 from autocomp.targets.weights import SiteWeights, model_parameters, model_weights
 
-LAYOUTS = ("bert", "llama", "vit", "dinov2")
+LAYOUTS = ("bert", "llama", "qwen3", "gpt2", "vit", "dinov2")
 
 
 def _difference(exported, model, skeleton, task, tmp_path, shapes=((1, 12), (4, 9))) -> float:

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from autocomp.core.errors import DataError, InternalError, UserError
 from autocomp.models.load import load_model
-from autocomp.tasks import SPLITS, TASKS, make_task
+from autocomp.tasks import SPLITS, TASKS, Encoded, make_task
+from autocomp.tasks.text_classification import TextClassification
+from autocomp.tasks.vocabulary import token_counts
 
 
 @pytest.fixture
@@ -198,3 +200,13 @@ def test_errors_name_what_is_wrong(bert_path, text_csv, spec_of, task):
 def test_registry_names_every_task():
     assert TASKS.names() == ["image-classification", "language-modeling", "text-classification"]
     assert all(TASKS.get(name).name == name and TASKS.get(name).summary for name in TASKS)
+
+
+def test_token_counts_are_those_of_real_tokens() -> None:
+    """Of calibrate and distil alone; padding counts once, so that its row is kept."""
+    ids, mask = np.array([[5, 6, 5, 0], [6, 0, 0, 0]]), np.array([[1, 1, 1, 0], [1, 0, 0, 0]])
+    seen = Encoded({"input_ids": ids, "attention_mask": mask}, np.zeros(2, np.int64))
+    other = Encoded({"input_ids": ids + 1, "attention_mask": mask}, np.zeros(2, np.int64))
+    splits = {"calibrate": seen, "distil": seen, "search": other, "report": other}
+    task = TextClassification(splits, ("a", "b"), 2, 1)
+    assert token_counts(task, 9).tolist() == [1, 0, 0, 0, 0, 4, 4, 0, 0]
