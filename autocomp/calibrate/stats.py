@@ -19,6 +19,11 @@ from autocomp.core.files import write_atomic
 if TYPE_CHECKING:
     import torch
 
+VERSION = 2
+"""Raised when statistics gain or change a part: earlier files are then gathered again."""
+
+_OPTIONAL = ("rows", "low", "high", "sample")
+
 
 @dataclass(frozen=True)
 class SiteStats:
@@ -30,12 +35,17 @@ class SiteStats:
         count: tokens seen.
         rows: of a table, int64 `(rows,)`: how often each row was looked up; Gram matrix and mean
             are empty then.
+        low, high: float32 `(columns,)`, smallest and largest input of each column.
+        sample: float32 `(n, columns)`, inputs of some of the tokens; see `calibrate.values`.
     """
 
     gram: torch.Tensor
     mean: torch.Tensor
     count: int
     rows: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
 
 UnitStats = Mapping[str, SiteStats]
@@ -57,8 +67,10 @@ def save_stats(path: Path, stats: UnitStats) -> None:
         slot = slots.setdefault(id(site.gram), len(slots))
         tensors[f"gram.{slot}"] = site.gram.contiguous()
         tensors[f"mean.{slot}"] = site.mean.contiguous()
-        if site.rows is not None:
-            tensors[f"rows.{slot}"] = site.rows.contiguous()
+        for part in _OPTIONAL:
+            value = getattr(site, part)
+            if value is not None:
+                tensors[f"{part}.{slot}"] = value.contiguous()
         sites[name] = {"slot": slot, "count": site.count}
     data = save(tensors, metadata={"sites": json.dumps(sites)})
 
@@ -90,7 +102,7 @@ def load_stats(path: Path) -> dict[str, SiteStats]:
             gram=tensors[f"gram.{entry['slot']}"],
             mean=tensors[f"mean.{entry['slot']}"],
             count=entry["count"],
-            rows=tensors.get(f"rows.{entry['slot']}"),
+            **{part: tensors.get(f"{part}.{entry['slot']}") for part in _OPTIONAL},
         )
         for name, entry in sites.items()
     }

@@ -242,11 +242,11 @@ def relative_errors(
 
 
 def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | None) -> float:
-    weight, after = reference.weight, site.weight
+    weight, after = reference.weight, site.on_plain_inputs()
     if weight.shape != after.shape:
         assert site.kept_columns is not None
         after = torch.zeros_like(weight)
-        after[:, site.kept_columns] = site.weight
+        after[:, site.kept_columns] = site.on_plain_inputs()
     if stats is None or stats.rows is not None:
         return _relative_distance(weight, after)
     difference = weight - after

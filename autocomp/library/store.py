@@ -69,7 +69,14 @@ class _Recent:
         self._tensors = [
             tensor
             for site in state.values()
-            for tensor in (site.weight, site.bias, site.codes, site.scales, site.row_of)
+            for tensor in (
+                site.weight,
+                site.bias,
+                site.codes,
+                site.scales,
+                site.row_of,
+                site.input_scale,
+            )
             if tensor is not None
         ]
         self._versions = [tensor._version for tensor in self._tensors]
@@ -272,12 +279,17 @@ class Library:
 
 
 def _pack(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A quantised site is stored as codes and scales, from which its weight follows exactly."""
+    """A quantised site is stored as codes and scales, from which its weight follows exactly.
+
+    The ends of a static range are float32 values, so nothing of them is lost either.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, site in state.items():
         parts = {
             "bias": site.bias,
             "kept_columns": site.kept_columns,
+            "input_scale": site.input_scale,
+            "input_range": None if site.input_range is None else torch.tensor(site.input_range),
             "kept_rows": site.kept_rows,
             "row_of": site.row_of,
         }
@@ -300,6 +312,7 @@ def _unpack(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Un
             weight = tensors[f"{name}|weight"]
         else:
             weight = dequantise(codes, scales, form)
+        ends = tensors.get(f"{name}|input_range")
         state[name] = SiteState(
             weight=weight,
             bias=tensors.get(f"{name}|bias"),
@@ -307,6 +320,8 @@ def _unpack(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Un
             codes=codes,
             scales=scales,
             kept_columns=tensors.get(f"{name}|kept_columns"),
+            input_scale=tensors.get(f"{name}|input_scale"),
+            input_range=None if ends is None else (float(ends[0]), float(ends[1])),
             kept_rows=tensors.get(f"{name}|kept_rows"),
             row_of=tensors.get(f"{name}|row_of"),
         )

@@ -33,6 +33,8 @@ class SiteStateLike(Protocol):
     format: SiteFormat
     codes: torch.Tensor | None
     scales: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    input_range: tuple[float, float] | None
     kept_rows: torch.Tensor | None
     row_of: torch.Tensor | None
 
@@ -95,7 +97,17 @@ def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
 def _linear(site: SiteStateLike) -> nn.Module:
     if site.codes is not None:
         assert site.scales is not None
-        return QuantLinear(site.weight, site.bias, site.scales, site.format, site.codes)
+        return QuantLinear(
+            site.weight,
+            site.bias,
+            site.scales,
+            site.format,
+            site.codes,
+            input_scale=site.input_scale,
+            input_range=site.input_range,
+        )
+    if site.format.scaled or site.format.static:
+        raise ValueError(f"inputs are scaled or static before weights are quantised: {site.format}")
     return dense_linear(site.weight, site.bias)
 
 

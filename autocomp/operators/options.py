@@ -40,6 +40,10 @@ OPERATORS: Registry[Operator] = Registry(
         "token_prune": "autocomp.operators.tokens.token_prune:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
         "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
+        "hqq": "autocomp.operators.quantize.hqq:OPERATOR",
+        "awq": "autocomp.operators.quantize.awq:OPERATOR",
+        "awq_gptq": "autocomp.operators.quantize.awq:WITH_GPTQ",
+        "smoothquant": "autocomp.operators.quantize.smoothquant:OPERATOR",
     },
 )
 

@@ -70,6 +70,10 @@ class SiteState:
     kept_rows: torch.Tensor | None = None
     row_of: torch.Tensor | None = None
 
+    def on_plain_inputs(self) -> torch.Tensor:
+        """The weight as it acts on inputs that are not scaled, `(rows, columns)`."""
+        return self.weight if self.input_scale is None else self.weight * self.input_scale
+
 
 UnitState = dict[str, SiteState]
 """Site name → state. An empty dictionary is a skipped unit."""
@@ -80,7 +84,8 @@ class Rule:
     """The part of a spec's space rule that operators read; one entry per axis.
 
     `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
-    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`.
+    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`;
+    also `range`, `migration`, `per_site`.
     `tokens`: `{"method": "tome", "ratios": [0.0, 0.1]}`; empty where none is asked for.
     """
 

@@ -208,11 +208,27 @@ class BitsSection(_Section):
     weights: list[Literal["dense"] | int] = Field(
         ["dense"], min_length=1, description="Weight bits; dense is the target's own."
     )
-    activations: list[Literal["dense"] | int] = Field(
-        ["dense"], min_length=1, description="Activation bits; dense is the target's own."
+    activations: list[Literal["dense", "static"] | int] = Field(
+        ["dense"],
+        min_length=1,
+        description="Activation bits; dense is the target's own. 8 finds the range of each tensor "
+        "at run time; static is 8 bits with the range fixed at calibration.",
+    )
+    range: Literal["minmax", "percentile", "mse"] = Field(
+        "mse", description="How the range of static activations is fixed."
+    )
+    migration: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.5],
+        min_length=1,
+        description="smoothquant: how much of the inputs' spread the weights take over.",
+    )
+    per_site: bool = Field(
+        False,
+        description="Also offer each number of bits with one group of sites (the values, the "
+        "output, ...) left at the next higher number.",
     )
     group: int = Field(
-        32, ge=0, description="Columns that share a scale, where weights are 4-bit. 0: a whole row."
+        32, ge=0, description="Columns that share a scale, below 8-bit weights. 0: a whole row."
     )
 
 

@@ -261,7 +261,9 @@ def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> obj
         if kind == "unpacked":
             kernel = "float"
         elif kind in ("nbits", "gather-blocks"):
-            kernel = (kind, one.weight_bits, one.group, one.activation_bits)
+            kernel = (kind, one.weight_bits, one.group, one.activation_bits, one.scaled)
+        elif kind == "int8":
+            kernel = (kind, one.static, one.scaled)
         site = site_of(name)
         part = name.removeprefix(site)
         shapes.append((roles[site], part, one.rows, one.columns, one.bias, kernel))

@@ -5,12 +5,16 @@ A *recipe* is chosen from the format and the number of tokens of a run. Measured
 115, 8-bit with float activations 290. Hence:
 
     float      fp32 weights, MatMul + Add
-    int8       8-bit activations: DynamicQuantizeLinear shared by the sites that read one tensor,
-               MatMulIntegerToFloat; a scale per row. 4-bit weights with 8-bit activations are
-               stored as int4 and widened to int8 rows when the session is made
+    int8       8-bit activations: DynamicQuantizeLinear (QuantizeLinear where the range is fixed)
+               shared by the sites that read one tensor, MatMulIntegerToFloat; a scale per row.
+               4-bit weights with 8-bit activations are stored as int4 and widened to int8 rows
+               when the session is made
     unpacked   float activations: integer weights stored, made float when the session is made
                (Cast and Mul of constants are folded): small on disk, as fast as float
     nbits      few tokens (decoding): MatMulNBits, which reads the small weights from memory
+
+Scaled inputs are multiplied by their vector first, once for the sites that share it; `unpacked`
+multiplies the weight instead, as the session is made.
 
 `int8` on 4-bit codes rounds code × scale to 1/127 of the row's largest weight: an error some 16
 times smaller than that of the 4-bit codes themselves.
@@ -27,6 +31,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
+from autocomp.targets.inputs import Inputs
 from autocomp.targets.weights import Array, SiteWeights
 
 Recipe = Literal["float", "int8", "unpacked", "nbits", "gather", "gather-blocks"]
@@ -47,6 +52,9 @@ _NODE_BYTES = {
 }
 """Names, shapes and attributes of a lowered site in the file, about; `widened` is from 4 bits."""
 
+_SCALED_BYTES, _STATIC_BYTES = 150, 200
+"""Of the nodes and constants that scale inputs, that quantise them to a fixed range; about."""
+
 
 @dataclass
 class Piece:
@@ -62,7 +70,7 @@ def recipe(format: SiteFormat, tokens: int) -> Recipe:
         return "gather" if format.weight_bits == 32 else "gather-blocks"
     if format.weight_bits == 32:
         return "float"
-    if tokens < FEW_TOKENS and _block(format) is not None:
+    if tokens < FEW_TOKENS and _block(format) is not None and not format.static:
         return "nbits"
     return "int8" if format.activation_bits == 8 else "unpacked"
 
@@ -73,10 +81,12 @@ def unsupported(format: SiteFormat) -> str | None:
         return f"{format.weight_bits}-bit weights have no kernel; available: dense, 8, 4"
     if format.activation_bits not in (32, 8):
         return f"{format.activation_bits}-bit activations have no kernel; available: dense, 8"
+    if format.static and format.activation_bits != 8:
+        return "a static range needs 8-bit activations"
     if format.weight_bits == 32:
         if format.activation_bits == 8:
             return "8-bit activations need 8-bit or 4-bit weights"
-        return None
+        return "scaled inputs need quantised weights" if format.scaled else None
     group = format.group or format.columns
     if format.embedding and group < format.columns and (group < 16 or group & (group - 1)):
         return f"an embedding's group must be a power of two of at least 16, not {group}"
@@ -103,7 +113,11 @@ def _groups(format: SiteFormat) -> int:
 
 
 def size_bytes(format: SiteFormat, tokens: int) -> int:
-    """Bytes on disk of a site in this format."""
+    """Bytes on disk of a site in this format.
+
+    A vector that scales inputs counts at every site that reads them, though sites share it and
+    norms take it over: the file may be that much smaller.
+    """
     rows, columns = format.rows, format.columns
     bias = 4 * rows if format.bias else 0
     weights = -(-rows * columns * format.weight_bits // 8)
@@ -132,7 +146,10 @@ def size_bytes(format: SiteFormat, tokens: int) -> int:
             scales = 4 * rows * blocks
         case _:
             raise AssertionError(kind)
-    return weights + scales + bias + nodes
+    inputs = 4 * columns + _SCALED_BYTES if format.scaled else 0
+    if format.static:
+        inputs += _STATIC_BYTES
+    return weights + scales + bias + nodes + inputs
 
 
 def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
@@ -175,17 +192,15 @@ def lower_linear(
     x: str,
     output: str,
     tokens: int,
-    quantised_input: Sequence[str] | None,
+    inputs: Inputs,
 ) -> Piece:
-    """A linear layer `(…, columns)` → `(…, rows)`.
-
-    `quantised_input` names codes, scale and zero point of `x` when other sites share them.
-    """
+    """A linear layer `(…, columns)` → `(…, rows)`; `inputs` makes what it reads of `x`."""
     kind = recipe(weights.format, tokens)
     if kind == "int8":
-        return _int8(site, weights, x, output, quantised_input)
+        codes = inputs.codes(x, weights)
+        return _int8(site, weights, inputs.scaled(x, weights), output, codes)
     if kind == "nbits":
-        return _nbits(site, weights, x, output)
+        return _nbits(site, weights, inputs.scaled(x, weights), output)
     piece = Piece()
     if kind == "float":
         assert weights.weight is not None
@@ -256,7 +271,8 @@ def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     scales = weights.scales
     assert scales is not None
     if scales.shape[1] == 1:
-        return _widened(piece, site, weights, scales, TensorProto.FLOAT)
+        matrix = _widened(piece, site, weights, scales, TensorProto.FLOAT)
+        return _on_plain_inputs(piece, site, weights, matrix)
     # float16 in proportion to the row's largest scale: no scale is too small for it.
     largest = scales.max(axis=1)
     largest = np.where(largest > 0, largest, np.float32(1)).astype(np.float32)
@@ -264,7 +280,17 @@ def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     matrix = _widened(piece, site, weights, factors, TensorProto.FLOAT)
     piece.initializers.append(numpy_helper.from_array(largest, f"{site}.scales"))
     piece.nodes.append(helper.make_node("Mul", [matrix, f"{site}.scales"], [f"{site}.weight"]))
-    return f"{site}.weight"
+    return _on_plain_inputs(piece, site, weights, f"{site}.weight")
+
+
+def _on_plain_inputs(piece: Piece, site: str, weights: SiteWeights, matrix: str) -> str:
+    """`matrix (columns, rows)` with the vector of scaled inputs multiplied in, also at load."""
+    if weights.input_scale is None:
+        return matrix
+    column = np.ascontiguousarray(weights.input_scale[:, None])
+    piece.initializers.append(numpy_helper.from_array(column, f"{site}.channels"))
+    piece.nodes.append(helper.make_node("Mul", [matrix, f"{site}.channels"], [f"{site}.plain"]))
+    return f"{site}.plain"
 
 
 def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: int) -> str:

@@ -31,6 +31,8 @@ class SiteWeights:
         codes: int8 `(rows, columns)` when quantised.
         scales: float32 `(rows, groups)` when quantised.
         bias: float32 `(rows,)` or `None`.
+        input_scale: float32 `(columns,)` where the format is scaled, else `None`.
+        input_range: smallest and largest input where the format is static, else `None`.
     """
 
     format: SiteFormat
@@ -38,6 +40,8 @@ class SiteWeights:
     codes: Array | None = None
     scales: Array | None = None
     bias: Array | None = None
+    input_scale: Array | None = None
+    input_range: tuple[float, float] | None = None
 
     def dequantised(self) -> Array:
         """float32 `(rows, columns)`: what the codes stand for."""
@@ -77,7 +81,15 @@ def model_weights(model: nn.Module) -> Provider:
             dense = SiteFormat(rows, columns, bias is not None, embedding=embedding)
             return SiteWeights(dense, weight=_array(module.weight), bias=bias)
         scales = _array(module.scales).reshape(rows, -1)
-        return SiteWeights(module.format, codes=_array(module.codes()), scales=scales, bias=bias)
+        input_scale = getattr(module, "input_scale", None)
+        return SiteWeights(
+            module.format,
+            codes=_array(module.codes()),
+            scales=scales,
+            bias=bias,
+            input_scale=None if input_scale is None else _array(input_scale),
+            input_range=getattr(module, "input_range", None),
+        )
 
     return provide
 
@@ -97,7 +109,9 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
     rng = np.random.default_rng(seed)
     noise = (rng.standard_normal(1 << 16) * 0.03).astype(np.float32)
     codes = {8: rng.integers(-127, 128, 1 << 16, dtype=np.int8)}
-    codes[4] = rng.integers(-8, 8, 1 << 16, dtype=np.int8)
+    for bits in (4, 3, 2):
+        half = 1 << (bits - 1)
+        codes[bits] = rng.integers(-half, half, 1 << 16, dtype=np.int8)
 
     def provide(site: str) -> SiteWeights | None:
         spec = formats.get(site)
@@ -110,7 +124,12 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
         groups = -(-spec.columns // (spec.group or spec.columns))
         scales = np.full((spec.rows, groups), 0.06 / 2 ** (spec.weight_bits - 1), np.float32)
         return SiteWeights(
-            spec, codes=np.resize(codes[spec.weight_bits], shape), scales=scales, bias=bias
+            spec,
+            codes=np.resize(codes[spec.weight_bits], shape),
+            scales=scales,
+            bias=bias,
+            input_scale=np.full(spec.columns, 0.5, np.float32) if spec.scaled else None,
+            input_range=(-4.0, 4.0) if spec.static else None,
         )
 
     return provide

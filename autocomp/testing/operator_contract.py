@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autocomp.core.activation_grid import static_grid
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
 from autocomp.core.factors import first_of, second_of
@@ -147,7 +148,15 @@ def example_stats(unit: Unit, tokens: int = 400, seed: int = 1) -> UnitStats:
             mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
             inputs = torch.randn(tokens, columns, generator=generator) @ mixing
             inputs = inputs + torch.randn(columns, generator=generator)
-            entry = SiteStats(inputs.t() @ inputs, inputs.mean(dim=0), tokens)
+            low, high = torch.aminmax(inputs, dim=0)
+            entry = SiteStats(
+                inputs.t() @ inputs,
+                inputs.mean(dim=0),
+                tokens,
+                low=low,
+                high=high,
+                sample=inputs[:64].clone(),
+            )
             shared[columns] = entry
         stats[site.name] = entry
     return stats
@@ -165,7 +174,8 @@ class _Case:
 
 
 def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
-    parts = ("weight", "bias", "codes", "scales", "kept_columns", "kept_rows", "row_of")
+    parts = ("weight", "bias", "codes", "scales", "input_scale")
+    parts += ("kept_columns", "kept_rows", "row_of")
     return {
         f"{name}.{part}": getattr(site, part)
         for name, site in state.items()
@@ -177,6 +187,8 @@ def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
 def assert_same(one: UnitState, other: UnitState, what: str) -> None:
     """Equal formats and bit-equal tensors."""
     assert {n: s.format for n, s in one.items()} == {n: s.format for n, s in other.items()}, what
+    ranges = [{name: site.input_range for name, site in state.items()} for state in (one, other)]
+    assert ranges[0] == ranges[1], what
     left, right = _tensors(one), _tensors(other)
     assert left.keys() == right.keys(), what
     for name, tensor in left.items():
@@ -280,6 +292,17 @@ class OperatorContract:
                 assert tuple(site.bias.shape) == (form.rows,), f"{what}: {name}"
                 assert torch.isfinite(site.bias).all(), f"{what}: {name}"
             assert (site.codes is None) == (form.weight_bits == 32), f"{what}: {name}"
+            assert (site.input_scale is not None) == form.scaled, f"{what}: {name}"
+            if site.input_scale is not None:
+                assert tuple(site.input_scale.shape) == (form.columns,), f"{what}: {name}"
+                assert site.input_scale.dtype == torch.float32
+                assert torch.isfinite(site.input_scale).all(), f"{what}: {name}"
+                assert (site.input_scale > 0).all(), f"{what}: {name}"
+            assert (site.input_range is not None) == form.static, f"{what}: {name}"
+            if site.input_range is not None:
+                scale, zero_point = static_grid(*site.input_range)
+                assert scale > 0
+                assert 0 <= zero_point <= 255
             if site.codes is not None:
                 assert site.scales is not None
                 low, high = CODE_RANGE[form.weight_bits]
@@ -334,10 +357,7 @@ class OperatorContract:
                 for name, site in case.state.items()
             }
             one_token = example_stats(case.unit, tokens=1)
-            no_input = {
-                name: replace(s, gram=torch.zeros_like(s.gram), mean=torch.zeros_like(s.mean))
-                for name, s in case.stats.items()
-            }
+            no_input = {name: _masked(s, slice(None)) for name, s in case.stats.items()}
             trials = [
                 (case.state, one_token, "one token"),
                 (case.state, no_input, "no input"),
@@ -360,9 +380,17 @@ def _shape(formats: dict[str, SiteFormat], site: Site) -> tuple[int, int]:
 
 
 def _with_dead_columns(stats: UnitStats) -> UnitStats:
-    dead = {}
-    for name, site in stats.items():
-        gram, mean = site.gram.clone(), site.mean.clone()
-        gram[::3], gram[:, ::3], mean[::3] = 0.0, 0.0, 0.0
-        dead[name] = replace(site, gram=gram, mean=mean)
-    return dead
+    return {name: _masked(site, slice(None, None, 3)) for name, site in stats.items()}
+
+
+def _masked(stats: SiteStats, columns: slice) -> SiteStats:
+    """The statistics with these columns of the input zero; every site's tensors are its own."""
+    gram = stats.gram.clone()
+    gram[columns], gram[:, columns] = 0.0, 0.0
+    parts = {}
+    for part in ("mean", "low", "high", "sample"):
+        value = getattr(stats, part)
+        if value is not None:
+            parts[part] = value.clone()
+            parts[part][..., columns] = 0.0
+    return replace(stats, gram=gram, **parts)

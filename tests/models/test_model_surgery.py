@@ -36,6 +36,8 @@ class State:
     format: SiteFormat
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    input_range: tuple[float, float] | None = None
     kept_rows: torch.Tensor | None = None
     row_of: torch.Tensor | None = None
 

@@ -14,7 +14,7 @@ from target_examples import TextTask, quantise_unit, small_model, target
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
 from autocomp.models.surgery import keep_heads, keep_width, skip
-from autocomp.targets.graph import attribute
+from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.skeleton import cached_skeleton
 from autocomp.targets.weights import SiteWeights, model_parameters, model_weights
 
@@ -41,6 +41,25 @@ def test_dense_equals_torch_at_every_shape(exported, layout, tmp_path):
     model, _, task, skeleton = exported(layout)
     shapes = ((1, 12), (4, 12), (1, 1), (3, 31))
     assert _difference(exported, model, skeleton, task, tmp_path, shapes) < 1e-4
+
+
+def test_heads_that_cannot_be_joined_stay_apart(tmp_path, monkeypatch):
+    """Qwen3 normalises each head; without joining them again, rotary and attention see four axes,
+    and fewer heads still fit."""
+    monkeypatch.setattr(Graph, "joined_heads", lambda self, tensor: None)
+    model, units, task = small_model("qwen3")
+    skeleton = target().export(model, units, task)
+    flat = [attribute(n, "flat") for n in skeleton.graph.node if n.op_type == "Attention"]
+    assert flat == [0, 0]
+    assert _difference(None, model, skeleton, task, tmp_path) < 1e-4
+    keep_heads(model, _unit(units, "layers.0.attention"), [2, 3])
+    assert _difference(None, model, skeleton, task, tmp_path) < 1e-4
+
+
+def test_norms_of_single_heads_leave_attention_whole(exported):
+    skeleton = exported("qwen3")[-1]
+    nodes = [n for n in skeleton.graph.node if n.op_type == "Attention"]
+    assert [attribute(n, "flat") for n in nodes] == [1, 1]
 
 
 def test_text_without_a_mask_is_whole_sequences(tmp_path):

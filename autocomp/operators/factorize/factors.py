@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from autocomp.calibrate.stats import SiteStats, UnitStats
@@ -15,8 +16,9 @@ def factor_stats(state: UnitState, stats: UnitStats) -> UnitStats:
     """`stats` with entries for the factors in `state`.
 
     `X.first` reads what X reads. `X.second` reads A x, where A is the weight of `X.first` as it is
-    now: its Gram matrix is A G Aᵀ and its mean A μ. The same object for the same A, so that what is
-    derived from it is shared between options. The factors of a table have none.
+    now: its Gram matrix is A G Aᵀ, its mean A μ, and its extremes those of the sample. The same
+    object for the same A, so that what is derived from it is shared between options. The factors of
+    a table have none.
     """
     result = dict(stats)
     for site in factored_sites(state):
@@ -31,7 +33,13 @@ def _behind(weight: Tensor, stats: SiteStats) -> SiteStats:
         left = weight.double()
         gram = left @ stats.gram.double() @ left.t()
         mean = left @ stats.mean.double()
-        return weight, SiteStats(gram.float(), mean.float(), stats.count)
+        if stats.sample is None:
+            return weight, SiteStats(gram.float(), mean.float(), stats.count)
+        sample = stats.sample @ weight.t()
+        low, high = torch.aminmax(sample, dim=0)
+        return weight, SiteStats(
+            gram.float(), mean.float(), stats.count, low=low, high=high, sample=sample
+        )
 
     return derived(stats.gram, ("behind", id(weight), weight._version), make)[1]
 
@@ -46,10 +54,8 @@ def multiplied(state: UnitState) -> UnitState:
 
 
 def _product(first: SiteState, second: SiteState) -> SiteState:
-    if first.format.embedding:
-        weight = first.weight @ second.weight.t()
-    else:
-        weight = second.weight @ first.weight
+    left, right = first.on_plain_inputs(), second.on_plain_inputs()
+    weight = left @ right.t() if first.format.embedding else right @ left
     rows, columns = weight.shape
-    left = SiteFormat(rows, columns, second.bias is not None, first.format.embedding)
-    return SiteState(weight, second.bias, left, kept_columns=first.kept_columns)
+    form = SiteFormat(rows, columns, second.bias is not None, first.format.embedding)
+    return SiteState(weight, second.bias, form, kept_columns=first.kept_columns)
