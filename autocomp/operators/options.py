@@ -38,6 +38,9 @@ OPERATORS: Registry[Operator] = Registry(
         "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
         "tome": "autocomp.operators.tokens.tome:OPERATOR",
         "token_prune": "autocomp.operators.tokens.token_prune:OPERATOR",
+        "sparsegpt": "autocomp.operators.sparsify.sparsegpt:OPERATOR",
+        "wanda": "autocomp.operators.sparsify.wanda:OPERATOR",
+        "magnitude": "autocomp.operators.sparsify.magnitude:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
         "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
         "hqq": "autocomp.operators.quantize.hqq:OPERATOR",
@@ -57,8 +60,9 @@ def rule_of(section: RuleSection) -> Rule:
     }
     return Rule(
         structure=structure,
-        tokens={} if section.tokens is None else section.tokens.model_dump(),
         bits=section.bits.model_dump(),
+        sparsity=section.sparsity.model_dump(),
+        tokens={} if section.tokens is None else section.tokens.model_dump(),
     )
 
 
@@ -161,11 +165,8 @@ def _named(rule: Rule, stage: Stage) -> list[str]:
     """Names of the operators the rule mentions in this stage."""
     if stage == "structure":
         return list(rule.structure)
-    if stage == "tokens":
-        return _as_list(rule.tokens.get("method", [])) if rule.tokens else []
-    if stage == "bits":
-        return _as_list(rule.bits.get("method", [])) if rule.bits else []
-    return []
+    axes = {"tokens": rule.tokens, "sparsity": rule.sparsity, "bits": rule.bits}
+    return _as_list(axes.get(stage, {}).get("method", []))
 
 
 def _as_list(value: Any) -> list[str]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-LOWERING_VERSION = 1
+LOWERING_VERSION = 2
 """Raised when lowered graphs change in speed or bytes: earlier cost tables no longer apply."""
 
 _PROTOBUF_LIMIT = 2_000_000_000
@@ -111,7 +111,7 @@ class OnnxRuntimeTarget:
         """Why this format cannot be lowered, or `None` if it can."""
         from autocomp.targets import recipes
 
-        return recipes.unsupported(format)
+        return recipes.unsupported(format, self.tokens)
 
     def tokens_supported(self, reduction: TokenReduction) -> str | None:
         """Why this token reduction cannot be lowered, or `None` if it can: all can."""
