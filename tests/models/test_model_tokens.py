@@ -24,7 +24,8 @@ from autocomp.models.tokens import (
     token_sizes,
 )
 
-VISION = ("vit", "dinov2")
+VISION = ("vit", "deit", "dinov2")
+LEADING = {"vit": 1, "deit": 2, "dinov2": 1}
 PATCHES = 36
 
 
@@ -44,8 +45,9 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def shortened(model: nn.Module, units: list[Unit], **ratios: tuple[str, float]) -> nn.Module:
     """A copy with `layer_0=("tome", 0.25)` and so on installed."""
+    leading = units[0].protected_tokens or 0
     reductions = {
-        f"layers.{name.removeprefix('layer_')}.attention": TokenReduction(method, ratio)  # type: ignore[arg-type]
+        f"layers.{name.removeprefix('layer_')}.attention": TokenReduction(method, ratio, leading)  # type: ignore[arg-type]
         for name, (method, ratio) in ratios.items()
     }
     copied = copy_for_surgery(model)
@@ -118,7 +120,8 @@ def test_dropping_goes_by_the_attention_of_the_class_token(layout):
     with torch.no_grad():
         weights = eager(**inputs, output_attentions=True).attentions[1]  # (B, H, T, T)
     seen: list[torch.Tensor] = []
-    path = "vit.layers" if layout == "vit" else "dinov2.encoder.layer"
+    path = "dinov2.encoder.layer" if layout == "dinov2" else f"{layout}.layers"
+    first, tokens = LEADING[layout], LEADING[layout] + PATCHES
     for name in ("q_proj", "k_proj"):
         model.get_submodule(f"{path}.1.attention.{name}").register_forward_hook(
             lambda module, args, out: seen.append(out)
@@ -126,12 +129,12 @@ def test_dropping_goes_by_the_attention_of_the_class_token(layout):
     run(model, inputs)
     attention = class_attention(*seen, head_dim=units[0].head_dim)
     torch.testing.assert_close(attention, weights[:, :, 0].mean(dim=1), rtol=1e-5, atol=1e-6)
-    x = torch.arange(37.0).expand(3, 37)[..., None]
-    found, sizes = drop_tokens(x, attention, 9, 1)
+    x = torch.arange(float(tokens)).expand(3, tokens)[..., None]
+    found, sizes = drop_tokens(x, attention, 9, first)
     assert sizes is None
     for row in range(3):
-        ranked = sorted(range(1, 37), key=lambda t: -float(attention[row, t]))
-        assert found[row].flatten().tolist() == [0, *sorted(ranked[:27])]
+        ranked = sorted(range(first, tokens), key=lambda t: -float(attention[row, t]))
+        assert found[row].flatten().tolist() == [*range(first), *sorted(ranked[:27])]
 
 
 @pytest.mark.parametrize("layout", VISION)
@@ -152,7 +155,8 @@ def test_later_units_see_fewer_tokens(layout):
             lambda module, args: lengths.append(args[0].shape[1])
         )
     run(student, inputs)
-    assert lengths == [37, 28, 28, 28, 28, 15]
+    patches = [36, 27, 27, 27, 27, 14]
+    assert lengths == [LEADING[layout] + count for count in patches]
     assert (run(student, inputs) - run(model, inputs)).abs().max() > 1e-3
     assert {name: r.ratio for name, r in model_reductions(student).items()} == {
         "layers.0.attention": 0.25,

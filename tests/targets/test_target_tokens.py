@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def vision():
     return make
 
 
-@pytest.mark.parametrize("layout", ["vit", "dinov2"])
+@pytest.mark.parametrize("layout", ["vit", "deit", "dinov2"])
 @pytest.mark.parametrize(
     "reductions",
     [
@@ -64,7 +65,12 @@ def test_lowered_equals_torch(vision, layout, reductions, tmp_path: Path):
     model = copy.deepcopy(dense)
     keep_heads(model, units[0], [0, 2])
     skip(model, units[1])
-    install_tokens(model, units, {f"layers.{k}.attention": r for k, r in reductions.items()})
+    leading = units[0].protected_tokens
+    install_tokens(
+        model,
+        units,
+        {f"layers.{k}.attention": replace(r, protected=leading) for k, r in reductions.items()},
+    )
     runtime = target()
     lowered = runtime.lower(skeleton, model, units)
     assert {node.domain for node in lowered.graph.node} <= {"", "com.microsoft"}
