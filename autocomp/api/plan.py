@@ -7,19 +7,25 @@ its file and line, before anything slow begins.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from autocomp.core.candidate import Option, Runtime
 from autocomp.core.errors import UserError
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.discover import find_units, rest_parameters
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
 from autocomp.models.vocabulary import Vocabulary
-from autocomp.operators import OPERATORS, option_formats, rule_of, unit_options
-from autocomp.operators.protocol import Rule
+from autocomp.operators import (
+    OPERATORS,
+    option_formats,
+    rule_of,
+    token_reduction,
+    unit_options,
+)
 from autocomp.search.space import Space
 from autocomp.spec.loader import LoadedSpec, load_spec
 from autocomp.spec.names import check_names, match_rules
@@ -87,6 +93,17 @@ class Plan:
             for unit in self.units
         }
 
+    def reductions_on(self, runtime: Runtime) -> dict[str, dict[str, TokenReduction]]:
+        """Unit name → option key → what the option does to the sequence, where it does something
+        and the runtime can carry it out."""
+        found: dict[str, dict[str, TokenReduction]] = {}
+        for unit in self.units:
+            for option in self.options[unit.name]:
+                reduction = token_reduction(unit, option)
+                if reduction is not None and self.possible(runtime, unit.name, option):
+                    found.setdefault(unit.name, {})[option.key] = reduction
+        return found
+
     def possible(self, runtime: Runtime, unit: str, option: Option) -> bool:
         """Whether a runtime can carry out an option."""
         return (unit, option.key) not in self.excluded.get(runtime, {})
@@ -125,6 +142,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
             "task.name": ("tasks", TASKS.names()),
             "space[*].sparsity.method": ("operators", OPERATORS.names()),
             "space[*].bits.method": ("operators", OPERATORS.names()),
+            "space[*].tokens.method": ("operators", OPERATORS.names()),
         },
     )
     try:
@@ -203,7 +221,7 @@ def _options(
     asked = rule_of(loaded.spec.space[rule])
     if vocabulary is not None and "vocabulary" in asked.structure:
         counts = {"keep": len(vocabulary.kept), "unknown": vocabulary.unknown}
-        asked = Rule({**asked.structure, "vocabulary": counts}, asked.bits)
+        asked = replace(asked, structure={**asked.structure, "vocabulary": counts})
     try:
         return tuple(unit_options(unit, asked))
     except UserError as error:
@@ -230,9 +248,12 @@ def _excluded(
             continue
         for option in options[unit.name]:
             formats = option_formats(unit, option).values()
+            reduction = token_reduction(unit, option)
             reasons = {}
             for runtime, target in targets.items():
-                found = (target.formats_supported(left) for left in formats)
+                found = [target.formats_supported(left) for left in formats]
+                if reduction is not None:
+                    found.append(target.tokens_supported(reduction))
                 reason = next((reason for reason in found if reason is not None), None)
                 if reason is not None:
                     reasons[runtime] = excluded[runtime][unit.name, option.key] = reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from autocomp.core.candidate import Option
 from autocomp.core.measurement import Measurement
@@ -17,7 +17,8 @@ class TablePredictor:
     """A `search.costs.Predictor` on a cost table.
 
     Tied weights that are shared on disk are counted twice by the linear terms, once by `predict`:
-    the terms err on the safe side.
+    the terms err on the safe side. Where options shorten the sequence, the terms are a first-order
+    estimate and `interaction_ms` says what is missing.
 
     Args:
         table: the table of one runtime.
@@ -52,6 +53,15 @@ class TablePredictor:
     def predict(self, options: Mapping[str, Option]) -> Measurement:
         """Estimated cost of the whole model."""
         return self._table.predict({unit: option.key for unit, option in options.items()})
+
+    @property
+    def interaction_ms(self) -> Callable[[Mapping[str, Option]], float] | None:
+        """What `predict` says beyond base and the units' terms; `None` where that is nothing."""
+        return None if self._table.tokens is None else self._interaction_ms
+
+    def _interaction_ms(self, options: Mapping[str, Option]) -> float:
+        linear = sum(self.latency_ms(unit, option) for unit, option in options.items())
+        return (self.predict(options).latency_ms or 0.0) - self.base_latency_ms - linear
 
     def refitted(self, measured: Measured) -> TablePredictor:
         """The same table, its correction fitted to these measurements too."""

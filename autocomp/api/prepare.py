@@ -303,6 +303,7 @@ def prepare_cost_table(
         plan.units,
         possible,
         Companions(study.paths.companions).inputs,
+        reductions=plan.reductions_on(runtime),
         seed=plan.spec.search.seed,
         progress=progress.advance,
     )

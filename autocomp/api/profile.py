@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +88,12 @@ def _report(plan: Plan, runtime: Runtime, table: CostTable) -> dict[str, Any]:
         "estimated": {
             "dense": None if dense is None else _costs(dense.latency_ms, dense.size_bytes),
             "smallest": _costs(
-                predictor.base_latency_ms
-                + sum(
-                    min(predictor.latency_ms(name, option) for option in options)
-                    for name, options in offered.items()
-                ),
+                predictor.predict(
+                    {
+                        name: min(options, key=partial(predictor.latency_ms, name))
+                        for name, options in offered.items()
+                    }
+                ).latency_ms,
                 predictor.base_size_bytes
                 + sum(
                     min(predictor.size_bytes(name, option) for option in options)

@@ -25,7 +25,7 @@ from autocomp.core.unit import Unit, dense_format
 from autocomp.library.store import Library, item_key
 from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
-from autocomp.operators import apply_step, option_formats
+from autocomp.operators import apply_step, option_formats, weight_option
 from autocomp.operators.factorize.factors import multiplied
 from autocomp.operators.gram import derived, output_error
 from autocomp.operators.protocol import SiteState, SiteStats, UnitState
@@ -33,7 +33,8 @@ from autocomp.operators.protocol import SiteState, SiteStats, UnitState
 logger = logging.getLogger(__name__)
 
 Keys = dict[tuple[str, str], str]
-"""(unit name, option key) → item key. Dense and skipping options have no item."""
+"""(unit name, option key) → item key. Options that leave no weight, or every weight as it was, have
+no item; those that differ in token steps alone share one."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +121,19 @@ def plan_build(
         if not built:
             continue
         digest = _digest(unit, reader.state(unit))
-        missing: list[tuple[Option, str]] = []
+        missing: dict[str, Option] = {}
         for option in built:
-            key = item_key(digest, option, own.get(unit.name, stats_fingerprint))
+            stored = weight_option(option)
+            key = item_key(digest, stored, own.get(unit.name, stats_fingerprint))
             keys[unit.name, option.key] = key
             if not library.contains(key):
-                missing.append((option, key))
+                missing[key] = stored
         if missing:
             tasks.append(
                 BuildTask(
                     model_path=model_path,
                     unit=unit,
-                    options=tuple(missing),
+                    options=tuple((option, key) for key, option in missing.items()),
                     stats_path=stats_paths.get(unit.name),
                     library_root=library.root,
                     capacity_bytes=library.capacity_bytes,
@@ -276,7 +278,7 @@ def _relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _has_item(unit: Unit, option: Option) -> bool:
-    return not option.dense and bool(option_formats(unit, option))
+    return not weight_option(option).dense and bool(option_formats(unit, option))
 
 
 def _digest(unit: Unit, state: UnitState) -> str:

@@ -62,6 +62,7 @@ def find_units(
                 kv_heads=kv_heads,
                 head_dim=head_dim,
                 skippable=True,
+                protected_tokens=layout.leading_tokens or None,
             )
         )
         units.append(

@@ -7,7 +7,7 @@ screened, since what a candidate computes hardly depends on what runs it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,11 +27,13 @@ TOLERANCE = 1e-6
 
 
 class Predictor(Protocol):
-    """A cost model that is linear in the options of the units.
+    """A cost model that is linear in the options of the units, or nearly.
 
     For any candidate, `predict(options).latency_ms` equals `base_latency_ms` plus the sum of
     `latency_ms(unit, option)`, likewise for size: corrections are folded into the terms. What the
-    runtime cannot carry out costs `inf`.
+    runtime cannot carry out costs `inf`. Where options change what others cost (fewer tokens), the
+    terms are a first-order estimate, and an optional attribute `interaction_ms`, a function of the
+    options, gives the rest of the latency.
     """
 
     @property
@@ -86,6 +88,9 @@ class Costs:
             "latency_ms": predictor.base_latency_ms,
             "size_bytes": predictor.base_size_bytes,
         }
+        self._interaction: Callable[[Mapping[str, Option]], float] | None = getattr(
+            predictor, "interaction_ms", None
+        )
         offered = [[(name, option) for option in space.options[name]] for name in space.names]
         self.terms: dict[str, list[NDArray[np.float64]]] = {
             "latency_ms": [np.array([predictor.latency_ms(*o) for o in os]) for os in offered],
@@ -121,7 +126,36 @@ class Costs:
     def total(self, metric: str, vector: Sequence[int]) -> float:
         """Predicted cost of a whole candidate."""
         terms = self.terms[metric]
-        return self.base[metric] + float(sum(terms[u][o] for u, o in enumerate(vector)))
+        linear = self.base[metric] + float(sum(terms[u][o] for u, o in enumerate(vector)))
+        return linear + (self.interaction(vector) if metric == "latency_ms" else 0.0)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the terms say all."""
+        return self._interaction is None
+
+    def around(self, vector: Sequence[int]) -> tuple[float, list[NDArray[np.float64]]]:
+        """Latency of a candidate in ms, and per unit what switching it alone to an option adds."""
+        total = self.total("latency_ms", vector)
+        switched = [
+            np.array(
+                [
+                    self.total("latency_ms", [*vector[:unit], option, *vector[unit + 1 :]]) - total
+                    for option in range(len(terms))
+                ]
+            )
+            for unit, terms in enumerate(self.terms["latency_ms"])
+        ]
+        return total, switched
+
+    def interaction(self, vector: Sequence[int]) -> float:
+        """Latency in ms that the terms miss; negative where they say too much."""
+        if self._interaction is None or not all(self.possible[u][o] for u, o in enumerate(vector)):
+            return 0.0
+        space = self.space
+        return self._interaction(
+            {name: space.options[name][o] for name, o in zip(space.names, vector, strict=True)}
+        )
 
     def excess(self, vector: Sequence[int], limits: Limits) -> dict[str, float]:
         """Relative overshoot per limited metric; ≤ 0 meets it."""
@@ -134,7 +168,7 @@ class Costs:
         )
 
     def smallest(self, metric: str) -> float:
-        """The smallest cost any candidate reaches in this metric, other metrics aside."""
+        """The smallest cost the terms allow in this metric, other metrics aside."""
         return self.base[metric] + float(sum(terms.min() for terms in self.terms[metric]))
 
     def share(self, vector: Sequence[int], limits: Limits) -> float:

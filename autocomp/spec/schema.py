@@ -197,6 +197,18 @@ class StructureSection(_Section):
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
 
 
+class TokensSection(_Section):
+    """Shortening the sequence of patch tokens behind an attention sublayer (vision)."""
+
+    method: str | list[str] = Field("tome", description="Token operator(s): tome, token_prune.")
+    ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Shares of the patch tokens then present that are merged or dropped; 0.0 "
+        "leaves all.",
+    )
+
+
 def _level(value: float | str) -> float | str:
     if isinstance(value, str):
         kept, colon, group = value.partition(":")
@@ -261,6 +273,7 @@ class RuleSection(_Section):
 
     match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
     structure: StructureSection = StructureSection()
+    tokens: TokensSection | None = None
     sparsity: SparsitySection = SparsitySection()
     bits: BitsSection = BitsSection()
 

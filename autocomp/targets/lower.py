@@ -20,6 +20,7 @@ from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
 from autocomp.targets.inputs import Inputs
 from autocomp.targets.skeleton_format import DOMAIN, OPSET
+from autocomp.targets.token_nodes import Reductions, resolve_tokens
 from autocomp.targets.weights import Array, Provider, SiteWeights
 
 
@@ -29,6 +30,7 @@ def lower(
     *,
     tokens: int,
     parameters: Mapping[str, Array] | None = None,
+    reductions: Reductions | None = None,
 ) -> onnx.ModelProto:
     """The runtime's graph of a candidate. `skeleton` is not modified.
 
@@ -38,11 +40,14 @@ def lower(
             `X.first` and `X.second` is not asked for.
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
+        reductions: attention unit → what is done to the sequence behind it.
 
     Raises:
         InternalError: if shapes do not fit, or every way to the output is skipped.
     """
     graph = Graph(skeleton)
+    graph.nodes, constants = resolve_tokens(graph.nodes, reductions or {})
+    graph.initializers.update(constants)
     split_factors(graph, weights)
     sites = {
         node.output[0]: str(attribute(node, "site"))

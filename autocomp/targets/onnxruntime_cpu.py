@@ -20,6 +20,7 @@ from autocomp.core.files import write_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.targets.fingerprint import describe_cpu
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
@@ -112,6 +113,10 @@ class OnnxRuntimeTarget:
 
         return recipes.unsupported(format, self.tokens)
 
+    def tokens_supported(self, reduction: TokenReduction) -> str | None:
+        """Why this token reduction cannot be lowered, or `None` if it can: all can."""
+        return None
+
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format."""
         from autocomp.targets import recipes
@@ -128,20 +133,26 @@ class OnnxRuntimeTarget:
         self, skeleton: onnx.ModelProto, model: nn.Module, units: Sequence[Unit]
     ) -> onnx.ModelProto:
         """The graph of a stitched model; units that were skipped in it leave no node."""
+        from autocomp.models.tokens import model_reductions
         from autocomp.targets.weights import model_parameters, model_weights
 
-        return self.lower_weights(skeleton, model_weights(model), model_parameters(model))
+        return self.lower_weights(
+            skeleton, model_weights(model), model_parameters(model), model_reductions(model)
+        )
 
     def lower_weights(
         self,
         skeleton: onnx.ModelProto,
         weights: Provider,
         parameters: Mapping[str, Array] | None = None,
+        reductions: Mapping[str, TokenReduction] | None = None,
     ) -> onnx.ModelProto:
         """`lower` from a provider of weights instead of a torch model."""
         from autocomp.targets.lower import lower
 
-        return lower(skeleton, weights, tokens=self.tokens, parameters=parameters)
+        return lower(
+            skeleton, weights, tokens=self.tokens, parameters=parameters, reductions=reductions
+        )
 
     def write(self, lowered: onnx.ModelProto, directory: Path) -> Artifact:
         """`model.onnx` in `directory`, with `model.onnx.data` beside it above 2 GB.
@@ -268,13 +279,23 @@ class OnnxRuntimeTarget:
         unit_formats: Mapping[str, Mapping[str, UnitFormat]],
         inputs: Mapping[str, Array],
         *,
+        reductions: Mapping[str, Mapping[str, TokenReduction]] | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> CostTable:
         """See `profile.profile`."""
         from autocomp.targets.profile import profile
 
-        return profile(self, skeleton, units, unit_formats, inputs, seed=seed, progress=progress)
+        return profile(
+            self,
+            skeleton,
+            units,
+            unit_formats,
+            inputs,
+            reductions=reductions,
+            seed=seed,
+            progress=progress,
+        )
 
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, Array]) -> int:
         """Peak resident bytes of a fresh process that loads the artifact and runs it once.

@@ -10,18 +10,28 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
 from onnx import helper
 
 from autocomp.core.factors import site_of
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets import recipes
 from autocomp.targets.cost_table import Choice, CostTable, Entry
 from autocomp.targets.graph import Graph, attribute, cut
 from autocomp.targets.onnxruntime_cpu import Array, OnnxRuntimeTarget
 from autocomp.targets.skeleton_format import DOMAIN, dense_formats
+from autocomp.targets.token_profile import (
+    Piece,
+    UnitReductions,
+    chosen_reductions,
+    reduction_bytes,
+    token_costs,
+    token_pieces,
+)
 from autocomp.targets.weights import stand_in_weights
 
 Progress = Callable[[int, int], None]
@@ -38,6 +48,7 @@ def profile(
     unit_formats: UnitFormats,
     inputs: Mapping[str, Array],
     *,
+    reductions: UnitReductions | None = None,
     candidates: int = 12,
     seed: int = 0,
     progress: Progress | None = None,
@@ -47,18 +58,31 @@ def profile(
     Args:
         unit_formats: the formats of every option of every unit; an empty one is a skipped unit.
         inputs: model inputs at the workload's shape.
+        reductions: the options that shorten the sequence; without any, every unit is timed at the
+            workload's length alone.
         candidates: whole random candidates measured for the correction.
     """
     total = candidates + 3
     _report(progress, 0, total)
     pieces = _pieces(target, skeleton, units, unit_formats, inputs)
+    lengths, extra = token_pieces(skeleton, units, reductions or {}, inputs, pieces)
+    pieces |= extra
     timings = target.time_pieces(list(pieces.values()), seed=seed)
     times = dict(zip(pieces, map(target.to_ms, timings), strict=True))
+    keys = {
+        unit.name: {
+            key: _cost_key(unit, formats, target)
+            for key, formats in unit_formats[unit.name].items()
+            if formats
+        }
+        for unit in units
+    }
     entries = {
         unit.name: {
             key: Entry(
-                times[_cost_key(unit, formats, target)] if formats else 0.0,
-                sum(target.size_bytes(one) for one in formats.values()),
+                times[keys[unit.name][key]] if formats else 0.0,
+                sum(target.size_bytes(one) for one in formats.values())
+                + reduction_bytes(extra, reductions, unit.name, key),
                 _kernels(formats, target),
             )
             for key, formats in unit_formats[unit.name].items()
@@ -73,7 +97,10 @@ def profile(
         unit.name: min(unit_formats[unit.name], key=lambda k: entries[unit.name][k].latency_ms)
         for unit in units
     }
-    least = _measure_choice(target, skeleton, units, unit_formats, smallest, inputs)
+    measure = partial(
+        _measure_choice, target, skeleton, units, unit_formats, inputs=inputs, reductions=reductions
+    )
+    least = measure(smallest)
     known = sum(entries[unit][key].latency_ms for unit, key in smallest.items())
     _report(progress, 2, total)
     table = CostTable(
@@ -83,14 +110,13 @@ def profile(
         base_ms=max(least - known, 0.1 * least),
         rest_bytes=whole.ByteSize() - in_units,
         ties=_ties(units, unit_formats, dense),
+        tokens=token_costs(lengths, keys, reductions, times) if reductions and lengths else None,
     )
     pairs: list[tuple[Choice, float]] = [(smallest, least)]
     rng = random.Random(seed)
     for index in range(candidates):
         choice = random_choice(rng, unit_formats)
-        pairs.append(
-            (choice, _measure_choice(target, skeleton, units, unit_formats, choice, inputs))
-        )
+        pairs.append((choice, measure(choice)))
         _report(progress, 3 + index, total)
     table.fit(pairs)
     _report(progress, total, total)
@@ -121,6 +147,7 @@ def check_table(
     unit_formats: UnitFormats,
     inputs: Mapping[str, Array],
     *,
+    reductions: UnitReductions | None = None,
     candidates: int = 20,
     seed: int = 1,
 ) -> Accuracy:
@@ -131,7 +158,9 @@ def check_table(
         choice = random_choice(rng, unit_formats)
         predicted = table.predict(choice).latency_ms
         assert predicted is not None
-        measured = _measure_choice(target, skeleton, units, unit_formats, choice, inputs)
+        measured = _measure_choice(
+            target, skeleton, units, unit_formats, choice, inputs, reductions
+        )
         pairs.append((predicted, measured))
     values = np.array(pairs)
     errors = np.abs(values[:, 0] / values[:, 1] - 1)
@@ -174,6 +203,7 @@ def lower_formats(
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     formats: Mapping[str, UnitFormat],
+    reductions: Mapping[str, TokenReduction] | None = None,
 ) -> onnx.ModelProto:
     """A whole model with made-up weights in these formats; what is in no unit stays dense."""
     sites: dict[str, SiteFormat] = dense_formats(skeleton)
@@ -181,7 +211,7 @@ def lower_formats(
         for site in unit.sites:
             sites.pop(site.name, None)
         sites.update(formats[unit.name])
-    return target.lower_weights(skeleton, stand_in_weights(sites))
+    return target.lower_weights(skeleton, stand_in_weights(sites), reductions=reductions)
 
 
 def measure_formats(
@@ -190,9 +220,10 @@ def measure_formats(
     units: Sequence[Unit],
     formats: Mapping[str, UnitFormat],
     inputs: Mapping[str, Array],
+    reductions: Mapping[str, TokenReduction] | None = None,
 ) -> float:
     """Latency in reference milliseconds of a whole model with made-up weights."""
-    lowered = lower_formats(target, skeleton, units, formats)
+    lowered = lower_formats(target, skeleton, units, formats, reductions)
     inputs = _in_range(inputs, formats)
     return target.to_ms(target.time_graph(lowered, inputs, **_WHOLE))
 
@@ -213,9 +244,11 @@ def _measure_choice(
     unit_formats: UnitFormats,
     choice: Choice,
     inputs: Mapping[str, Array],
+    reductions: UnitReductions | None = None,
 ) -> float:
     formats = {unit: unit_formats[unit][key] for unit, key in choice.items()}
-    return measure_formats(target, skeleton, units, formats, inputs)
+    shorter = chosen_reductions(reductions or {}, choice)
+    return measure_formats(target, skeleton, units, formats, inputs, shorter)
 
 
 def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> object:
@@ -243,7 +276,7 @@ def _pieces(
     units: Sequence[Unit],
     unit_formats: UnitFormats,
     inputs: Mapping[str, Array],
-) -> dict[object, tuple[onnx.ModelProto, dict[str, Array]]]:
+) -> dict[object, Piece]:
     """Every distinct piece, lowered, with the inputs to run it on."""
     graph = Graph(skeleton)
     wanted: dict[object, tuple[Unit, UnitFormat]] = {}
@@ -255,7 +288,7 @@ def _pieces(
     cuts = {name: _cut_unit(graph, unit) for name, unit in owners.items()}
     needed = sorted({name for _, outside, _ in cuts.values() for name in outside} - set(inputs))
     values = dict(inputs) | _record(target, skeleton, inputs, needed)
-    result: dict[object, tuple[onnx.ModelProto, dict[str, Array]]] = {}
+    result: dict[object, Piece] = {}
     for key, (unit, formats) in wanted.items():
         nodes, outside, end = cuts[unit.name]
         piece = _as_model(skeleton, nodes, {name: values[name] for name in outside}, end)

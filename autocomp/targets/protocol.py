@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autocomp.core.measurement import Measurement
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.models.vocabulary import load_vocabulary
 from autocomp.targets.cost_table import CostTable
@@ -92,6 +93,10 @@ class Target(Protocol):
         """Why this format cannot be lowered, or `None` if it can."""
         ...
 
+    def tokens_supported(self, reduction: TokenReduction) -> str | None:
+        """Why this token reduction cannot be lowered, or `None` if it can."""
+        ...
+
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format. Needs no torch."""
         ...
@@ -135,10 +140,11 @@ class Target(Protocol):
         unit_formats: Mapping[str, Mapping[str, UnitFormat]],
         inputs: Mapping[str, np.ndarray],
         *,
+        reductions: Mapping[str, Mapping[str, TokenReduction]] | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> CostTable:
-        """The cost table of a model: unit → option key → format."""
+        """The cost table of a model: unit → option key → format, and → token reduction if any."""
         ...
 
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> int:

@@ -7,6 +7,7 @@ stand for its linear layers, its embedding sites and its attention products:
     autocomp::Embedding(ids; site)                     (B, T)   → (B, T, width)
     autocomp::Attention(q, k, v[, mask]; …)            (B, H, T, D) × 3 → (B, T, H·D)
 
+and for the places where tokens can be merged or dropped (`token_markers`).
 The graph holds no big weights and no fixed number of heads, so structure and precision of every
 site remain open; `lower` fills them in. Batch and sequence stay dynamic.
 """
@@ -36,6 +37,7 @@ from autocomp.core.unit import Unit
 from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.protocol import ExportTask
 from autocomp.targets.skeleton_format import DOMAIN, OPSET, VERSION
+from autocomp.targets.token_markers import mark_tokens
 
 _MASKED = -1e9
 """Added to the scores of padding: exp() of it is exactly zero in float32."""
@@ -210,6 +212,7 @@ def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -
     """
     sites = {s.name for unit in units if unit.kind == "embedding" for s in unit.sites}
     marked = _marked_copy(model, sites)
+    mark_tokens(marked, units)
     config: Any = marked.config
     if getattr(config, "use_cache", None):
         config.use_cache = False
@@ -361,11 +364,21 @@ def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> s
             "version": VERSION,
             "config": json.loads(config.to_json_string(use_diff=False)),
             "sites": sorted(sites),
+            "shapes": _fixed_shapes(task),
             "axes": {k: {str(a): n for a, n in v.items()} for k, v in task.dynamic_axes.items()},
             "tensors": digest.hexdigest(),
             "torch": torch.__version__,
         }
     )
+
+
+def _fixed_shapes(task: ExportTask) -> dict[str, list[int]]:
+    """The sizes an export fixes: those of the axes that are not dynamic (an image's side)."""
+    axes = task.dynamic_axes
+    return {
+        name: [size for axis, size in enumerate(value.shape) if axis not in axes.get(name, {})]
+        for name, value in task.example_inputs(2, 16).items()
+    }
 
 
 def cached_skeleton(

@@ -53,8 +53,14 @@ INNER_ROLES = {
 """Unit kind → roles that read the unit's input, role that writes its output."""
 
 
-def attention(name: str = "layers.0.attention", *, kv_heads: int = 4, bias: bool = True) -> Unit:
-    """Four heads of 8 on a width of 24."""
+def attention(
+    name: str = "layers.0.attention",
+    *,
+    kv_heads: int = 4,
+    bias: bool = True,
+    protected_tokens: int | None = None,
+) -> Unit:
+    """Four heads of 8 on a width of 24; of a vision model if it has protected tokens."""
     shapes = {"query": (32, 24), "key": (kv_heads * 8, 24), "value": (kv_heads * 8, 24)}
     return Unit(
         name,
@@ -68,6 +74,7 @@ def attention(name: str = "layers.0.attention", *, kv_heads: int = 4, bias: bool
         kv_heads=kv_heads,
         head_dim=8,
         skippable=True,
+        protected_tokens=protected_tokens,
     )
 
 
@@ -97,7 +104,7 @@ def head() -> Unit:
 def example_units() -> list[Unit]:
     """One of every kind, with and without biases, grouped queries and gates."""
     return [
-        attention(),
+        attention(protected_tokens=1),
         attention("layers.1.attention", kv_heads=2, bias=False),
         ffn(),
         ffn("layers.1.ffn", gated=True, bias=False),

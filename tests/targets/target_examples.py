@@ -100,6 +100,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 0,
     },
     "vit": {**_VISION, "intermediate_size": 64, "num_labels": 3},
+    "deit": {
+        **_VISION,
+        "intermediate_size": 64,
+        "num_labels": 3,
+        "architectures": ["DeiTForImageClassification"],
+    },
     "dinov2": {**_VISION, "mlp_ratio": 2, "num_labels": 3},
 }
 TASKS = {

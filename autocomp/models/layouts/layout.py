@@ -77,6 +77,10 @@ class Layout:
         defaults: values of config keys that config.json may leave out.
         unsupported: config key → values this entry does not describe; where the config holds a
             list, one such entry is enough.
+        leading_tokens: tokens before an image's patches (class token, registers); 0 for text.
+            Above 0, a block is `x + scale(module(norm(x)))` twice, with the norm first among a
+            sublayer's `identity`, and its tokens can be merged or dropped between the two.
+        averaged: the norm, inside the base model, whose patch tokens the head takes the mean of.
         tied: config key that says that the language-modeling head shares the embedding's weight.
         renames: (module name, name in older checkpoints) fragments; transformers converts these
             on load, and writes the older ones on save.
@@ -99,6 +103,8 @@ class Layout:
     keys: ConfigKeys = field(default_factory=ConfigKeys)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unsupported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    leading_tokens: int = 0
+    averaged: str | None = None
     tied: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     transposed: tuple[str, ...] = ()

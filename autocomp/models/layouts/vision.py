@@ -41,6 +41,7 @@ VIT = Layout(
     ffn=_VIT_FFN,
     heads={"image-classification": (SiteSpec("head", "classifier", "labels", "hidden"),)},
     defaults={"qkv_bias": True},
+    leading_tokens=1,
     renames=_VIT_RENAMES,
 )
 
@@ -53,6 +54,7 @@ DEIT = Layout(
     heads={"image-classification": (SiteSpec("head", "classifier", "labels", "hidden"),)},
     defaults={"qkv_bias": True},
     unsupported={"architectures": ("DeiTForImageClassificationWithTeacher",)},
+    leading_tokens=2,
     renames=_VIT_RENAMES,
 )
 
@@ -70,5 +72,7 @@ DINOV2 = Layout(
     keys=ConfigKeys(width_ratio="mlp_ratio"),
     defaults={"qkv_bias": True, "mlp_ratio": 4},
     unsupported={"use_swiglu_ffn": (True,)},
+    leading_tokens=1,
+    averaged="layernorm",
     renames=_OLDER_ATTENTION,
 )
