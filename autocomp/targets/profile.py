@@ -18,6 +18,7 @@ from onnx import helper
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets import recipes
 from autocomp.targets.cost_table import Choice, CostTable, Entry
+from autocomp.targets.generation import PAST
 from autocomp.targets.graph import Graph, attribute, cut
 from autocomp.targets.onnxruntime_cpu import Array, OnnxRuntimeTarget
 from autocomp.targets.skeleton_format import DOMAIN, dense_formats
@@ -238,14 +239,17 @@ def _pieces(
                 wanted.setdefault(_cost_key(unit, formats, target), (unit, formats))
     owners = {unit.name: unit for unit, _ in wanted.values()}
     cuts = {name: _cut_unit(graph, unit) for name, unit in owners.items()}
-    needed = sorted({name for _, outside, _ in cuts.values() for name in outside} - set(inputs))
-    values = dict(inputs) | _record(target, skeleton, inputs, needed)
+    caches = {value.name for value in graph.input_infos if value.name.startswith(PAST)}
+    needed = {name for _, outside, _ in cuts.values() for name in outside} - set(inputs) - caches
+    values = dict(inputs) | _record(target, skeleton, inputs, sorted(needed))
     result: dict[object, tuple[onnx.ModelProto, dict[str, Array]]] = {}
     for key, (unit, formats) in wanted.items():
         nodes, outside, end = cuts[unit.name]
-        piece = _as_model(skeleton, nodes, {name: values[name] for name in outside}, end)
+        read = {name: values[name] for name in outside if name not in caches}
+        piece = _as_model(skeleton, nodes, read, end)
+        piece.graph.input.extend(v for v in graph.input_infos if v.name in caches & set(outside))
         lowered = target.lower_weights(piece, stand_in_weights(formats))
-        result[key] = (lowered, {name: values[name] for name in outside})
+        result[key] = (lowered, read)
     return result
 
 
