@@ -109,6 +109,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         )
     model_path = resolve_source(spec.model.source, spec.model.revision)
     config = read_config(model_path)
+    _check_generation(loaded, config)
     shapes = read_tensor_shapes(model_path)
     data = inspect_data(spec)
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
@@ -116,6 +117,31 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
     target = make_target(spec.target)
     options = {unit.name: _options(loaded, unit, rules.get(unit.name), target) for unit in units}
     return Plan(loaded, model_path, config, shapes, data, units, rules, options)
+
+
+def _check_generation(loaded: LoadedSpec, config: Mapping[str, Any]) -> None:
+    """A workload that generates needs a language model with enough positions.
+
+    Raises:
+        SpecError: if it has not.
+    """
+    workload, task = loaded.spec.target.workload, loaded.spec.task.name
+    if workload.prompt is None or workload.generate is None:
+        return
+    place = ("target", "workload", "generate")
+    if task != "language-modeling":
+        raise loaded.source.error_at(
+            place,
+            f"task {task!r} generates no tokens: leave out prompt and generate, or use "
+            f"language-modeling",
+        )
+    positions = config.get("max_position_embeddings")
+    if positions is not None and workload.prompt + workload.generate > positions:
+        raise loaded.source.error_at(
+            place,
+            f"{workload.prompt} tokens of prompt and {workload.generate} generated are more than "
+            f"the model's {positions} positions. Their sum may be {positions} at most",
+        )
 
 
 def _options(

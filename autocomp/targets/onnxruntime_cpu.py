@@ -249,9 +249,10 @@ class OnnxRuntimeTarget:
         """One token per example and a filled cache, where the workload generates."""
         if not self.decodes:
             return feeds(session, inputs)
+        batch = self.workload.batch
         if "input_ids" in inputs:
-            inputs = first_tokens(inputs, 1)
-        return feeds(session, inputs, self.workload.batch, self.cached_tokens)
+            inputs, batch = first_tokens(inputs, 1), len(inputs["input_ids"])
+        return feeds(session, inputs, batch, self.cached_tokens)
 
     def time_pieces(
         self, pieces: Sequence[tuple[onnx.ModelProto, Mapping[str, Array]]], **settings: Any

@@ -106,7 +106,7 @@ def small_model(layout: str) -> tuple[nn.Module, list[Unit], TextTask | ImageTas
 
 
 def target(sequence: int = SEQUENCE, batch: int = 1) -> OnnxRuntimeTarget:
-    """A single-threaded target; fewer than eight tokens make it a decoding one."""
+    """A single-threaded target; a single token makes it a decoding one."""
     return OnnxRuntimeTarget(WorkloadSection(batch=batch, sequence=sequence, threads=1))
 
 
