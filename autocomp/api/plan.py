@@ -109,7 +109,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         )
     model_path = resolve_source(spec.model.source, spec.model.revision)
     config = read_config(model_path)
-    _check_generation(loaded, config)
+    check_generation(loaded, config)
     shapes = read_tensor_shapes(model_path)
     data = inspect_data(spec)
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
@@ -119,7 +119,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
     return Plan(loaded, model_path, config, shapes, data, units, rules, options)
 
 
-def _check_generation(loaded: LoadedSpec, config: Mapping[str, Any]) -> None:
+def check_generation(loaded: LoadedSpec, config: Mapping[str, Any]) -> None:
     """A workload that generates needs a language model with enough positions.
 
     Raises:

@@ -27,8 +27,8 @@ def profile(
     whose teacher is yet to be fitted is measured with a fresh head.
 
     Returns:
-        `target`, `dense` and `smallest` predicted cost, and `units`:
-        unit → option → isolated latency and size.
+        `target`, `estimated` (cost of `dense` and `smallest`; `error`, the mean relative error of
+        predicted latencies), and `units`: unit → option → isolated latency and size.
 
     Raises:
         UserError: for anything wrong in the spec, model or data.
@@ -66,6 +66,7 @@ def profile(
     return {
         "target": make_target(plan.spec.target).describe(),
         "estimated": {
+            "error": table.error(),
             "dense": None if dense is None else _costs(dense.latency_ms, dense.size_bytes),
             "smallest": _costs(
                 predictor.base_latency_ms

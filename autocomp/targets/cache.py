@@ -1,6 +1,6 @@
 """The key-value cache of a graph that decodes: an input and an output per attention. No torch.
 
-    past_key_values.N.key, .value   (B, kv heads of layer N, P, D)  what earlier runs left; P may be 0
+    past_key_values.N.key, .value   (B, kv heads of layer N, P, D): what earlier runs left
     present.N.key, .value           (B, kv heads of layer N, P + T, D)
 
 One graph serves prompt (P = 0) and generation (T = 1); N is the layer's number in the dense model,

@@ -173,9 +173,7 @@ def _attention(node: onnx.NodeProto, present: Mapping[str, SiteWeights]) -> list
     output = node.output[0]
     split, turned, shape = f"{output}.heads", f"{output}.turned", f"{output}.shape"
     return [
-        helper.make_node(
-            "Attention", list(node.input), [split, *node.output[1:]], **attributes
-        ),
+        helper.make_node("Attention", list(node.input), [split, *node.output[1:]], **attributes),
         helper.make_node("Transpose", [split], [turned], perm=[0, 2, 1, 3]),
         helper.make_node("Constant", [], [shape], value_ints=[0, 0, -1]),
         helper.make_node("Reshape", [turned, shape], [output]),

@@ -24,7 +24,13 @@ def test_the_committed_schema_is_the_codes():
 
 
 def test_they_are_all_here():
-    assert [path.stem for path in SPECS] == ["llama_cpu", "llama_decode_cpu", "quickstart", "tiny", "vit_cpu"]
+    assert [path.stem for path in SPECS] == [
+        "llama_cpu",
+        "llama_decode_cpu",
+        "quickstart",
+        "tiny",
+        "vit_cpu",
+    ]
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)

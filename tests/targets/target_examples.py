@@ -87,15 +87,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TASKS = {"bert": "text-classification", "llama": "language-modeling"}
 
 
-def small_model(layout: str) -> tuple[nn.Module, list[Unit], TextTask | ImageTask]:
-    """A random model with its units and its export task."""
+def small_model(layout: str, **changes: Any) -> tuple[nn.Module, list[Unit], TextTask | ImageTask]:
+    """A random model with its units and its export task; `changes` are of its config."""
     task = TASKS.get(layout, "image-classification")
     auto = {
         "text-classification": transformers.AutoModelForSequenceClassification,
         "language-modeling": transformers.AutoModelForCausalLM,
         "image-classification": transformers.AutoModelForImageClassification,
     }[task]
-    config = transformers.AutoConfig.for_model(layout, **CONFIGS[layout])
+    config = transformers.AutoConfig.for_model(layout, **{**CONFIGS[layout], **changes})
     torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="sdpa").eval()
     for parameter in dict.fromkeys(model.parameters()):
