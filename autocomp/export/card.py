@@ -105,13 +105,14 @@ def _rows(
 ) -> list[str]:
     rows = []
     prompt = request.spec.target.workload.prompt
-    latency, prefill = "latency", ()
+    latency = [("latency", "latency_ms", format_ms)]
     if prompt is not None:
-        latency = "latency of a generated token"
-        prefill = ((f"reading the prompt, {prompt} tokens", "prefill_ms", format_ms),)
+        latency = [
+            ("latency of a generated token", "latency_ms", format_ms),
+            (f"reading the prompt, {prompt} tokens", "prefill_ms", format_ms),
+        ]
     for label, name, show in (
-        (latency, "latency_ms", format_ms),
-        *prefill,
+        *latency,
         ("size on disk", "size_bytes", format_bytes),
         ("peak memory", "peak_memory_bytes", format_bytes),
     ):
