@@ -5,6 +5,7 @@ from __future__ import annotations
 from autocomp.core.measurement import Measurement
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.export.protocol import ExportRequest
+from autocomp.models.vocabulary import load_vocabulary
 
 _LOAD_TEXT = """\
 from pathlib import Path
@@ -71,11 +72,12 @@ def model_card(request: ExportRequest, file: str) -> str:
     spec, record = request.spec, request.record
     dense = None if request.dense is None else request.dense.measured
     workload = spec.target.workload
+    runtime = record.candidate.runtime or spec.target.runtime
     lines = [
         f"# {spec.model.source.removeprefix('package:')}, compressed",
         "",
         f"Trial `{record.id}` of an autocomp study, proposed by {record.proposed_by}. Task: "
-        f"{spec.task.name}. Target: {spec.target.runtime} on {spec.target.device}, batch "
+        f"{spec.task.name}. Target: {runtime} on {spec.target.device}, batch "
         f"{workload.batch}, {_shape(request)}, {workload.threads} thread(s).",
         "",
         "| | measured | of dense | estimated before the trial |",
@@ -86,6 +88,7 @@ def model_card(request: ExportRequest, file: str) -> str:
         "",
         "Measured on the exported file, on the target; the estimate came from the cost table.",
         "What was done to each unit is in `candidate.yaml`.",
+        *_vocabulary(request),
         "",
         "## Load",
         "",
@@ -144,6 +147,16 @@ def _quality(request: ExportRequest) -> list[str]:
             f"{reference['value']:.4g}; quality {ratio:.1%} of the teacher's)"
         )
     return lines
+
+
+def _vocabulary(request: ExportRequest) -> list[str]:
+    kept = load_vocabulary(request.artifact.path.parent)
+    if kept is None:
+        return []
+    return [
+        f"The vocabulary holds {len(kept.kept)} of {kept.size} tokens: use the tokenizer in this "
+        f"directory, whose ids are not those of the source model (`vocabulary.json` lists these)."
+    ]
 
 
 def _shape(request: ExportRequest) -> str:

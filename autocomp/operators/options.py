@@ -13,6 +13,7 @@ from typing import Any
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
+from autocomp.core.factors import factored_sites
 from autocomp.core.registry import Registry
 from autocomp.core.unit import SiteFormat, Unit, dense_format
 from autocomp.operators.protocol import STAGES, Operator, Rule, Stage, UnitState, UnitStats
@@ -24,8 +25,17 @@ OPERATORS: Registry[Operator] = Registry(
         "heads": "autocomp.operators.prune.heads:OPERATOR",
         "width": "autocomp.operators.prune.width:OPERATOR",
         "skip": "autocomp.operators.prune.skip:OPERATOR",
+        "rank": "autocomp.operators.factorize.rank:OPERATOR",
+        "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
+        "sparsegpt": "autocomp.operators.sparsify.sparsegpt:OPERATOR",
+        "wanda": "autocomp.operators.sparsify.wanda:OPERATOR",
+        "magnitude": "autocomp.operators.sparsify.magnitude:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
         "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
+        "hqq": "autocomp.operators.quantize.hqq:OPERATOR",
+        "awq": "autocomp.operators.quantize.awq:OPERATOR",
+        "awq_gptq": "autocomp.operators.quantize.awq:WITH_GPTQ",
+        "smoothquant": "autocomp.operators.quantize.smoothquant:OPERATOR",
     },
 )
 
@@ -37,7 +47,11 @@ def rule_of(section: RuleSection) -> Rule:
         for name, value in section.structure.model_dump().items()
         if value is not None and value is not False
     }
-    return Rule(structure=structure, bits=section.bits.model_dump())
+    return Rule(
+        structure=structure,
+        bits=section.bits.model_dump(),
+        sparsity=section.sparsity.model_dump(),
+    )
 
 
 def unit_options(unit: Unit, rule: Rule) -> list[Option]:
@@ -69,7 +83,14 @@ def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats)
 
 
 def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
-    """Carry out one step. Does not modify `state`."""
+    """Carry out one step. Does not modify `state`.
+
+    The factors of a low-rank site have statistics like any other: see `factor_stats`.
+    """
+    if factored_sites(state):
+        from autocomp.operators.factorize.factors import factor_stats
+
+        stats = factor_stats(state, stats)
     return OPERATORS.get(step.operator).apply(unit, state, step, stats)
 
 
@@ -94,9 +115,8 @@ def _named(rule: Rule, stage: Stage) -> list[str]:
     """Names of the operators the rule mentions in this stage."""
     if stage == "structure":
         return list(rule.structure)
-    if stage == "bits":
-        return _as_list(rule.bits.get("method", [])) if rule.bits else []
-    return []
+    axis = {"sparsity": rule.sparsity, "bits": rule.bits}.get(stage, {})
+    return _as_list(axis.get("method", []))
 
 
 def _as_list(value: Any) -> list[str]:

@@ -51,6 +51,8 @@ class SiteState:
         input_scale: float32 `(columns,)`, what inputs are multiplied by; `weight` is already
             divided by it.
         input_range: smallest and largest input, where activations are static.
+        kept_rows: of a table, int64 `(rows,)`, ascending: the original rows that remain.
+        row_of: with it, int64 `(original rows,)`: which row stands for each original one.
     """
 
     weight: torch.Tensor
@@ -63,6 +65,12 @@ class SiteState:
     origin: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_range: tuple[float, float] | None = None
+    kept_rows: torch.Tensor | None = None
+    row_of: torch.Tensor | None = None
+
+    def on_plain_inputs(self) -> torch.Tensor:
+        """The weight as it acts on inputs that are not scaled, `(rows, columns)`."""
+        return self.weight if self.input_scale is None else self.weight * self.input_scale
 
 
 UnitState = dict[str, SiteState]
@@ -74,11 +82,14 @@ class Rule:
     """The part of a spec's space rule that operators read; one entry per axis.
 
     `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
-    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`.
+    `sparsity`: `{"method": "sparsegpt", "levels": [0.0, 0.5, "2:4"]}`.
+    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`;
+    also `range`, `migration`, `per_site`.
     """
 
     structure: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Operator(Protocol):

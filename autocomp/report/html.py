@@ -25,7 +25,7 @@ from autocomp.report.figures import (
     summarise_option,
 )
 from autocomp.report.summary import candidate_figures, figures_text
-from autocomp.report.terminal import describe_target
+from autocomp.report.terminal import describe_target, report_line
 
 
 def front_html(view: Mapping[str, Any]) -> str:
@@ -47,12 +47,15 @@ def _page_data(view: Mapping[str, Any]) -> dict[str, Any]:
     trials = [_trial(trial, dense, view.get("chosen"), measure) for trial in view["trials"]]
     drawn = [trial for trial in view["trials"] if _drawable(trial)]
     limits = {name: view["budget"].get(name) for name in COSTS}
-    hypervolume = view.get("hypervolume")
+    hypervolume, report = view.get("hypervolume"), view.get("report")
     return {
         "study": str(view["study"]),
         "target": describe_target(view.get("target") or {}),
         "budget": Budget(**limits).describe(),
         "hypervolume": None if hypervolume is None else f"{hypervolume:.4g}",
+        "report": None if report is None else report_line(report),
+        "dense": view.get("dense"),
+        "runtimes": len({trial.get("runtime") for trial in view["trials"]}),
         "failed": sum(trial["state"] == "failed" for trial in view["trials"]),
         "trials": trials,
         "measure": measure,
@@ -119,6 +122,7 @@ def _trial(
         "id": str(trial["id"]),
         "kind": trial["kind"],
         "by": str(trial["proposed_by"]),
+        "runtime": trial.get("runtime") or "",
         "state": trial["state"],
         "drawn": _drawable(trial),
         "front": trial["on_front"],

@@ -242,6 +242,8 @@ class LiveView(SearchState):
         )
         for name, record in named:
             style = "bold" if name == "best found" else ""
+            if record is not None and record.candidate.runtime is not None:
+                name = f"{name}, {record.candidate.runtime}"
             if record is None or record.measured is None:
                 table.add_row(Text(name, style="dim"), "–", "–", "", "–", "", "")
                 continue
@@ -333,7 +335,8 @@ def _bar(phase: PhaseState, now_s: float, width: int, ascii_only: bool) -> Text:
 
 def describe_trial(record: TrialRecord, dense: TrialRecord | None, budget: Budget | None) -> str:
     """One line on a finished trial, for logs."""
-    head = f"trial {record.id} ({record.proposed_by})"
+    runtime = record.candidate.runtime
+    head = f"trial {record.id} ({record.proposed_by}{f', on {runtime}' if runtime else ''})"
     if record.state != "complete" or record.measured is None:
         cause = (record.error or record.state).strip().splitlines()[0]
         return f"{head}: {record.state}: {cause}" if record.error else f"{head}: {cause}"

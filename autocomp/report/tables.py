@@ -38,8 +38,13 @@ def print_picked(
     next_command: str,
 ) -> None:
     """One trial: its measured figures against dense, what is done to each unit, where it went."""
+    runtime = trial["candidate"].get("runtime")
     console.print(
-        Text.assemble((str(trial["id"]), "bold green"), (f"  by {trial['proposed_by']}", "dim"))
+        Text.assemble(
+            (str(trial["id"]), "bold green"),
+            (f"  by {trial['proposed_by']}", "dim"),
+            (f", on {runtime}" if runtime else "", "dim"),
+        )
     )
     table = plain_table("", "measured", "of dense", "predicted", right=("measured", "of dense"))
     predicted = trial.get("estimated") or {}
@@ -106,6 +111,14 @@ def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
             )
         console.print(table)
         console.print()
+    runtimes = report.get("runtimes") or []
+    if len(runtimes) > 1:
+        table = plain_table("runtime", "options", "smallest size", right=("options",))
+        for each in runtimes:
+            smallest = format_bytes(each["smallest_size_bytes"])
+            table.add_row(str(each["runtime"]), str(each["options"]), smallest)
+        console.print(table)
+        console.print()
     facts = plain_table("", "")
     facts.show_header = False
     if report.get("space_log10") is not None:
@@ -116,6 +129,8 @@ def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
         if value is not None:
             facts.add_row(f"budget {name}", str(value))
     console.print(facts)
+    for note in report.get("notes") or []:
+        console.print(Text(f"· {note}", style="dim"), soft_wrap=True)
     problems = report.get("problems") or []
     for problem in problems:
         console.print(Text(f"✗ {problem}", style="red"))

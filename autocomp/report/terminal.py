@@ -118,11 +118,14 @@ def _measured(
 ) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     memory = any(trial["peak_memory_bytes"] is not None for trial in trials)
+    several = len({trial.get("runtime") for trial in trials}) > 1
     table.add_column("", no_wrap=True)
     table.add_column("id", no_wrap=True)
     table.add_column("by", no_wrap=True)
     metrics = [trial.get("metric") or {} for trial in trials]
     measure = quality_name(metrics, [trial["quality"] for trial in trials])
+    if several:
+        table.add_column("runtime", no_wrap=True)
     for name in (measure, "latency", "", "size", "", *(("memory",) if memory else ())):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("budget", no_wrap=True)
@@ -130,6 +133,8 @@ def _measured(
         chosen = trial["id"] == view.get("chosen")
         mark = "▸" if chosen else "●" if trial["on_front"] else ""
         cells = [mark, str(trial["id"]), str(trial["proposed_by"])]
+        if several:
+            cells.append(str(trial.get("runtime") or ""))
         cells.append(format_metric(trial["quality"], metric, measure))
         for name in COSTS[:2]:
             cells.append(format_cost(name, trial[name]))

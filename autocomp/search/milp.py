@@ -38,14 +38,14 @@ def solve(
     """The vector of least summed weight within the limits, or `None` if there is none.
 
     Args:
-        weights: scores; `inf` forbids an option.
+        weights: scores; `inf` forbids an option. What costs `inf` is forbidden too.
         costs: linear cost terms.
         limits: upper limit per metric.
         avoid: (vector, distance) pairs: the result differs from each in at least that many units.
         seconds: time limit; the best solution found by then is returned.
     """
     counts = [len(row) for row in weights]
-    flat = np.concatenate(list(weights))
+    flat = np.concatenate(costs.forbid(weights))
     allowed = np.isfinite(flat)
     starts = np.concatenate(([0], np.cumsum(counts)))
     columns = int(starts[-1])
@@ -55,7 +55,8 @@ def solve(
     )
     constraints = [LinearConstraint(choose, 1, 1)]
     for metric, limit in limits.items():
-        row = np.concatenate(costs.terms[metric]) / limit  # relative: well scaled for the solver
+        terms = np.concatenate(costs.terms[metric]) / limit  # relative: well scaled for the solver
+        row = np.where(np.isfinite(terms), terms, 0.0)
         room = 1.0 - costs.base[metric] / limit
         constraints.append(LinearConstraint(row[None, :], -np.inf, room))
     for vector, distance in avoid:
@@ -140,7 +141,7 @@ def check_reachable(weights: Weights, costs: Costs, limits: Limits) -> None:
 
 def why_infeasible(weights: Weights, costs: Costs, limits: Limits) -> str:
     """Why nothing meets the limits: what is reachable, which unit holds most of it, what to do."""
-    usable = [np.isfinite(row) for row in weights]
+    usable = [np.isfinite(row) for row in costs.forbid(weights)]
     reasons, advice = [], []
     for metric, limit in limits.items():
         shares = [

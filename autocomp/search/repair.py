@@ -26,13 +26,14 @@ class Repair:
     """Moves between vectors under fixed limits.
 
     Args:
-        weights: replace-one scores per unit; `inf` forbids an option.
+        weights: replace-one scores per unit; `inf` forbids an option, as an infinite cost does.
         costs: linear cost terms.
         limits: upper limit per metric; may be empty.
         choices: a move is drawn among this many best ones.
     """
 
     def __init__(self, weights: Weights, costs: Costs, limits: Limits, choices: int = 3) -> None:
+        weights = costs.forbid(weights)
         counts = [len(row) for row in weights]
         self._starts = np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.int64)
         self._unit = np.repeat(np.arange(len(counts)), counts)
@@ -42,12 +43,13 @@ class Repair:
         self._costs = costs
         metrics = list(limits) or ["latency_ms", "size_bytes"]
         norms = [limits.get(metric) or max(costs.smallest(metric), 1e-9) for metric in metrics]
-        self._cost: Floats = np.stack(  # (metrics, options), in units of the limit
+        cost = np.stack(  # (metrics, options), in units of the limit
             [
                 np.concatenate(costs.terms[metric]) / norm
                 for metric, norm in zip(metrics, norms, strict=True)
             ]
         )
+        self._cost: Floats = np.where(np.isfinite(cost), cost, 0.0)
         self._base: Floats = np.array(
             [costs.base[m] / n for m, n in zip(metrics, norms, strict=True)]
         )

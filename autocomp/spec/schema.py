@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from autocomp.core.budget import RelativeBudget
 from autocomp.core.errors import UserError
@@ -12,6 +20,8 @@ from autocomp.core.hashing import content_key
 from autocomp.core.quantities import Dimension, parse_limit
 
 TASKS = ("text-classification", "image-classification", "language-modeling")
+AUTO = "auto"
+"""As `target.runtime`: every installed runtime of the device."""
 
 
 class _Section(BaseModel):
@@ -139,8 +149,37 @@ class TargetSection(_Section):
     """Device, runtime, workload."""
 
     device: str = Field("cpu", description="What the model runs on.")
-    runtime: str = Field("onnxruntime", description="What runs the model.")
+    runtime: str | list[str] = Field(
+        "onnxruntime",
+        description="What runs the model. A list, or auto for every installed runtime of the "
+        "device: the search chooses; limits relative to dense refer to the first one.",
+    )
     workload: WorkloadSection = WorkloadSection()
+
+    @field_validator("runtime")
+    @classmethod
+    def _worth_choosing(cls, runtime: str | list[str]) -> str | list[str]:
+        if isinstance(runtime, list):
+            if len(set(runtime)) < max(len(runtime), 1):
+                raise ValueError("needs at least one runtime, each at most once")
+            if AUTO in runtime:
+                raise ValueError(f"{AUTO} stands alone: runtime: {AUTO}")
+        return runtime
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the search chooses the runtime: then every candidate names its own."""
+        return self.runtime == AUTO or not isinstance(self.runtime, str)
+
+    @property
+    def label(self) -> str:
+        """`onnxruntime-cpu`, `auto-cpu`, `onnxruntime+openvino-cpu`."""
+        runtime = self.runtime if isinstance(self.runtime, str) else "+".join(self.runtime)
+        return f"{runtime}-{self.device}"
+
+    def on(self, runtime: str | None) -> TargetSection:
+        """This target with its runtime chosen; `None` where there is no choice."""
+        return self if runtime is None else self.model_copy(update={"runtime": runtime})
 
 
 class BudgetSection(_Section):
@@ -182,7 +221,43 @@ class StructureSection(_Section):
     width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, min_length=1, description="Fractions of the feed-forward width kept."
     )
+    rank: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Fractions of the rank at which two factors hold as many weights as the layer.",
+    )
+    vocabulary: bool = Field(
+        False, description="Also offer keeping the embeddings of the task's own tokens alone."
+    )
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
+
+
+def _level(value: float | str) -> float | str:
+    if isinstance(value, str):
+        kept, colon, group = value.partition(":")
+        counts = kept.isascii() and kept.isdecimal() and group.isascii() and group.isdecimal()
+        if not (colon and counts and 0 < int(kept) < int(group) <= 64):
+            raise ValueError(
+                f"must be a fraction like 0.5, or N:M like 2:4 (N of every M weights kept, "
+                f"M at most 64), got {value!r}"
+            )
+    elif not 0 <= value < 1:
+        raise ValueError(f"must be a fraction of zeros in [0, 1), or N:M like 2:4, got {value:g}")
+    return value
+
+
+class SparsitySection(_Section):
+    """Which weights become zero. Bytes, not speed: the runtimes multiply by zeros all the same."""
+
+    method: str | list[str] = Field(
+        "sparsegpt", description="Sparsity operator(s): sparsegpt, wanda, magnitude."
+    )
+    levels: list[Annotated[float | str, AfterValidator(_level)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Fractions of zeros, 0.0 for none; or N:M like 2:4, N of every M weights of a "
+        "row kept.",
+    )
 
 
 class BitsSection(_Section):
@@ -192,11 +267,27 @@ class BitsSection(_Section):
     weights: list[Literal["dense"] | int] = Field(
         ["dense"], min_length=1, description="Weight bits; dense is the target's own."
     )
-    activations: list[Literal["dense"] | int] = Field(
-        ["dense"], min_length=1, description="Activation bits; dense is the target's own."
+    activations: list[Literal["dense", "static"] | int] = Field(
+        ["dense"],
+        min_length=1,
+        description="Activation bits; dense is the target's own. 8 finds the range of each tensor "
+        "at run time; static is 8 bits with the range fixed at calibration.",
+    )
+    range: Literal["minmax", "percentile", "mse"] = Field(
+        "mse", description="How the range of static activations is fixed."
+    )
+    migration: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.5],
+        min_length=1,
+        description="smoothquant: how much of the inputs' spread the weights take over.",
+    )
+    per_site: bool = Field(
+        False,
+        description="Also offer each number of bits with one group of sites (the values, the "
+        "output, ...) left at the next higher number.",
     )
     group: int = Field(
-        32, ge=0, description="Columns that share a scale, where weights are 4-bit. 0: a whole row."
+        32, ge=0, description="Columns that share a scale, below 8-bit weights. 0: a whole row."
     )
 
 
@@ -205,6 +296,7 @@ class RuleSection(_Section):
 
     match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
     structure: StructureSection = StructureSection()
+    sparsity: SparsitySection = SparsitySection()
     bits: BitsSection = BitsSection()
 
 

@@ -6,7 +6,6 @@ outside the sites (norms, position embeddings, convolutions) is refreshed from t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,9 +13,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autocomp.core.errors import InternalError
+from autocomp.core.factors import second_of
 from autocomp.targets import recipes
 from autocomp.targets.cache import drop_dead_caches, settle_cache
+from autocomp.targets.factors import split_factors
+from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
+from autocomp.targets.inputs import Inputs
 from autocomp.targets.skeleton_format import DOMAIN, OPSET
 from autocomp.targets.weights import Array, Provider, SiteWeights
 
@@ -32,7 +35,8 @@ def lower(
 
     Args:
         skeleton: from `export_skeleton`.
-        weights: site name → weights, `None` where skipped.
+        weights: site name → weights, `None` where skipped. A site X that is there as the factors
+            `X.first` and `X.second` is not asked for.
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
 
@@ -40,6 +44,7 @@ def lower(
         InternalError: if shapes do not fit, or every way to the output is skipped.
     """
     graph = Graph(skeleton)
+    split_factors(graph, weights)
     sites = {
         node.output[0]: str(attribute(node, "site"))
         for node in graph.nodes
@@ -57,6 +62,7 @@ def lower(
     )
     _refresh(graph, parameters or {})
     _fill(graph, present, tokens)
+    fold_scales(graph)
     graph.prune()
     opset = [helper.make_opsetid("", OPSET), helper.make_opsetid(recipes.MICROSOFT, 1)]
     return graph.to_model(opset)
@@ -90,14 +96,9 @@ def _refresh(graph: Graph, parameters: Mapping[str, Array]) -> None:
 
 def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int) -> None:
     """Replace every marker by nodes of the runtime."""
-    shared = Counter(
-        node.input[0]
-        for node in graph.nodes
-        if node.domain == DOMAIN
-        and node.op_type == "Linear"
-        and recipes.recipe(present[attribute(node, "site")].format, tokens) == "int8"
-    )
-    quantised: dict[str, tuple[str, str, str]] = {}
+    linears = [node for node in graph.nodes if node.domain == DOMAIN and node.op_type == "Linear"]
+    readers = [(node.input[0], present[str(attribute(node, "site"))]) for node in linears]
+    inputs = Inputs((x, w) for x, w in readers if recipes.recipe(w.format, tokens) == "int8")
     tables: dict[int, str] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
@@ -119,12 +120,12 @@ def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int) -> None
         elif weights.weight is not None and _address(weights.weight) in tables:
             piece = _tied(site, weights, x, output, tables[_address(weights.weight)])
         else:
-            integer = recipes.recipe(weights.format, tokens) == "int8"
-            if integer and shared[x] > 1 and x not in quantised:
-                quantised[x] = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
-                nodes.append(helper.make_node("DynamicQuantizeLinear", [x], quantised[x]))
-            piece = recipes.lower_linear(site, weights, x, output, tokens, quantised.get(x))
+            piece = recipes.lower_linear(site, weights, x, output, tokens, inputs)
+            made, constants = inputs.take()
+            nodes += made
+            graph.initializers.update({tensor.name: tensor for tensor in constants})
         nodes += piece.nodes
+        graph.values += piece.values
         graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
     graph.nodes = nodes
 
@@ -153,7 +154,7 @@ def _heads(
     node: onnx.NodeProto, which: str, head_dim: int, present: Mapping[str, SiteWeights]
 ) -> int:
     site = str(attribute(node, which))
-    rows = present[site].format.rows
+    rows = present[site if site in present else second_of(site)].format.rows
     if rows % head_dim:
         raise InternalError(f"{site}: {rows} rows are no whole number of {head_dim}-wide heads")
     return rows // head_dim

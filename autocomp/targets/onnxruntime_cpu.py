@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-LOWERING_VERSION = 1
+LOWERING_VERSION = 2
 """Raised when lowered graphs change in speed or bytes: earlier cost tables no longer apply."""
 
 _PROTOBUF_LIMIT = 2_000_000_000
@@ -127,7 +127,7 @@ class OnnxRuntimeTarget:
         """Why this format cannot be lowered, or `None` if it can."""
         from autocomp.targets import recipes
 
-        return recipes.unsupported(format)
+        return recipes.unsupported(format, self.tokens)
 
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format."""
@@ -191,7 +191,7 @@ class OnnxRuntimeTarget:
     def run(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Array:
         """Logits for a batch of whole sequences; the last artifact's session is kept open."""
         session = self._session(artifact.path)
-        (logits,) = session.run(["logits"], feeds(session, inputs))
+        (logits,) = session.run(["logits"], feeds(session, artifact.feeds(inputs)))
         return np.asarray(logits)
 
     def verify(self, artifact: Artifact, model: nn.Module, inputs: Mapping[str, Array]) -> float:
@@ -212,6 +212,7 @@ class OnnxRuntimeTarget:
     def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
         """Latency at the workload, alone on the machine while the gate is held; and size."""
         session = open_session(artifact.path, self.workload.threads)
+        inputs = artifact.feeds(inputs)
         timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
         prefill = None
         if self.workload.prompt is not None:
@@ -316,9 +317,10 @@ class OnnxRuntimeTarget:
         """
         with tempfile.TemporaryDirectory() as scratch:
             arrays = Path(scratch) / "inputs.npz"
+            inputs = artifact.feeds(inputs)
             if self.workload.prompt is not None:
                 inputs = first_tokens(inputs, self.workload.prompt)
-            np.savez(arrays, **inputs)  # type: ignore[arg-type]
+            np.savez(arrays, **inputs)
             root = str(Path(__file__).resolve().parents[2])
             paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             command = [sys.executable, "-m", "autocomp.targets.peak_memory"]

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from autocomp.core.factors import site_of
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets import recipes
 from autocomp.targets.cost_table import Choice, CostTable, Entry
@@ -200,7 +201,17 @@ def measure_formats(
 ) -> float:
     """Latency in reference milliseconds of a whole model with made-up weights."""
     lowered = lower_formats(target, skeleton, units, formats)
+    inputs = _in_range(inputs, formats)
     return target.to_ms(target.time_graph(lowered, inputs, **_WHOLE))
+
+
+def _in_range(inputs: Mapping[str, Array], formats: Mapping[str, UnitFormat]) -> dict[str, Array]:
+    """Token ids within the smallest table: which row is read makes no difference to costs."""
+    tables = [one.rows for unit in formats.values() for one in unit.values() if one.embedding]
+    result = dict(inputs)
+    if tables and "input_ids" in result:
+        result["input_ids"] = result["input_ids"] % min(tables)
+    return result
 
 
 def _measure_choice(
@@ -218,15 +229,19 @@ def _measure_choice(
 def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> object:
     """Equal for options that run the same kernels on the same shapes."""
     shapes = []
-    for site in unit.sites:
-        one = formats[site.name]
+    roles = {site.name: site.role for site in unit.sites}
+    for name, one in formats.items():
         kind = recipes.recipe(one, target.tokens)
         kernel: object = kind
         if kind == "unpacked":
             kernel = "float"
         elif kind in ("nbits", "gather-blocks"):
-            kernel = (kind, one.weight_bits, one.group, one.activation_bits)
-        shapes.append((site.role, one.rows, one.columns, one.bias, kernel))
+            kernel = (kind, one.weight_bits, one.group, one.activation_bits, one.scaled)
+        elif kind == "int8":
+            kernel = (kind, one.static, one.scaled)
+        site = site_of(name)
+        part = name.removeprefix(site)
+        shapes.append((roles[site], part, one.rows, one.columns, one.bias, kernel))
     return (unit.kind, unit.head_dim, tuple(shapes))
 
 
@@ -256,7 +271,7 @@ def _pieces(
         piece = _as_model(skeleton, nodes, read, end)
         piece.graph.input.extend(v for v in graph.input_infos if v.name in caches & set(outside))
         lowered = target.lower_weights(piece, stand_in_weights(formats))
-        result[key] = (lowered, read)
+        result[key] = (lowered, _in_range(read, {unit.name: formats}))
     return result
 
 

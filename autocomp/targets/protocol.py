@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from autocomp.core.measurement import Measurement
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
+from autocomp.models.vocabulary import load_vocabulary
 from autocomp.targets.cost_table import CostTable
 from autocomp.targets.timing import Reference
 
@@ -68,10 +69,19 @@ class ExportTask(Protocol):
 @dataclass(frozen=True)
 class Artifact:
     """A model as shipped: `path` is the file a runtime opens, `size_bytes` what it takes on disk
-    (external weight files included)."""
+    (external weight files included). `own_ids`: token ids given to it are its tokenizer's, not the
+    original's, as they are within a study."""
 
     path: Path
     size_bytes: int
+    own_ids: bool = False
+
+    def feeds(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`inputs` as this model takes them: of a pruned vocabulary, ids are renumbered."""
+        vocabulary = None if self.own_ids else load_vocabulary(self.path.parent)
+        if vocabulary is None or "input_ids" not in inputs:
+            return dict(inputs)
+        return {**inputs, "input_ids": vocabulary.row_of[inputs["input_ids"]]}
 
 
 class Target(Protocol):

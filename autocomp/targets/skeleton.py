@@ -102,7 +102,10 @@ def _attention_marker(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H·D)` out."""
+    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H, D)` out.
+
+    The model reshapes that to `(B, T, H·D)`, which is what the marker stands for in the graph.
+    """
     batch, heads, length, head_dim = query.shape
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::Attention",
@@ -114,7 +117,7 @@ def _attention_marker(
             "scale": float(head_dim**-0.5 if scaling is None else scaling),
         },
         dtype=torch.float32,
-        shape=(batch, length, heads * value.shape[-1]),
+        shape=(batch, length, heads, value.shape[-1]),
         version=1,
     )
     return out, None
@@ -286,7 +289,7 @@ def _tidy(
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.ClearField("dim_param")
-    for node in list(graph.nodes):
+    for node in list(graph.nodes):  # resolving an attention inserts nodes
         del node.metadata_props[:]
         node.doc_string = ""
         if node.op_type == "Attention" and node.domain == DOMAIN:
@@ -310,41 +313,59 @@ def _resolve_attention(graph: Graph, node: onnx.NodeProto) -> None:
             raise InternalError(f"no linear layer found that feeds the {name} of {node.name}")
         node.attribute.append(helper.make_attribute(f"{name}_site", site))
     head_dim = int(attribute(node, "head_dim"))
-    found = [_flat(graph, tensor, head_dim) for tensor in node.input[:3]]
-    flat = [tensor for tensor in found if tensor is not None]
-    whole = len(flat) == 3
+    sources = [_before_split(graph, tensor) for tensor in node.input[:3]]
+    whole = None not in sources
     node.attribute.append(helper.make_attribute("flat", int(whole)))
-    if whole:
-        for index, tensor in enumerate(flat):
-            node.input[index] = tensor
-    # The output is (B, T, H·D) already: the model's own reshape to it does nothing.
+    for index, source in enumerate(sources):
+        rotary = _rotary_above(graph, node.input[index])
+        if rotary is not None:
+            for table in (1, 2):  # the runtime wants one a sequence
+                rotary.input[table] = graph.expanded_to_batch(rotary.input[table])
+        if whole and source is not None:
+            if rotary is None:
+                node.input[index] = source
+            else:
+                _rotate_whole(graph, rotary, source, head_dim)
+        elif rotary is not None:  # four axes say how many heads there are; the count would be fixed
+            kept = [item for item in rotary.attribute if item.name != "num_heads"]
+            del rotary.attribute[:]
+            rotary.attribute.extend(kept)
+    # The output is (B, T, H·D) already: the model's own reshape to it is left out.
     for user in graph.users(node.output[0]):
-        if user.op_type == "Reshape":
-            graph.replace_uses(user.output[0], node.output[0])
+        if user.op_type != "Reshape":
+            raise InternalError(
+                f"{user.op_type} after the attention of {attribute(node, 'query_site')}: the heads "
+                "must be joined first. Describe this model in autocomp/targets/skeleton.py"
+            )
+        graph.replace_uses(user.output[0], node.output[0])
 
 
-def _flat(graph: Graph, tensor: str, head_dim: int) -> str | None:
-    """The `(B, T, H·D)` form of a tensor split into heads, if the graph has or allows one.
+def _rotary_above(graph: Graph, tensor: str) -> onnx.NodeProto | None:
+    """The rotary embedding that makes `tensor`, if it is one."""
+    node = graph.producer(tensor)
+    return node if node is not None and node.op_type == "RotaryEmbedding" else None
 
-    A rotary embedding between the split and the attention is moved before the split; its number
-    of heads is then that of the site it rotates.
+
+def _before_split(graph: Graph, tensor: str) -> str | None:
+    """The `(B, T, H·D)` form of a tensor split into heads, a rotary embedding after it left out.
+
+    Where something is done to each head before they change places (Qwen3's norms), its output is
+    joined again.
     """
-    rotary = graph.producer(tensor)
-    if rotary is None or rotary.op_type != "RotaryEmbedding":
-        return graph.before_heads(tensor)
-    source = graph.before_heads(rotary.input[0])
-    site = graph.upstream_site(tensor)
-    if source is None or site is None:
-        return None
+    rotary = _rotary_above(graph, tensor)
+    inner = tensor if rotary is None else rotary.input[0]
+    return graph.before_heads(inner) or graph.joined_heads(inner)
+
+
+def _rotate_whole(graph: Graph, rotary: onnx.NodeProto, source: str, head_dim: int) -> None:
+    """Let a rotary embedding read `source` `(B, T, H·D)`; H is that of the site it rotates."""
+    site = graph.upstream_site(source)
     rotary.input[0] = source
-    for index in (1, 2):
-        rotary.input[index] = graph.expanded_to_batch(rotary.input[index])
     del rotary.attribute[:]
     rotary.attribute.append(helper.make_attribute("interleaved", 0))
     rotary.attribute.append(helper.make_attribute("heads_of", site))
     rotary.attribute.append(helper.make_attribute("head_dim", head_dim))
     rotary.domain = DOMAIN
-    return tensor
 
 
 def skeleton_key(

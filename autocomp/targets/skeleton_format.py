@@ -16,7 +16,7 @@ DOMAIN = "autocomp"
 OPSET = 23
 """The first opset with Attention, RotaryEmbedding and RMSNormalization as operators."""
 
-VERSION = 2
+VERSION = 3
 """Raised when skeletons written earlier must not be used any more."""
 
 

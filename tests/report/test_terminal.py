@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from samples import BUDGET, baselines, record, records, view
+from samples import BUDGET, baselines, on_two_runtimes, record, records, view
 
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.quantities import parse_limit
@@ -227,3 +227,15 @@ def test_extensions() -> None:
 
 def test_the_budget_of_the_heading_is_the_study_s() -> None:
     assert f"budget  {BUDGET.describe()}" in text_of(view())
+
+
+@pytest.mark.parametrize("width", [100, 120])
+def test_rows_are_labelled_with_their_runtime_where_there_are_several(width: int) -> None:
+    data = view(on_two_runtimes())
+    lines = text_of(data, width).splitlines()
+    for trial in data["trials"]:
+        if trial["state"] != "failed":
+            (row,) = [line for line in lines if re.search(rf"^.. ?{trial['id']} ", line)]
+            assert f" {trial['runtime']} " in row
+    assert {trial["runtime"] for trial in data["trials"]} == {"onnxruntime", "openvino"}
+    assert not re.search(r"by +runtime", text_of(view()))

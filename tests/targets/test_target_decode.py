@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import transformers
 from onnx import TensorProto, helper
 from target_examples import TextTask, quantise_unit, small_model
 
@@ -23,7 +22,7 @@ from autocomp.targets.generation import PAST, PRESENT, feeds, first_tokens, gene
 from autocomp.targets.graph import Graph
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget, open_session
 from autocomp.targets.profile import profile
-from autocomp.targets.skeleton import export_skeleton, skeleton_key
+from autocomp.targets.skeleton import skeleton_key
 from autocomp.targets.skeleton_format import DOMAIN
 
 TASK = TextTask(masked=False)
@@ -151,20 +150,14 @@ def test_caches_follow_the_candidate(llama):
     assert [value.name for value in lowered.graph.input] == ["input_ids"]
 
 
-def test_attention_whose_heads_are_normed_before_they_rotate():
-    """Qwen3: heads are split before the attention, which then is given four axes."""
-    config = transformers.Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2, mean=0.0 if parameter.ndim > 1 else 0.5)
-    lowered = target().lower(export_skeleton(model, [], TASK, decode=True), model, [])
-    ids = TASK.example_inputs(1, 14)["input_ids"]
+@pytest.mark.parametrize("layout", ["gpt2", "qwen3"])
+def test_other_layouts_count_positions_too(layout):
+    """GPT-2 looks positions up in a table; Qwen3 norms every head before it rotates."""
+    model, units, _ = small_model(layout)
+    lowered = target().lower(target().export(model, units, TASK), model, units)
+    ids = TASK.example_inputs(2, 14)["input_ids"]
     with torch.no_grad():
-        whole = model(input_ids=ids).logits.numpy()
+        whole = model(input_ids=ids, use_cache=False).logits.numpy()
     session = open_session(lowered.SerializeToString(), 1)
     assert np.abs(in_pieces(session, ids.numpy(), [8, 9, 12]) - whole).max() < 1e-4
 
