@@ -34,6 +34,7 @@ from autocomp.targets import make_target
 from autocomp.targets.protocol import Target
 from autocomp.targets.runtimes import usable_runtimes
 from autocomp.tasks import TASKS
+from autocomp.tasks.base import model_positions
 from autocomp.tasks.inspect import DataSummary, inspect_data
 
 Exclusions = Mapping[tuple[str, str], str]
@@ -151,6 +152,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         raise loaded.source.error_at(("target", "runtime"), str(error)) from error
     model_path = resolve_source(spec.model.source, spec.model.revision)
     config = read_config(model_path)
+    check_generation(loaded, config)
     shapes = read_tensor_shapes(model_path)
     data = inspect_data(spec)
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
@@ -210,6 +212,31 @@ def _vocabulary(
         except UserError as error:
             raise loaded.source.error_at(place, f"{unit.name}: {error}") from error
     return None
+
+
+def check_generation(loaded: LoadedSpec, config: Mapping[str, Any]) -> None:
+    """A workload that generates needs a language model with enough positions.
+
+    Raises:
+        SpecError: if it has not.
+    """
+    workload, task = loaded.spec.target.workload, loaded.spec.task.name
+    if workload.prompt is None or workload.generate is None:
+        return
+    place = ("target", "workload", "generate")
+    if task != "language-modeling":
+        raise loaded.source.error_at(
+            place,
+            f"task {task!r} generates no tokens: leave out prompt and generate, or use "
+            f"language-modeling",
+        )
+    positions = model_positions(config)
+    if positions is not None and workload.prompt + workload.generate > positions:
+        raise loaded.source.error_at(
+            place,
+            f"{workload.prompt} tokens of prompt and {workload.generate} generated are more than "
+            f"the model's {positions} positions. Their sum may be {positions} at most",
+        )
 
 
 def _options(

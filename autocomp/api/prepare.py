@@ -179,7 +179,8 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
 
     model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
     skeletons = cache_directory() / "skeletons"
-    cached_skeleton(model, plan.units, teacher.task, skeletons)
+    decode = plan.spec.target.workload.decodes
+    cached_skeleton(model, plan.units, teacher.task, skeletons, decode=decode)
     companions = Companions(study.paths.companions)
     if not companions.complete:
         workload = plan.spec.target.workload
@@ -195,7 +196,9 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
         spec=plan.spec,
         model_path=plan.model_path.resolve(),
         teacher_path=teacher.path.resolve(),
-        skeleton_path=skeleton_path(model, plan.units, teacher.task, skeletons).resolve(),
+        skeleton_path=skeleton_path(
+            model, plan.units, teacher.task, skeletons, decode=decode
+        ).resolve(),
         study_path=study.paths.root.resolve(),
         library_path=library_path().resolve(),
         items={},

@@ -30,9 +30,9 @@ def profile(
     whose teacher is yet to be fitted is measured with a fresh head.
 
     Returns:
-        `target`, `dense` and `smallest` predicted cost, and `units`:
-        unit → option → isolated latency and size. Where the spec leaves a choice of runtimes this
-        for each of them, under `runtimes`.
+        `target`, `estimated` (cost of `dense` and `smallest`; `error`, the mean relative error of
+        predicted latencies), and `units`: unit → option → isolated latency and size. Where the spec
+        leaves a choice of runtimes this for each of them, under `runtimes`.
 
     Raises:
         UserError: for anything wrong in the spec, model or data.
@@ -86,6 +86,7 @@ def _report(plan: Plan, runtime: Runtime, table: CostTable) -> dict[str, Any]:
     return {
         "target": make_target(plan.spec.target.on(runtime)).describe(),
         "estimated": {
+            "error": table.error(),
             "dense": None if dense is None else _costs(dense.latency_ms, dense.size_bytes),
             "smallest": _costs(
                 predictor.predict(

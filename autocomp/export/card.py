@@ -49,6 +49,22 @@ encoded = tokenizer.encode("She opened the door and")
 logits = session.run(None, {{"input_ids": np.array([encoded.ids])}})[0]  # (1, tokens, vocabulary)
 print(tokenizer.decode([logits[0, -1].argmax()]))  # the most likely next token
 """
+_LOAD_GENERATE = """\
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+session, tokenizer = ort.InferenceSession("{file}"), Tokenizer.from_file("tokenizer.json")
+ids = new = tokenizer.encode("She opened the door and").ids
+caches = session.get_inputs()[1:]  # past_key_values.N.key, .value: (batch, heads, past, width)
+past = {{c.name: np.zeros((1, c.shape[1], 0, c.shape[3]), np.float32) for c in caches}}
+for _ in range({tokens}):
+    logits, *present = session.run(None, {{"input_ids": np.array([new]), **past}})
+    past = dict(zip(past, present))
+    new = [int(logits[0, -1].argmax())]  # the most likely next token
+    ids = ids + new
+print(tokenizer.decode(ids))
+"""
 
 
 def model_card(request: ExportRequest, file: str) -> str:
@@ -66,7 +82,7 @@ def model_card(request: ExportRequest, file: str) -> str:
         "",
         "| | measured | of dense | estimated before the trial |",
         "|---|---|---|---|",
-        *_rows(record.measured, dense, record.estimated),
+        *_rows(request, record.measured, dense, record.estimated),
         "",
         *_quality(request),
         "",
@@ -85,11 +101,21 @@ def model_card(request: ExportRequest, file: str) -> str:
 
 
 def _rows(
-    measured: Measurement | None, dense: Measurement | None, estimated: Measurement | None
+    request: ExportRequest,
+    measured: Measurement | None,
+    dense: Measurement | None,
+    estimated: Measurement | None,
 ) -> list[str]:
     rows = []
+    prompt = request.spec.target.workload.prompt
+    latency = [("latency", "latency_ms", format_ms)]
+    if prompt is not None:
+        latency = [
+            ("latency of a generated token", "latency_ms", format_ms),
+            (f"reading the prompt, {prompt} tokens", "prefill_ms", format_ms),
+        ]
     for label, name, show in (
-        ("latency", "latency_ms", format_ms),
+        *latency,
         ("size on disk", "size_bytes", format_bytes),
         ("peak memory", "peak_memory_bytes", format_bytes),
     ):
@@ -137,12 +163,17 @@ def _shape(request: ExportRequest) -> str:
     workload = request.spec.target.workload
     if workload.image is not None:
         return f"{workload.image} × {workload.image} pixels"
+    if workload.prompt is not None:
+        return f"prompt of {workload.prompt} tokens, {workload.generate} generated"
     return f"{workload.sequence} tokens"
 
 
 def _loading(request: ExportRequest, file: str) -> str:
     if "pixel_values" in request.companions.inputs:
         return _LOAD_IMAGE.format(file=file)
+    generate = request.spec.target.workload.generate
+    if generate is not None:
+        return _LOAD_GENERATE.format(file=file, tokens=generate)
     if "attention_mask" not in request.companions.inputs:
         return _LOAD_TOKENS.format(file=file)
     return _LOAD_TEXT.format(file=file, result=_CLASSIFY)

@@ -60,6 +60,13 @@ def _costs(cost: Measurement | None) -> dict[str, float | None]:
     }
 
 
+def _metric(record: TrialRecord) -> dict[str, Any]:
+    """The metric's own name and value; empty unless it is a finite number."""
+    value = record.metric.get("value")
+    finite = isinstance(value, int | float) and math.isfinite(value)
+    return dict(record.metric) if finite else {}
+
+
 def trial_json(
     record: TrialRecord, budget: Budget, on_front: bool, runtime: Runtime = None
 ) -> dict[str, Any]:
@@ -77,6 +84,7 @@ def trial_json(
         "on_front": on_front,
         "feasible": feasible(record, budget),
         "quality": _finite(record.quality),
+        "metric": _metric(record),
         "teacher_kl": _finite(record.teacher_kl),
         **_costs(measured),
         "measured": measured is not None,

@@ -139,5 +139,7 @@ def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
     if record.measured is not None:
         metrics["latency_wall_ms"] = record.measured.latency_wall_ms
         metrics["latency_spread"] = record.measured.latency_spread
+        if record.measured.prefill_ms is not None:
+            metrics["prefill_ms"] = record.measured.prefill_ms
     metrics.update({f"seconds_{phase}": value for phase, value in record.seconds.items()})
     return metrics

@@ -14,8 +14,10 @@ from autocomp.report.figures import (
     COST_NAMES,
     COSTS,
     format_cost,
+    format_metric,
     format_quality,
     format_share,
+    quality_name,
     summarise_option,
 )
 
@@ -50,6 +52,12 @@ def print_picked(
     quality = trial["quality"]
     gap = "" if quality is None or base is None else f"{quality - base:+.3f}"
     table.add_row("quality", format_quality(quality), gap, "")
+    metric = trial.get("metric") or {}
+    measure = quality_name([metric], [quality])
+    if measure != "quality":
+        theirs = {} if dense is None else dense.get("metric") or {}
+        reference = f"dense {format_metric(base, theirs, measure)}" if theirs else ""
+        table.add_row(measure, format_metric(quality, metric, measure), reference, "")
     for name in COSTS:
         value = trial.get(name)
         if value is None:

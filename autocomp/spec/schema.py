@@ -104,12 +104,45 @@ class TaskSection(_Section):
 
 
 class WorkloadSection(_Section):
-    """The shape latency is measured at."""
+    """The shape latency is measured at: one run, or with `prompt` and `generate` one token."""
 
     batch: int = Field(1, gt=0, description="Examples per run.")
-    sequence: int = Field(128, gt=0, description="Tokens per example (text).")
+    sequence: int = Field(
+        128,
+        gt=0,
+        description="Tokens per example (text). Of a model that generates, the chunks it is "
+        "trained and evaluated on; its latency has nothing to do with it.",
+    )
     image: int | None = Field(None, gt=0, description="Image side in pixels (vision).")
+    prompt: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens read before the first is generated (language modelling).",
+    )
+    generate: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens generated after the prompt. Latency is then that of one of them, the "
+        "one in the middle, with all before it in the cache; that of the prompt is recorded too.",
+    )
     threads: int = Field(1, gt=0, description="Intra-op threads of the runtime.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> WorkloadSection:
+        if (self.prompt is None) != (self.generate is None):
+            given, missing = ("prompt", "generate") if self.prompt else ("generate", "prompt")
+            raise ValueError(
+                f"{given} needs {missing}: write both, {{prompt: 128, generate: 32}}, to measure "
+                f"a generated token, or neither, to measure one run of `sequence` tokens"
+            )
+        if self.image is not None and self.prompt is not None:
+            raise ValueError("images are not generated from a prompt: leave out one of the two")
+        return self
+
+    @property
+    def decodes(self) -> bool:
+        """Whether latency is that of a generated token."""
+        return self.generate is not None
 
 
 class TargetSection(_Section):
@@ -153,7 +186,9 @@ class BudgetSection(_Section):
     """Hard upper limits, absolute ("4 ms") or relative to dense ("25%")."""
 
     latency: Annotated[str | None, _limit("latency")] = Field(
-        None, description="Of one run of the workload: 4 ms, 800 us, 25%."
+        None,
+        description="Of one run of the workload, or of one token where it generates: 4 ms, "
+        "800 us, 25%.",
     )
     size: Annotated[str | None, _limit("size")] = Field(
         None, description="Of the exported model on disk: 12 MB, 8 MiB, 25%."

@@ -222,6 +222,22 @@ class CostTable:
         self._savings.clear()
         self.correction = Fit(max(base, 0.0), step, dict(zip(classes, slopes, strict=True)))
 
+    def error(self) -> float | None:
+        """Mean of |predicted / measured − 1| of whole candidates, each left out of its own fit.
+
+        `None` with fewer than three of them.
+        """
+        if len(self.pairs) < 3:
+            return None
+        misses = []
+        for index, (choice, latency_ms) in enumerate(self.pairs):
+            others = replace(self, pairs=[], correction=None)
+            others.fit([*self.pairs[:index], *self.pairs[index + 1 :]])
+            predicted = others.predict(choice).latency_ms
+            assert predicted is not None
+            misses.append(abs(predicted / latency_ms - 1))
+        return float(np.mean(misses))
+
     def with_pairs(self, pairs: Sequence[tuple[Choice, float]]) -> CostTable:
         """A copy whose correction is fitted to these measured candidates too."""
         copy = replace(self, pairs=list(self.pairs), correction=None)

@@ -32,9 +32,19 @@ class Graph:
         self.initializers: dict[str, onnx.TensorProto] = {
             tensor.name: tensor for tensor in model.graph.initializer
         }
-        self.outputs = [value.name for value in model.graph.output]
-        self.inputs = [value.name for value in model.graph.input]
+        self.input_infos = list(model.graph.input)
+        self.output_infos = list(model.graph.output)
         self.values: list[onnx.ValueInfoProto] = []
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return [value.name for value in self.input_infos]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs."""
+        return [value.name for value in self.output_infos]
 
     def producer(self, tensor: str) -> onnx.NodeProto | None:
         """The node that computes `tensor`; `None` for inputs and initializers."""
@@ -151,8 +161,8 @@ class Graph:
         graph = onnx.GraphProto(name=self.model.graph.name or "model")
         graph.node.extend(self.nodes)
         graph.initializer.extend(self.initializers.values())
-        graph.input.extend(self.model.graph.input)
-        graph.output.extend(self.model.graph.output)
+        graph.input.extend(self.input_infos)
+        graph.output.extend(self.output_infos)
         graph.value_info.extend(self.values)
         model = onnx.ModelProto(ir_version=10, producer_name="autocomp")
         model.opset_import.extend(self.model.opset_import if opset is None else opset)

@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 from autocomp.core.errors import InternalError
 from autocomp.core.factors import second_of
 from autocomp.targets import recipes
+from autocomp.targets.cache import drop_dead_caches, settle_cache
 from autocomp.targets.factors import split_factors
 from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
@@ -56,9 +57,14 @@ def lower(
     }
     values = {site: weights(site) for site in sites.values()}
     zeros = [tensor for tensor, site in sites.items() if values[site] is None]
-    graph.nodes = _live(graph, fold_zeros(graph.nodes, zeros), set(zeros))
+    graph.nodes = fold_zeros(graph.nodes, zeros)
+    drop_dead_caches(graph)
+    graph.nodes = _live(graph, graph.nodes, set(zeros))
     present: dict[str, SiteWeights] = {k: v for k, v in values.items() if v is not None}
-
+    settle_cache(
+        graph,
+        lambda node: _heads(node, "key_site", int(attribute(node, "head_dim")), present),
+    )
     _refresh(graph, parameters or {})
     _fill(graph, present, tokens)
     fold_scales(graph)
@@ -160,7 +166,10 @@ def _heads(
 
 
 def _attention(node: onnx.NodeProto, present: Mapping[str, SiteWeights]) -> list[onnx.NodeProto]:
-    """ONNX Attention, `(B, T, H·D)` in and out; `(B, H, T, D)` where heads were split before it."""
+    """ONNX Attention, `(B, T, H·D)` in and out; `(B, H, T, D)` where heads were split before it.
+
+    A cache, where the marker has one, passes through: see `cache`.
+    """
     head_dim = int(attribute(node, "head_dim"))
     attributes = {"scale": attribute(node, "scale"), "is_causal": attribute(node, "causal")}
     if attribute(node, "flat"):
@@ -170,7 +179,7 @@ def _attention(node: onnx.NodeProto, present: Mapping[str, SiteWeights]) -> list
     output = node.output[0]
     split, turned, shape = f"{output}.heads", f"{output}.turned", f"{output}.shape"
     return [
-        helper.make_node("Attention", list(node.input), [split], **attributes),
+        helper.make_node("Attention", list(node.input), [split, *node.output[1:]], **attributes),
         helper.make_node("Transpose", [split], [turned], perm=[0, 2, 1, 3]),
         helper.make_node("Constant", [], [shape], value_ints=[0, 0, -1]),
         helper.make_node("Reshape", [turned, shape], [output]),

@@ -23,6 +23,7 @@ from autocomp.core.measurement import Measurement
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.targets.fingerprint import describe_cpu
+from autocomp.targets.generation import feeds, first_tokens
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
 from autocomp.targets.timing import (
     Reference,
@@ -63,6 +64,10 @@ class OnnxRuntimeTarget:
     Latency is in reference milliseconds: the model's time over the anchor's, times what the
     anchor took when `reference` was recorded. Without a `reference` the first measurement
     records one; pass it on to every process whose figures shall be comparable.
+
+    Where the workload generates, latency is that of the token in the middle of the generation,
+    which stands for all: the cost of attending is affine in the tokens in the cache. Kernels are
+    chosen for it; `run` reads whole sequences, with an empty cache, through the same graph.
     """
 
     name = "onnxruntime-cpu"
@@ -85,15 +90,27 @@ class OnnxRuntimeTarget:
 
     @property
     def tokens(self) -> int:
-        """Tokens per run; an image is taken for at least 64 patches."""
+        """Tokens per timed run; an image is taken for at least 64 patches."""
+        if self.decodes:
+            return self.workload.batch
         image = getattr(self.workload, "image", None)
         return self.workload.batch * max(self.workload.sequence, 64 if image else 1)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the workload generates: graphs then have a key-value cache."""
+        return self.workload.generate is not None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache of a timed run."""
+        return (self.workload.prompt or 0) + (self.workload.generate or 0) // 2
 
     def describe(self) -> dict[str, Any]:
         """Device, runtime, version, workload."""
         workload = {
             name: getattr(self.workload, name)
-            for name in ("batch", "sequence", "image", "threads")
+            for name in ("batch", "sequence", "image", "prompt", "generate", "threads")
             if getattr(self.workload, name, None) is not None
         }
         return {
@@ -127,7 +144,7 @@ class OnnxRuntimeTarget:
         """The skeleton of a dense model (seconds); see `skeleton.cached_skeleton` to keep it."""
         from autocomp.targets.skeleton import export_skeleton
 
-        return export_skeleton(model, units, task)
+        return export_skeleton(model, units, task, decode=self.decodes)
 
     def lower(
         self, skeleton: onnx.ModelProto, model: nn.Module, units: Sequence[Unit]
@@ -183,9 +200,9 @@ class OnnxRuntimeTarget:
         return Artifact(path, path.stat().st_size + data.stat().st_size)
 
     def run(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Array:
-        """Logits for a batch; the last artifact's session is kept open."""
+        """Logits for a batch of whole sequences; the last artifact's session is kept open."""
         session = self._session(artifact.path)
-        (logits,) = session.run(["logits"], _feed(session, artifact.feeds(inputs)))
+        (logits,) = session.run(["logits"], feeds(session, artifact.feeds(inputs)))
         return np.asarray(logits)
 
     def verify(self, artifact: Artifact, model: nn.Module, inputs: Mapping[str, Array]) -> float:
@@ -206,7 +223,12 @@ class OnnxRuntimeTarget:
     def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
         """Latency at the workload, alone on the machine while the gate is held; and size."""
         session = open_session(artifact.path, self.workload.threads)
-        timing = self.time_session(session, artifact.feeds(inputs), rounds=10, seconds=1.0)
+        inputs = artifact.feeds(inputs)
+        timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
+        prefill = None
+        if self.workload.prompt is not None:
+            feed = feeds(session, first_tokens(inputs, self.workload.prompt))
+            prefill = self.to_ms(self._time(partial(session.run, None, feed)))
         return Measurement(
             provenance="measured",
             latency_ms=self.to_ms(timing),
@@ -214,6 +236,7 @@ class OnnxRuntimeTarget:
             latency_wall_ms=timing.wall_ms,
             latency_spread=timing.spread,
             device=self.fingerprint(),
+            prefill_ms=prefill,
         )
 
     def time_graph(
@@ -224,16 +247,24 @@ class OnnxRuntimeTarget:
         return self.time_session(session, inputs, **settings)
 
     def time_session(self, session: Any, inputs: Mapping[str, Array], **settings: Any) -> Timing:
-        """Time an open session against the anchor."""
-        feed = _feed(session, inputs)
+        """Time an open session against the anchor, a token's run where the workload generates."""
+        return self._time(partial(session.run, None, self._timed_feed(session, inputs)), **settings)
+
+    def _time(self, run: Callable[[], object], **settings: Any) -> Timing:
         anchor = self._anchor_run()
         with nullcontext() if self.gate is None else self.gate.measuring():
             return time_interleaved(
-                lambda: session.run(None, feed),
-                anchor,
-                single_threaded=self.workload.threads == 1,
-                **settings,
+                run, anchor, single_threaded=self.workload.threads == 1, **settings
             )
+
+    def _timed_feed(self, session: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One token per example and a filled cache, where the workload generates."""
+        if not self.decodes:
+            return feeds(session, inputs)
+        batch = self.workload.batch
+        if "input_ids" in inputs:
+            inputs, batch = first_tokens(inputs, 1), len(inputs["input_ids"])
+        return feeds(session, inputs, batch, self.cached_tokens)
 
     def time_pieces(
         self, pieces: Sequence[tuple[onnx.ModelProto, Mapping[str, Array]]], **settings: Any
@@ -242,7 +273,7 @@ class OnnxRuntimeTarget:
         runs = []
         for model, inputs in pieces:
             session = open_session(model.SerializeToString(), self.workload.threads)
-            runs.append(partial(session.run, None, _feed(session, inputs)))
+            runs.append(partial(session.run, None, self._timed_feed(session, inputs)))
         anchor = self._anchor_run()
         with nullcontext() if self.gate is None else self.gate.measuring():
             return time_round_robin(
@@ -267,9 +298,9 @@ class OnnxRuntimeTarget:
     def run_graph(
         self, model: onnx.ModelProto, inputs: Mapping[str, Array], outputs: Sequence[str]
     ) -> dict[str, Array]:
-        """Values of some tensors of a graph in memory."""
+        """Values of some tensors of a graph in memory, in a run as it is timed."""
         session = open_session(model.SerializeToString(), self.workload.threads)
-        values = session.run(list(outputs), _feed(session, inputs))
+        values = session.run(list(outputs), self._timed_feed(session, inputs))
         return dict(zip(outputs, (np.asarray(value) for value in values), strict=True))
 
     def profile(
@@ -300,16 +331,22 @@ class OnnxRuntimeTarget:
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, Array]) -> int:
         """Peak resident bytes of a fresh process that loads the artifact and runs it once.
 
+        Where the workload generates, the process reads the prompt and generates after it.
+
         Raises:
             InternalError: if that process fails, with the end of what it said.
         """
         with tempfile.TemporaryDirectory() as scratch:
             arrays = Path(scratch) / "inputs.npz"
-            np.savez(arrays, **artifact.feeds(inputs))  # type: ignore[arg-type]
+            inputs = artifact.feeds(inputs)
+            if self.workload.prompt is not None:
+                inputs = first_tokens(inputs, self.workload.prompt)
+            np.savez(arrays, **inputs)
             root = str(Path(__file__).resolve().parents[2])
             paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             command = [sys.executable, "-m", "autocomp.targets.peak_memory"]
             command += [str(artifact.path), str(arrays), str(self.workload.threads)]
+            command += [str(self.workload.generate or 0)]
             done = subprocess.run(
                 command,
                 capture_output=True,
@@ -339,10 +376,6 @@ class OnnxRuntimeTarget:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_anchor": None, "_open": None}
-
-
-def _feed(session: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    return {value.name: inputs[value.name] for value in session.get_inputs()}
 
 
 def _write_bytes(path: Path, model: onnx.ModelProto) -> None:

@@ -1,6 +1,7 @@
 """Child process: load an artifact, run it once, print the peak resident memory in bytes.
 
-`python -m autocomp.targets.peak_memory MODEL.onnx INPUTS.npz THREADS`. Imports the runtime and
+`python -m autocomp.targets.peak_memory MODEL.onnx INPUTS.npz THREADS GENERATE`. With GENERATE above
+zero the inputs are prompts, and so many tokens are generated after them. Imports the runtime and
 numpy alone, so that the figure is that of a deployment.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from autocomp.targets.generation import generate
 from autocomp.targets.onnxruntime_cpu import open_session
 
 
@@ -26,11 +28,15 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(model: str, inputs: str, threads: str) -> None:
+def main(model: str, inputs: str, threads: str, tokens: str) -> None:
     """Run and print."""
     session = open_session(Path(model), int(threads))
     with np.load(inputs, allow_pickle=False) as arrays:
-        session.run(None, {name: arrays[name] for name in arrays.files})
+        feed = {name: arrays[name] for name in arrays.files}
+        if int(tokens):
+            generate(session, feed, int(tokens))
+        else:
+            session.run(None, feed)
     sys.stdout.write(f"{peak_bytes()}\n")
 
 

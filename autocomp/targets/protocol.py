@@ -39,6 +39,16 @@ class Workload(Protocol):
         ...
 
     @property
+    def prompt(self) -> int | None:
+        """Tokens in the cache before the first is generated; `None` without generation."""
+        ...
+
+    @property
+    def generate(self) -> int | None:
+        """Tokens generated after the prompt; `None` where one run is the workload."""
+        ...
+
+    @property
     def threads(self) -> int:
         """Intra-op threads of the runtime."""
         ...

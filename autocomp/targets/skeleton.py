@@ -8,6 +8,9 @@ stand for its linear layers, its embedding sites and its attention products:
     autocomp::Attention(q, k, v[, mask]; …)            (B, H, T, D) × 3 → (B, T, H·D)
 
 and for the places where tokens can be merged or dropped (`token_markers`).
+For a workload that decodes, attentions also read and write a key-value cache (`cache`), and
+positions count from the number of tokens in it.
+
 The graph holds no big weights and no fixed number of heads, so structure and precision of every
 site remain open; `lower` fills them in. Batch and sequence stay dynamic.
 """
@@ -34,6 +37,7 @@ from autocomp.core.errors import InternalError
 from autocomp.core.files import write_atomic
 from autocomp.core.hashing import content_key
 from autocomp.core.unit import Unit
+from autocomp.targets.cache import STAND_IN, add_cache
 from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.protocol import ExportTask
 from autocomp.targets.skeleton_format import DOMAIN, OPSET, VERSION
@@ -110,6 +114,7 @@ def _attention_marker(
         (query, key, value) if attention_mask is None else (query, key, value, attention_mask),
         attrs={
             "head_dim": int(head_dim),
+            "layer": int(getattr(module, "layer_idx", -1)),
             "causal": int(getattr(module, "is_causal", False)),
             "scale": float(head_dim**-0.5 if scaling is None else scaling),
         },
@@ -152,6 +157,7 @@ class _Logits(nn.Module):
 
     Text without a mask is whole sequences. transformers must be told so: without a mask it looks
     for several sequences packed into one, and attention then depends on the position ids.
+    The second axis of an input `past` says how many tokens come before.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -161,8 +167,12 @@ class _Logits(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         named = dict(zip(self.names, inputs, strict=True))
+        past = named.pop(STAND_IN, None)
         if not _padded(self.names):
             named["attention_mask"] = torch.ones_like(named["input_ids"])
+        if past is not None:
+            positions = torch.arange(named["input_ids"].shape[1]) + past.shape[1]
+            named["position_ids"] = positions[None]
         logits: torch.Tensor = self.m(**named).logits
         return logits
 
@@ -204,8 +214,12 @@ def _marked_attention(model: nn.Module, padded: bool) -> Iterator[None]:
         config._attn_implementation = previous
 
 
-def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
+def export_skeleton(
+    model: nn.Module, units: Sequence[Unit], task: ExportTask, *, decode: bool = False
+) -> onnx.ModelProto:
     """Export the skeleton of a dense `model`, which is not modified. Takes seconds.
+
+    With `decode` it has a key-value cache; the task's inputs must then be `input_ids` alone.
 
     Raises:
         InternalError: if torch cannot export the model, with the first line of its reason.
@@ -217,7 +231,10 @@ def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -
     if getattr(config, "use_cache", None):
         config.use_cache = False
     inputs = task.example_inputs(2, 16)
-    axes = task.dynamic_axes
+    axes = dict(task.dynamic_axes)
+    if decode:
+        inputs[STAND_IN] = torch.zeros(2, 5)
+        axes[STAND_IN] = {1: STAND_IN}
     dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     names = list(inputs)
     with (
@@ -244,7 +261,7 @@ def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
     assert program is not None
-    return _tidy(program.model_proto, axes)
+    return _tidy(program.model_proto, axes, decode)
 
 
 @contextlib.contextmanager
@@ -260,7 +277,9 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx.ModelProto:
+def _tidy(
+    model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], decode: bool
+) -> onnx.ModelProto:
     """Parameters named as in torch, dynamic axes named, metadata dropped, attention resolved."""
     graph = Graph(model)
     graph.rename_initializers(lambda name: name.removeprefix("m."))
@@ -279,6 +298,8 @@ def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx
         if node.op_type == "Attention" and node.domain == DOMAIN:
             _resolve_attention(graph, node)
     graph.merge_equal()
+    if decode:
+        add_cache(graph)
     graph.prune()
     return graph.to_model()
 
@@ -350,7 +371,9 @@ def _rotate_whole(graph: Graph, rotary: onnx.NodeProto, source: str, head_dim: i
     rotary.domain = DOMAIN
 
 
-def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> str:
+def skeleton_key(
+    model: nn.Module, units: Sequence[Unit], task: ExportTask, *, decode: bool = False
+) -> str:
     """Content key of a skeleton: architecture, sites, axes, versions and non-site parameters."""
     config: Any = model.config
     sites = {site.name for unit in units for site in unit.sites}
@@ -367,6 +390,7 @@ def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> s
             "shapes": _fixed_shapes(task),
             "axes": {k: {str(a): n for a, n in v.items()} for k, v in task.dynamic_axes.items()},
             "tensors": digest.hexdigest(),
+            "decode": decode,
             "torch": torch.__version__,
         }
     )
@@ -382,22 +406,32 @@ def _fixed_shapes(task: ExportTask) -> dict[str, list[int]]:
 
 
 def cached_skeleton(
-    model: nn.Module, units: Sequence[Unit], task: ExportTask, directory: Path
+    model: nn.Module,
+    units: Sequence[Unit],
+    task: ExportTask,
+    directory: Path,
+    *,
+    decode: bool = False,
 ) -> onnx.ModelProto:
     """`export_skeleton`, kept in `directory` by content."""
-    path = skeleton_path(model, units, task, directory)
+    path = skeleton_path(model, units, task, directory, decode=decode)
     if path.exists():
         try:
             return onnx.load(path)
         except Exception:
             logging.getLogger(__name__).warning("%s is damaged: exported again", path)
-    skeleton = export_skeleton(model, units, task)
+    skeleton = export_skeleton(model, units, task, decode=decode)
     write_atomic(path, lambda temporary: onnx.save(skeleton, temporary))
     return skeleton
 
 
 def skeleton_path(
-    model: nn.Module, units: Sequence[Unit], task: ExportTask, directory: Path
+    model: nn.Module,
+    units: Sequence[Unit],
+    task: ExportTask,
+    directory: Path,
+    *,
+    decode: bool = False,
 ) -> Path:
     """The file `cached_skeleton` keeps."""
-    return directory / f"skeleton-{skeleton_key(model, units, task)}.onnx"
+    return directory / f"skeleton-{skeleton_key(model, units, task, decode=decode)}.onnx"

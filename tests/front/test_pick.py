@@ -136,6 +136,7 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
         "on_front",
         "feasible",
         "quality",
+        "metric",
         "teacher_kl",
         "latency_ms",
         "size_bytes",

@@ -86,6 +86,7 @@ def baselines() -> list[TrialRecord]:
                 proposed_by="baseline",
                 candidate=candidate(index, dense=kind == "dense", tokens=0),
                 quality=quality,
+                metric={"name": "accuracy", "value": quality},
                 teacher_kl=0.0 if kind == "dense" else 0.02,
                 measured=Measurement(
                     "measured", latency_ms, int(size_bytes), int(size_bytes + 90e6), device="d0"

@@ -65,6 +65,22 @@ def test_reads_sparsity_levels_with_and_without_quotes(write):
         ("{trials: 5}", "{trials: 2.5}", "19 search.trials: expected a whole number, got 2.5"),
         ("{trials: 5}", "{trials: true}", "19 search.trials: expected a whole number, got true"),
         ("{trials: 5}", "{trials: '5'}", "19 search.trials: expected a whole number, got '5'"),
+        (
+            "budget:\n",
+            "target:\n  workload: {prompt: 128}\nbudget:\n",
+            "9 target.workload: prompt needs generate: write both, {prompt: 128, generate: 32}, "
+            "to measure a generated token, or neither, to measure one run of `sequence` tokens",
+        ),
+        (
+            "budget:\n",
+            "target:\n  workload: {generate: 0, prompt: 128}\nbudget:\n",
+            "9 target.workload.generate: must be above 0, got 0",
+        ),
+        (
+            "budget:\n",
+            "target:\n  workload: {image: 56, prompt: 128, generate: 8}\nbudget:\n",
+            "9 target.workload: images are not generated from a prompt: leave out one of the two",
+        ),
         ("{trials: 5}", "{trials: 0}", "19 search.trials: must be above 0, got 0"),
         ("{trials: 5}", "5", "19 search: expected a mapping, got 5"),
         ("{trials: 5}", "", "19 search: expected a mapping, got nothing"),

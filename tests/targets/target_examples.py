@@ -116,15 +116,15 @@ TASKS = {
 }
 
 
-def small_model(layout: str) -> tuple[nn.Module, list[Unit], TextTask | ImageTask]:
-    """A random model with its units and its export task."""
+def small_model(layout: str, **changes: Any) -> tuple[nn.Module, list[Unit], TextTask | ImageTask]:
+    """A random model with its units and its export task; `changes` are of its config."""
     task = TASKS.get(layout, "image-classification")
     auto = {
         "text-classification": transformers.AutoModelForSequenceClassification,
         "language-modeling": transformers.AutoModelForCausalLM,
         "image-classification": transformers.AutoModelForImageClassification,
     }[task]
-    config = transformers.AutoConfig.for_model(layout, **CONFIGS[layout])
+    config = transformers.AutoConfig.for_model(layout, **{**CONFIGS[layout], **changes})
     torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="sdpa").eval()
     for parameter in dict.fromkeys(model.parameters()):
@@ -136,7 +136,7 @@ def small_model(layout: str) -> tuple[nn.Module, list[Unit], TextTask | ImageTas
 
 
 def target(sequence: int = SEQUENCE, batch: int = 1) -> OnnxRuntimeTarget:
-    """A single-threaded target; fewer than eight tokens make it a decoding one."""
+    """A single-threaded target; a single token makes it a decoding one."""
     return OnnxRuntimeTarget(WorkloadSection(batch=batch, sequence=sequence, threads=1))
 
 

@@ -243,7 +243,7 @@ def test_skeletons_are_cached_by_content(exported, tmp_path: Path, monkeypatch):
     model, units, task, skeleton = exported("bert")
     calls = []
 
-    def fake(*_):
+    def fake(*_, **__):
         calls.append(1)
         return skeleton
 

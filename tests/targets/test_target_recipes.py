@@ -202,7 +202,7 @@ def test_inputs_are_shared_where_they_are_equal():
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "activations"), [(4, 16, 32), (4, 32, 8), (8, 32, 32), (8, None, 8)]
+    ("bits", "group", "activations"), [(4, 16, 32), (4, 32, 8), (8, 32, 8), (8, None, 8)]
 )
 def test_decoding_recipes_equal_numpy(bits, group, activations):
     spec = SiteFormat(ROWS, COLUMNS, True, False, bits, group, activations)
@@ -268,3 +268,9 @@ def test_unsupported_formats_say_why():
     table = SiteFormat(8, 64, False, True, 4, 24)
     assert "power of two" in str(recipes.unsupported(table))
     assert recipes.unsupported(replace(table, group=96)) is None
+
+
+def test_eight_bits_with_float_activations_are_never_slower_than_float():
+    """Their MatMulNBits is by an order of magnitude; from two tokens on every one is slower."""
+    assert recipes.recipe(SiteFormat(8, 64, False, weight_bits=8), 1) == "unpacked"
+    assert recipes.recipe(SiteFormat(8, 64, False, weight_bits=4, group=32), 2) == "unpacked"
