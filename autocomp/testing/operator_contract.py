@@ -167,8 +167,8 @@ class _Case:
 
 
 def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
-    parts = ("weight", "bias", "codes", "scales", "input_scale")
-    parts += ("kept_columns", "kept_rows", "row_of")
+    parts = ["weight", "bias", "codes", "scales", "input_scale"]
+    parts += ["kept_columns", "kept_rows", "row_of"]
     return {
         f"{name}.{part}": getattr(site, part)
         for name, site in state.items()
