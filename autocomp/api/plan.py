@@ -123,6 +123,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         loaded,
         {
             "task.name": ("tasks", TASKS.names()),
+            "space[*].sparsity.method": ("operators", OPERATORS.names()),
             "space[*].bits.method": ("operators", OPERATORS.names()),
         },
     )

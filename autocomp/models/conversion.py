@@ -1,4 +1,4 @@
-"""Models whose checkpoints store linear layers turned and fused (GPT-2): plain ones inside autocomp.
+"""Checkpoints that store linear layers turned and fused (GPT-2): plain ones inside autocomp.
 
 transformers builds such a layer as a `Conv1D` with weight `(columns, rows)`, and query, key and
 value as one. On load they become `nn.Linear`, one per site, so that every other room knows linear
@@ -89,22 +89,29 @@ def as_transformers(model: nn.Module) -> nn.Module:
     native = copy_for_surgery(model)
     for layer, block in enumerate(blocks(native)):
         for path in layout.transposed:
-            module = block.get_submodule(path)
+            place = f"{layout.block_path(layer)}.{path}"
+            try:
+                module = block.get_submodule(path)
+            except AttributeError as error:
+                raise ValueError(f"{place} was skipped: only a dense model can be saved") from error
             parts = module.children() if isinstance(module, Projections) else (module,)
             if not isinstance(module, Conv1D):
-                replace_module(block, path, _conv(parts, f"{layout.block_path(layer)}.{path}"))
+                replace_module(block, path, _conv(parts, place))
     return native
 
 
 def _conv(parts: Iterable[nn.Module], path: str) -> nn.Module:
-    linears = list(parts)
-    if not all(type(linear) is nn.Linear for linear in linears):
-        kinds = ", ".join(sorted({type(linear).__name__ for linear in linears}))
-        raise ValueError(f"{path} is {kinds}: only a dense model has a form of transformers' own")
-    weight = torch.cat([linear.weight.detach() for linear in linears])  # type: ignore[arg-type]
-    conv = Conv1D(*weight.shape)
+    weights, biases = [], []
+    for linear in parts:
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{path} is {type(linear).__name__}: only a dense model can be saved")
+        weights.append(linear.weight.detach())
+        biases.append(linear.bias.detach())
+    weight = torch.cat(weights)
+    build: Any = Conv1D
+    conv: nn.Module = build(*weight.shape)
     conv.weight = nn.Parameter(weight.t().contiguous())
-    conv.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))  # type: ignore[arg-type]
+    conv.bias = nn.Parameter(torch.cat(biases))
     return conv
 
 

@@ -37,8 +37,8 @@ def load_model(
 
     A head the checkpoint does not hold, or holds for another number of labels, is initialised anew,
     the same on every machine. Linear layers that transformers stores otherwise (GPT-2) are plain
-    ones here: save such a model by `save_model`. `config.use_cache` is switched off: autocomp evaluates whole
-    sequences.
+    ones here: save such a model by `save_model`. `config.use_cache` is switched off: autocomp
+    evaluates whole sequences.
 
     Raises:
         ModelError: when files are missing or damaged, the layout is unknown, the task does not

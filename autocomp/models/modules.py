@@ -26,6 +26,7 @@ from autocomp.models.rounding import (
     integer_products,
     straight_through,
 )
+from autocomp.models.sparse import check_mask
 
 CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}
 """Weight bits → smallest and largest code."""
@@ -66,9 +67,15 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, format: SiteFormat) ->
 
 
 def _fake_quantise_weight(
-    weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    format: SiteFormat,
+    held: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`weight` `(..., columns)` rounded to its codes and back; gradient clipped to the range."""
+    """`weight` `(..., columns)` rounded to its codes and back; gradient clipped to the range.
+
+    Where the mask `held` is false there is no gradient: a weight that is zero there stays zero.
+    """
     with torch.no_grad():
         rounded = dequantise(quantise(weight, scales, format), scales, format)
         mask = None
@@ -76,6 +83,8 @@ def _fake_quantise_weight(
             low, high = CODE_RANGE[format.weight_bits]
             steps = expand_scales(scales, weight.shape[-1], group_size(format))
             mask = (weight >= (low - 0.5) * steps) & (weight <= (high + 0.5) * steps)
+            if held is not None:
+                mask &= held
     return straight_through(weight, rounded, mask)
 
 
@@ -142,6 +151,7 @@ class _Quantised(nn.Module):
 
     weight: nn.Parameter
     scales: torch.Tensor
+    mask: torch.Tensor | None
 
     def __init__(
         self,
@@ -149,12 +159,15 @@ class _Quantised(nn.Module):
         scales: torch.Tensor,
         format: SiteFormat,
         codes: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         _check(weight, scales, format)
+        check_mask(weight, mask, format)
         self.format = format
         self.weight = nn.Parameter(weight.detach())
         self.register_buffer("scales", scales.detach())
+        self.register_buffer("mask", mask)
         self._rounded: _Rounded | None = None
         if codes is not None:
             if codes.shape != weight.shape or codes.dtype != torch.int8:
@@ -264,16 +277,19 @@ class QuantLinear(_Quantised):
         *,
         input_scale: torch.Tensor | None = None,
         input_range: tuple[float, float] | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         """Latent `weight` `(rows, columns)`, `bias` `(rows,)`, `scales` `(rows, groups)`; float32.
 
         The tensors are used as they are, not copied. With `codes`, int8 `(rows, columns)`, the
-        weight is taken to be exactly `codes * scale`: nothing is rounded until it changes.
+        weight is taken to be exactly `codes * scale`: nothing is rounded until it changes. A sparse
+        layer has a bool `mask` `(rows, columns)`: a weight that is zero where it is false is not
+        trained.
 
         Raises:
             ValueError: if shapes or bits do not fit `format`.
         """
-        super().__init__(weight, scales, format, codes)
+        super().__init__(weight, scales, format, codes, mask)
         if (bias is not None) != format.bias or (
             bias is not None and tuple(bias.shape) != (format.rows,)
         ):
@@ -318,7 +334,7 @@ class QuantLinear(_Quantised):
         elif self.format.activation_bits == 8:
             x = fake_quantise_per_tensor(x)
         if self._wants_gradient():
-            weight = _fake_quantise_weight(self.weight, self.scales, self.format)
+            weight = _fake_quantise_weight(self.weight, self.scales, self.format, self.mask)
         else:
             weight = self.dequantised()
         return F.linear(x, weight, self.bias)

@@ -21,6 +21,7 @@ from autocomp.models.factors import LowRank
 from autocomp.models.layouts import Layout, SublayerSpec, layout_of
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
 from autocomp.models.pruned_table import PrunedTable
+from autocomp.models.sparse import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,6 +36,7 @@ class SiteStateLike(Protocol):
     scales: torch.Tensor | None
     input_scale: torch.Tensor | None
     input_range: tuple[float, float] | None
+    mask: torch.Tensor | None
     kept_rows: torch.Tensor | None
     row_of: torch.Tensor | None
 
@@ -56,10 +58,11 @@ def copy_for_surgery(model: Model) -> Model:
 def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) -> None:
     """Put what operators made of `unit` in its place; an empty `state` skips the unit.
 
-    A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, else a plain layer of its
-    new shape; `LowRank` where the state holds its two factors, `PrunedTable` around a table that
-    lost rows. The tensors of `state` are used as they are. A table and a head that shared their
-    weight no longer do once either is installed: each then has its own.
+    A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, a `SparseLinear` if it has
+    a mask alone, else a plain layer of its new shape; `LowRank` where the state holds its two
+    factors, `PrunedTable` around a table that lost rows. The tensors of `state` are used as they
+    are. A table and a head that shared their weight no longer do once either is installed: each
+    then has its own.
 
     Raises:
         ValueError: if `state` does not hold exactly the sites of the unit, or the unit was skipped.
@@ -105,9 +108,12 @@ def _linear(site: SiteStateLike) -> nn.Module:
             site.codes,
             input_scale=site.input_scale,
             input_range=site.input_range,
+            mask=site.mask,
         )
     if site.format.scaled or site.format.static:
         raise ValueError(f"inputs are scaled or static before weights are quantised: {site.format}")
+    if site.mask is not None:
+        return SparseLinear(site.weight, site.bias, site.mask, site.format)
     return dense_linear(site.weight, site.bias)
 
 

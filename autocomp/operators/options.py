@@ -27,6 +27,9 @@ OPERATORS: Registry[Operator] = Registry(
         "skip": "autocomp.operators.prune.skip:OPERATOR",
         "rank": "autocomp.operators.factorize.rank:OPERATOR",
         "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
+        "sparsegpt": "autocomp.operators.sparsify.sparsegpt:OPERATOR",
+        "wanda": "autocomp.operators.sparsify.wanda:OPERATOR",
+        "magnitude": "autocomp.operators.sparsify.magnitude:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
         "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
         "hqq": "autocomp.operators.quantize.hqq:OPERATOR",
@@ -44,7 +47,11 @@ def rule_of(section: RuleSection) -> Rule:
         for name, value in section.structure.model_dump().items()
         if value is not None and value is not False
     }
-    return Rule(structure=structure, bits=section.bits.model_dump())
+    return Rule(
+        structure=structure,
+        bits=section.bits.model_dump(),
+        sparsity=section.sparsity.model_dump(),
+    )
 
 
 def unit_options(unit: Unit, rule: Rule) -> list[Option]:
@@ -108,9 +115,8 @@ def _named(rule: Rule, stage: Stage) -> list[str]:
     """Names of the operators the rule mentions in this stage."""
     if stage == "structure":
         return list(rule.structure)
-    if stage == "bits":
-        return _as_list(rule.bits.get("method", [])) if rule.bits else []
-    return []
+    axis = {"sparsity": rule.sparsity, "bits": rule.bits}.get(stage, {})
+    return _as_list(axis.get("method", []))
 
 
 def _as_list(value: Any) -> list[str]:

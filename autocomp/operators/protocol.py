@@ -82,12 +82,14 @@ class Rule:
     """The part of a spec's space rule that operators read; one entry per axis.
 
     `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
+    `sparsity`: `{"method": "sparsegpt", "levels": [0.0, 0.5, "2:4"]}`.
     `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`;
     also `range`, `migration`, `per_site`.
     """
 
     structure: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Operator(Protocol):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from autocomp.core.budget import RelativeBudget
 from autocomp.core.errors import UserError
@@ -189,6 +197,34 @@ class StructureSection(_Section):
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
 
 
+def _level(value: float | str) -> float | str:
+    if isinstance(value, str):
+        kept, colon, group = value.partition(":")
+        counts = kept.isascii() and kept.isdecimal() and group.isascii() and group.isdecimal()
+        if not (colon and counts and 0 < int(kept) < int(group) <= 64):
+            raise ValueError(
+                f"must be a fraction like 0.5, or N:M like 2:4 (N of every M weights kept, "
+                f"M at most 64), got {value!r}"
+            )
+    elif not 0 <= value < 1:
+        raise ValueError(f"must be a fraction of zeros in [0, 1), or N:M like 2:4, got {value:g}")
+    return value
+
+
+class SparsitySection(_Section):
+    """Which weights become zero. Bytes, not speed: the runtimes multiply by zeros all the same."""
+
+    method: str | list[str] = Field(
+        "sparsegpt", description="Sparsity operator(s): sparsegpt, wanda, magnitude."
+    )
+    levels: list[Annotated[float | str, AfterValidator(_level)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Fractions of zeros, 0.0 for none; or N:M like 2:4, N of every M weights of a "
+        "row kept.",
+    )
+
+
 class BitsSection(_Section):
     """Precision choices."""
 
@@ -225,6 +261,7 @@ class RuleSection(_Section):
 
     match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
     structure: StructureSection = StructureSection()
+    sparsity: SparsitySection = SparsitySection()
     bits: BitsSection = BitsSection()
 
 

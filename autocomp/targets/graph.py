@@ -34,6 +34,7 @@ class Graph:
         }
         self.outputs = [value.name for value in model.graph.output]
         self.inputs = [value.name for value in model.graph.input]
+        self.values: list[onnx.ValueInfoProto] = []
 
     def producer(self, tensor: str) -> onnx.NodeProto | None:
         """The node that computes `tensor`; `None` for inputs and initializers."""
@@ -146,12 +147,13 @@ class Graph:
         self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
 
     def to_model(self, opset: Iterable[onnx.OperatorSetIdProto] | None = None) -> onnx.ModelProto:
-        """The model with the present nodes and initializers; intermediate types are dropped."""
+        """The model with the present nodes and initializers; of inner types only `values`."""
         graph = onnx.GraphProto(name=self.model.graph.name or "model")
         graph.node.extend(self.nodes)
         graph.initializer.extend(self.initializers.values())
         graph.input.extend(self.model.graph.input)
         graph.output.extend(self.model.graph.output)
+        graph.value_info.extend(self.values)
         model = onnx.ModelProto(ir_version=10, producer_name="autocomp")
         model.opset_import.extend(self.model.opset_import if opset is None else opset)
         model.graph.CopyFrom(graph)

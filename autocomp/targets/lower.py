@@ -119,6 +119,7 @@ def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int) -> None
             nodes += made
             graph.initializers.update({tensor.name: tensor for tensor in constants})
         nodes += piece.nodes
+        graph.values += piece.values
         graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
     graph.nodes = nodes
 

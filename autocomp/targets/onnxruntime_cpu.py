@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-LOWERING_VERSION = 1
+LOWERING_VERSION = 2
 """Raised when lowered graphs change in speed or bytes: earlier cost tables no longer apply."""
 
 _PROTOBUF_LIMIT = 2_000_000_000
@@ -110,7 +110,7 @@ class OnnxRuntimeTarget:
         """Why this format cannot be lowered, or `None` if it can."""
         from autocomp.targets import recipes
 
-        return recipes.unsupported(format)
+        return recipes.unsupported(format, self.tokens)
 
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format."""

@@ -297,6 +297,9 @@ def _resolve_attention(graph: Graph, node: onnx.NodeProto) -> None:
     node.attribute.append(helper.make_attribute("flat", int(whole)))
     for index, source in enumerate(sources):
         rotary = _rotary_above(graph, node.input[index])
+        if rotary is not None:
+            for table in (1, 2):  # the runtime wants one a sequence
+                rotary.input[table] = graph.expanded_to_batch(rotary.input[table])
         if whole and source is not None:
             if rotary is None:
                 node.input[index] = source
@@ -337,8 +340,6 @@ def _rotate_whole(graph: Graph, rotary: onnx.NodeProto, source: str, head_dim: i
     """Let a rotary embedding read `source` `(B, T, H·D)`; H is that of the site it rotates."""
     site = graph.upstream_site(source)
     rotary.input[0] = source
-    for index in (1, 2):
-        rotary.input[index] = graph.expanded_to_batch(rotary.input[index])
     del rotary.attribute[:]
     rotary.attribute.append(helper.make_attribute("interleaved", 0))
     rotary.attribute.append(helper.make_attribute("heads_of", site))

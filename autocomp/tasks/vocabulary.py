@@ -18,12 +18,17 @@ COUNTED: tuple[Split, ...] = ("calibrate", "distil")
 
 
 def token_counts(task: Task, rows: int) -> Array:
-    """How often each token occurs in the calibrate and distil splits, padding included; int64
-    `(rows,)`."""
+    """How often each token occurs in the calibrate and distil splits, int64 `(rows,)`.
+
+    Padding, which attention does not see, counts once.
+    """
     counts = np.zeros(rows, np.int64)
     for split in COUNTED:
-        ids = task.splits[split].inputs["input_ids"]
-        counts += np.bincount(ids.reshape(-1), minlength=rows)
+        inputs = task.splits[split].inputs
+        ids = inputs["input_ids"]
+        real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
+        counts += np.bincount(ids[real], minlength=rows)
+        counts[ids[~real]] = np.maximum(counts[ids[~real]], 1)
     return counts
 
 

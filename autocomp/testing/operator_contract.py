@@ -167,8 +167,8 @@ class _Case:
 
 
 def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
-    parts = ["weight", "bias", "codes", "scales", "input_scale"]
-    parts += ["kept_columns", "kept_rows", "row_of"]
+    parts: tuple[str, ...] = ("weight", "bias", "codes", "scales", "input_scale", "mask")
+    parts += ("kept_columns", "kept_rows", "row_of")
     return {
         f"{name}.{part}": getattr(site, part)
         for name, site in state.items()
@@ -284,6 +284,11 @@ class OperatorContract:
             if site.bias is not None:
                 assert tuple(site.bias.shape) == (form.rows,), f"{what}: {name}"
                 assert torch.isfinite(site.bias).all(), f"{what}: {name}"
+            assert (site.mask is None) == (form.nonzeros is None), f"{what}: {name}"
+            if site.mask is not None:
+                assert site.mask.dtype == torch.bool
+                assert int(site.mask.sum()) == form.nonzeros, f"{what}: {name}"
+                assert not site.weight[~site.mask].any(), f"{what}: {name} is not zero off its mask"
             assert (site.codes is None) == (form.weight_bits == 32), f"{what}: {name}"
             assert (site.input_scale is not None) == form.scaled, f"{what}: {name}"
             if site.input_scale is not None:

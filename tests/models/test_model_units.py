@@ -245,7 +245,7 @@ def test_what_a_layout_does_not_describe_is_refused(name: str, change: dict[str,
     example = EXAMPLES[name]
     config = {"model_type": name, **example.config, **change}
     with pytest.raises(
-        ModelError, match=rf"{name}.* does not describe models with {[*change][0]}="
+        ModelError, match=rf"{name}.* does not describe models with {next(iter(change))}="
     ):
         find_units(config, {}, example.task)
 

@@ -21,6 +21,7 @@ STRUCTURE = {
 EIGHT = Rule(
     bits={"method": METHODS, "weights": ["dense", 8], "activations": [8, "static"]},
 )
+SPARSITY = Rule(sparsity={"method": ["magnitude"], "levels": [0.0, 0.5, 0.99, "2:4", "4:8"]})
 FOUR = Rule(bits={"method": METHODS, "weights": [4], "activations": ["dense"], "group": 16})
 
 
@@ -34,7 +35,7 @@ class TestRegistered(OperatorContract):
 
     def rules(self) -> list[Rule]:
         structure = [Rule(structure={name: choice}) for name, choice in STRUCTURE.items()]
-        return [*structure, EIGHT, FOUR, VOCABULARY]
+        return [*structure, EIGHT, FOUR, VOCABULARY, SPARSITY]
 
 
 class TestUneven(OperatorContract):

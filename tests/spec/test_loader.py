@@ -27,6 +27,14 @@ def test_reads_values_and_defaults(write):
     assert source.line("space[1].bits.method") == 18
 
 
+def test_reads_sparsity_levels_with_and_without_quotes(write):
+    sparsity = "sparsity: {method: [wanda, sparsegpt], levels: [0, 0.5, 2:4, '4:8']}"
+    spec, _ = load_spec(write(("structure: {heads: [1.0, 0.5], skip: true}", sparsity)))
+    assert spec.space[0].sparsity.method == ["wanda", "sparsegpt"]
+    assert spec.space[0].sparsity.levels == [0, 0.5, "2:4", "4:8"]
+    assert spec.space[1].sparsity.levels == [0.0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -102,6 +110,29 @@ def test_reads_values_and_defaults(write):
             "skip: true",
             "skip: yes",
             "13 space[0].structure.skip: expected true or false, got 'yes'",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {levels: [0.5, 1.5]}",
+            "13 space[0].sparsity.levels[1]: must be a fraction of zeros in [0, 1), or N:M like "
+            "2:4, got 1.5",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {levels: [4:2]}",
+            "13 space[0].sparsity.levels[0]: must be a fraction like 0.5, or N:M like 2:4 (N of "
+            "every M weights kept, M at most 64), got '4:2'",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {levels: 0.5}",
+            "13 space[0].sparsity.levels: expected a list, got 0.5; write [0.5]",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {level: [0.5]}",
+            "13 space[0].sparsity.level: unknown key. Did you mean 'levels'? Allowed: method, "
+            "levels",
         ),
         (
             "[dense, 8, 4]",

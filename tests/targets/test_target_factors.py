@@ -80,8 +80,10 @@ def test_artifact_equals_torch_and_its_size_is_foretold(exported, layout, bits, 
             in_units[label] += sum(runtime.size_bytes(one) for one in formats)
     dense = runtime.write(runtime.lower(skeleton, model, units), tmp_path / "dense")
     rest = dense.size_bytes - in_units["dense"]
+    layers = 2 * sum(len(unit.sites) for unit in units)
     if layout != "llama":  # whose dense head shares the table's bytes
-        assert artifact.size_bytes == pytest.approx(rest + in_units["factored"], rel=0.05)
+        # Names and shapes of a node are estimated: a hundred bytes or two per layer.
+        assert artifact.size_bytes == pytest.approx(rest + in_units["factored"], abs=200 * layers)
 
 
 def test_the_cost_table_prices_factors(exported) -> None:

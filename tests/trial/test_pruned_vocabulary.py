@@ -153,7 +153,7 @@ def test_the_artifact_is_evaluated_with_the_tokenizer_it_ships_with(
     shipped = tmp_path / "shipped"
     exporter = OnnxExporter()
     exporter.write(request, shipped)
-    assert exporter.verify(request, shipped, runner.target).max_difference == 0.0
+    assert exporter.verify(request, shipped, runner.context.target(None)).max_difference == 0.0
     assert "use the tokenizer in this directory" in (shipped / "README.md").read_text()
 
     tokenizer = Tokenizer.from_file(str(shipped / "tokenizer.json"))
@@ -181,7 +181,7 @@ def test_the_artifact_is_evaluated_with_the_tokenizer_it_ships_with(
         (built.plan.model_path / "tokenizer.json").read_text(), encoding="utf-8"
     )
     with pytest.raises(InternalError, match="tokenizer"):
-        exporter.verify(request, shipped, runner.target)
+        exporter.verify(request, shipped, runner.context.target(None))
 
 
 def _original(built: Built, text: str) -> list[int]:

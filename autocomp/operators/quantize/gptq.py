@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, SiteStats, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
 from autocomp.operators.quantize.choices import bit_steps, quantised_formats, silent_at_tables
 
 if TYPE_CHECKING:
@@ -48,13 +48,19 @@ class Gptq:
         return quantised_formats(unit, formats, step)
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
-        """Solve every group of sites that share an input."""
+        """Solve every group of sites that share an input.
+
+        Sparse sites are solved from the weight before sparsity, their mask held: one sweep makes
+        up for what is dropped and what is rounded. It takes columns as they stand, as the sweep
+        that chose the mask did: by falling input energy, the error is a fifth larger.
+        """
         import torch
 
         from autocomp.operators.gram import derived, factor_of
         from autocomp.operators.quantize.finish import quantised_site
         from autocomp.operators.quantize.grid import search_scales
         from autocomp.operators.quantize.solve import solve_columns
+        from autocomp.operators.sparsify.masks import before_sparsity
 
         formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
         together: dict[tuple[object, ...], list[str]] = {}
@@ -66,23 +72,25 @@ class Gptq:
             together.setdefault((id(stats[name].gram), columns, bits), []).append(name)
         result: UnitState = dict(state)
         for names in together.values():
-            weights = [state[name].weight for name in names]
+            sites = [state[name] for name in names]
             kept, like = state[names[0]].kept_columns, formats[names[0]]
 
             def solve(
-                weights: list[Tensor] = weights,
+                sites: list[SiteState] = sites,
                 kept: Tensor | None = kept,
                 like: SiteFormat = like,
                 site: SiteStats = stats[names[0]],
-            ) -> tuple[list[Tensor], Tensor, Tensor]:
-                weight = torch.cat(weights)
-                scales = search_scales(weight, like)
-                codes = solve_columns(weight, scales, factor_of(site, kept), like)
-                return weights, codes, scales
+            ) -> tuple[list[SiteState], Tensor, Tensor]:
+                scales = search_scales(torch.cat([one.weight for one in sites]), like)
+                weight, mask = before_sparsity(sites)
+                factor = factor_of(site, kept, reorder=mask is None)
+                codes = solve_columns(weight, scales, factor, like, mask)
+                return sites, codes, scales
 
             # Activation bits change the format alone: such options share codes. What is remembered
-            # holds the weights, so that their ids stay theirs.
-            key = ("gptq", like.weight_bits, like.group, *((id(w), w._version) for w in weights))
+            # holds the weights, so that their ids stay theirs. A mask has weights of its own.
+            used = ((id(one.weight), one.weight._version) for one in sites)
+            key = ("gptq", like.weight_bits, like.group, *used)
             _, codes, scales = derived(stats[names[0]].gram, key, solve)
             start = 0
             for name in names:
