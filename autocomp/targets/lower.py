@@ -15,8 +15,8 @@ from onnx import helper, numpy_helper
 from autocomp.core.errors import InternalError
 from autocomp.core.factors import second_of
 from autocomp.targets import recipes
-from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.factors import split_factors
+from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
 from autocomp.targets.inputs import Inputs
 from autocomp.targets.skeleton_format import DOMAIN, OPSET
