@@ -7,17 +7,76 @@ outside the sites (norms, position embeddings, convolutions) is refreshed from t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from autocomp.core.errors import InternalError
-from autocomp.targets import recipes
+from autocomp.core.unit import SiteFormat
+from autocomp.targets import recipes as onnxruntime_recipes
 from autocomp.targets.graph import Graph, attribute, fold_zeros
-from autocomp.targets.skeleton_format import DOMAIN, OPSET
+from autocomp.targets.piece import Piece
+from autocomp.targets.skeleton_format import DOMAIN
 from autocomp.targets.weights import Array, Provider, SiteWeights
+
+
+class Recipes(Protocol):
+    """How a runtime writes each kind of marker. The modules `recipes` and `openvino_recipes` are.
+
+    `quantised` is what `quantise_input` calls the quantised form of a tensor, `None` where the
+    linear layer is to quantise its own input or to read floats.
+    """
+
+    OPSETS: Mapping[str, int]
+
+    def recipe(self, format: SiteFormat, tokens: int) -> str:
+        """Name of the recipe a format is written by."""
+        ...
+
+    def kernel(self, format: SiteFormat, tokens: int) -> Hashable:
+        """Equal for formats of one shape that take the same time."""
+        ...
+
+    def kernel_class(self, format: SiteFormat, tokens: int) -> str:
+        """The class of kernels a cost table fits one slope to."""
+        ...
+
+    def input_key(self, weights: SiteWeights, tokens: int) -> Hashable | None:
+        """Equal for sites that can share one quantised form of the tensor they read."""
+        ...
+
+    def quantise_input(
+        self, x: str, key: Hashable, users: int
+    ) -> tuple[Piece, Sequence[str] | None]:
+        """Nodes that quantise `x` for its `users`, and what they call it."""
+        ...
+
+    def lower_embedding(self, site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
+        """A table `(B, T)` → `(B, T, columns)`."""
+        ...
+
+    def lower_linear(
+        self,
+        site: str,
+        weights: SiteWeights,
+        x: str,
+        output: str,
+        tokens: int,
+        quantised: Sequence[str] | None,
+    ) -> Piece:
+        """A linear layer `(…, columns)` → `(…, rows)`."""
+        ...
+
+    def lower_attention(self, node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
+        """The attention product of a marker; see `skeleton`."""
+        ...
+
+    def lower_rotary(self, node: onnx.NodeProto, heads: int) -> Piece:
+        """Rotary position embedding of `(B, T, heads·D)`."""
+        ...
 
 
 def lower(
@@ -26,6 +85,7 @@ def lower(
     *,
     tokens: int,
     parameters: Mapping[str, Array] | None = None,
+    recipes: Recipes = onnxruntime_recipes,
 ) -> onnx.ModelProto:
     """The runtime's graph of a candidate. `skeleton` is not modified.
 
@@ -34,6 +94,7 @@ def lower(
         weights: site name → weights, `None` where skipped.
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
+        recipes: how the runtime writes what markers stand for.
 
     Raises:
         InternalError: if shapes do not fit, or every way to the output is skipped.
@@ -50,10 +111,9 @@ def lower(
     present: dict[str, SiteWeights] = {k: v for k, v in values.items() if v is not None}
 
     _refresh(graph, parameters or {})
-    _fill(graph, present, tokens)
+    _fill(graph, present, tokens, recipes)
     graph.prune()
-    opset = [helper.make_opsetid("", OPSET), helper.make_opsetid(recipes.MICROSOFT, 1)]
-    return graph.to_model(opset)
+    return graph.to_model(helper.make_opsetid(*item) for item in recipes.OPSETS.items())
 
 
 def _live(graph: Graph, nodes: list[onnx.NodeProto], zeros: set[str]) -> list[onnx.NodeProto]:
@@ -82,44 +142,53 @@ def _refresh(graph: Graph, parameters: Mapping[str, Array]) -> None:
         graph.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
 
 
-def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int) -> None:
+def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int, recipes: Recipes) -> None:
     """Replace every marker by nodes of the runtime."""
-    shared = Counter(
-        node.input[0]
+    keys = {
+        site: recipes.input_key(weights, tokens)
+        for site, weights in present.items()
+        if not weights.format.embedding
+    }
+    users = Counter(
+        (node.input[0], keys[attribute(node, "site")])
         for node in graph.nodes
-        if node.domain == DOMAIN
-        and node.op_type == "Linear"
-        and recipes.recipe(present[attribute(node, "site")].format, tokens) == "int8"
+        if node.domain == DOMAIN and node.op_type == "Linear"
     )
-    quantised: dict[str, tuple[str, str, str]] = {}
+    quantised: dict[tuple[str, Hashable], Sequence[str] | None] = {}
     tables: dict[int, str] = {}
     nodes: list[onnx.NodeProto] = []
+
+    def add(piece: Piece) -> None:
+        nodes.extend(piece.nodes)
+        graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
+
     for node in graph.nodes:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
         if node.op_type == "Attention":
-            nodes += _attention(node, present)
+            head_dim = int(attribute(node, "head_dim"))
+            heads = _heads(node, "query_site", head_dim, present)
+            add(recipes.lower_attention(node, heads, _heads(node, "key_site", head_dim, present)))
             continue
         if node.op_type == "RotaryEmbedding":
-            nodes.append(_rotary(node, present))
+            head_dim = int(attribute(node, "head_dim"))
+            add(recipes.lower_rotary(node, _heads(node, "heads_of", head_dim, present)))
             continue
         site = str(attribute(node, "site"))
         weights, x, output = present[site], node.input[0], node.output[0]
         if node.op_type == "Embedding":
-            piece = recipes.lower_embedding(site, weights, x, output)
+            add(recipes.lower_embedding(site, weights, x, output))
             if weights.weight is not None:
                 tables[_address(weights.weight)] = f"{site}.weight"
         elif weights.weight is not None and _address(weights.weight) in tables:
-            piece = _tied(site, weights, x, output, tables[_address(weights.weight)])
+            add(_tied(site, weights, x, output, tables[_address(weights.weight)]))
         else:
-            integer = recipes.recipe(weights.format, tokens) == "int8"
-            if integer and shared[x] > 1 and x not in quantised:
-                quantised[x] = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
-                nodes.append(helper.make_node("DynamicQuantizeLinear", [x], quantised[x]))
-            piece = recipes.lower_linear(site, weights, x, output, tokens, quantised.get(x))
-        nodes += piece.nodes
-        graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
+            key = keys[site]
+            if key is not None and (x, key) not in quantised:
+                piece, quantised[x, key] = recipes.quantise_input(x, key, users[x, key])
+                add(piece)
+            add(recipes.lower_linear(site, weights, x, output, tokens, quantised.get((x, key))))
     graph.nodes = nodes
 
 
@@ -127,11 +196,11 @@ def _address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _tied(site: str, weights: SiteWeights, x: str, output: str, table: str) -> recipes.Piece:
+def _tied(site: str, weights: SiteWeights, x: str, output: str, table: str) -> Piece:
     """A dense head that shares the embedding table's memory shares its bytes on disk too."""
     transposed = f"{site}.weight"
     product = output if weights.bias is None else f"{site}.product"
-    piece = recipes.Piece(
+    piece = Piece(
         [
             helper.make_node("Transpose", [table], [transposed], perm=[1, 0]),
             helper.make_node("MatMul", [x, transposed], [product]),
@@ -151,33 +220,3 @@ def _heads(
     if rows % head_dim:
         raise InternalError(f"{site}: {rows} rows are no whole number of {head_dim}-wide heads")
     return rows // head_dim
-
-
-def _attention(node: onnx.NodeProto, present: Mapping[str, SiteWeights]) -> list[onnx.NodeProto]:
-    """ONNX Attention, `(B, T, H·D)` in and out; `(B, H, T, D)` where heads were split before it."""
-    head_dim = int(attribute(node, "head_dim"))
-    attributes = {"scale": attribute(node, "scale"), "is_causal": attribute(node, "causal")}
-    if attribute(node, "flat"):
-        attributes["q_num_heads"] = _heads(node, "query_site", head_dim, present)
-        attributes["kv_num_heads"] = _heads(node, "key_site", head_dim, present)
-        return [helper.make_node("Attention", list(node.input), list(node.output), **attributes)]
-    output = node.output[0]
-    split, turned, shape = f"{output}.heads", f"{output}.turned", f"{output}.shape"
-    return [
-        helper.make_node("Attention", list(node.input), [split], **attributes),
-        helper.make_node("Transpose", [split], [turned], perm=[0, 2, 1, 3]),
-        helper.make_node("Constant", [], [shape], value_ints=[0, 0, -1]),
-        helper.make_node("Reshape", [turned, shape], [output]),
-    ]
-
-
-def _rotary(node: onnx.NodeProto, present: Mapping[str, SiteWeights]) -> onnx.NodeProto:
-    """RotaryEmbedding on `(B, T, H·D)`."""
-    heads = _heads(node, "heads_of", int(attribute(node, "head_dim")), present)
-    return helper.make_node(
-        "RotaryEmbedding",
-        list(node.input),
-        list(node.output),
-        interleaved=attribute(node, "interleaved"),
-        num_heads=heads,
-    )

@@ -18,20 +18,24 @@ times smaller than that of the 4-bit codes themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
+from autocomp.targets.attention_recipes import lower_attention as lower_attention
+from autocomp.targets.attention_recipes import lower_rotary as lower_rotary
+from autocomp.targets.piece import Piece
+from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.weights import Array, SiteWeights
 
 Recipe = Literal["float", "int8", "unpacked", "nbits", "gather", "gather-blocks"]
 
 MICROSOFT = "com.microsoft"
+OPSETS: Mapping[str, int] = {"": OPSET, MICROSOFT: 1}
+"""Operator domain → version, of every lowered graph."""
 FEW_TOKENS = 8
 """Below it a linear layer is bound by reading weights: MatMulNBits."""
 
@@ -48,14 +52,6 @@ _NODE_BYTES = {
 """Names, shapes and attributes of a lowered site in the file, about; `widened` is from 4 bits."""
 
 
-@dataclass
-class Piece:
-    """Nodes and initializers that stand for one site."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: list[onnx.TensorProto] = field(default_factory=list)
-
-
 def recipe(format: SiteFormat, tokens: int) -> Recipe:
     """The recipe of a format for runs of `tokens` tokens."""
     if format.embedding:
@@ -65,6 +61,20 @@ def recipe(format: SiteFormat, tokens: int) -> Recipe:
     if tokens < FEW_TOKENS and _block(format) is not None:
         return "nbits"
     return "int8" if format.activation_bits == 8 else "unpacked"
+
+
+def kernel(format: SiteFormat, tokens: int) -> Hashable:
+    """Equal for formats of one shape that run the same kernels: they are timed once."""
+    kind = recipe(format, tokens)
+    if kind in ("nbits", "gather-blocks"):
+        return (kind, format.weight_bits, format.group, format.activation_bits)
+    return "float" if kind == "unpacked" else kind
+
+
+def kernel_class(format: SiteFormat, tokens: int) -> str:
+    """The class of kernels that a cost table fits one slope to."""
+    kind = recipe(format, tokens)
+    return {"unpacked": "float", "gather": "table", "gather-blocks": "table"}.get(kind, kind)
 
 
 def unsupported(format: SiteFormat) -> str | None:
@@ -169,21 +179,34 @@ def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> P
     )
 
 
+def input_key(weights: SiteWeights, tokens: int) -> Hashable | None:
+    """All `int8` sites that read one tensor share its codes."""
+    return "dynamic" if recipe(weights.format, tokens) == "int8" else None
+
+
+def quantise_input(x: str, key: Hashable, users: int) -> tuple[Piece, Sequence[str] | None]:
+    """Codes, scale and zero point of `x` at run time; a single user computes its own."""
+    if users < 2:
+        return Piece(), None
+    names = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
+    return Piece([helper.make_node("DynamicQuantizeLinear", [x], names)]), names
+
+
 def lower_linear(
     site: str,
     weights: SiteWeights,
     x: str,
     output: str,
     tokens: int,
-    quantised_input: Sequence[str] | None,
+    quantised: Sequence[str] | None,
 ) -> Piece:
     """A linear layer `(…, columns)` → `(…, rows)`.
 
-    `quantised_input` names codes, scale and zero point of `x` when other sites share them.
+    `quantised` names codes, scale and zero point of `x` when other sites share them.
     """
     kind = recipe(weights.format, tokens)
     if kind == "int8":
-        return _int8(site, weights, x, output, quantised_input)
+        return _int8(site, weights, x, output, quantised)
     if kind == "nbits":
         return _nbits(site, weights, x, output)
     piece = Piece()
@@ -208,7 +231,7 @@ def _int8(
     weights: SiteWeights,
     x: str,
     output: str,
-    quantised_input: Sequence[str] | None,
+    quantised: Sequence[str] | None,
 ) -> Piece:
     codes, scales = weights.codes, weights.scales
     assert codes is not None
@@ -231,12 +254,12 @@ def _int8(
     if weights.bias is not None:
         bias = f"{site}.bias"
         piece.initializers.append(numpy_helper.from_array(weights.bias, bias))
-    if quantised_input is None:
+    if quantised is None:
         inputs = [x, matrix, f"{site}.scales", "", bias]
         operator = "DynamicQuantizeMatMul"
     else:
-        quantised, scale, zero = quantised_input
-        inputs = [quantised, matrix, scale, f"{site}.scales", zero, "", bias]
+        shared, scale, zero = quantised
+        inputs = [shared, matrix, scale, f"{site}.scales", zero, "", bias]
         operator = "MatMulIntegerToFloat"
     while not inputs[-1]:
         inputs.pop()
