@@ -32,6 +32,14 @@ class Recipes(Protocol):
 
     OPSETS: Mapping[str, int]
 
+    def unsupported(self, format: SiteFormat) -> str | None:
+        """Why a format cannot be lowered or would gain nothing, or `None`."""
+        ...
+
+    def size_bytes(self, format: SiteFormat, tokens: int) -> int:
+        """Bytes on disk of a site in this format."""
+        ...
+
     def recipe(self, format: SiteFormat, tokens: int) -> str:
         """Name of the recipe a format is written by."""
         ...

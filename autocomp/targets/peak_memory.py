@@ -1,18 +1,17 @@
 """Child process: load an artifact, run it once, print the peak resident memory in bytes.
 
-`python -m autocomp.targets.peak_memory MODEL.onnx INPUTS.npz THREADS`. Imports the runtime and
-numpy alone, so that the figure is that of a deployment.
+`python -m autocomp.targets.peak_memory MODULE MODEL INPUTS.npz THREADS`; MODULE has the target's
+`open_session`. Imports the runtime and numpy alone, so that the figure is that of a deployment.
 """
 
 from __future__ import annotations
 
+import importlib
 import resource
 import sys
 from pathlib import Path
 
 import numpy as np
-
-from autocomp.targets.onnxruntime_cpu import open_session
 
 
 def peak_bytes() -> int:
@@ -26,11 +25,11 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(model: str, inputs: str, threads: str) -> None:
+def main(module: str, model: str, inputs: str, threads: str) -> None:
     """Run and print."""
-    session = open_session(Path(model), int(threads))
+    session = importlib.import_module(module).open_session(Path(model), int(threads))
     with np.load(inputs, allow_pickle=False) as arrays:
-        session.run(None, {name: arrays[name] for name in arrays.files})
+        session.run({name: arrays[name] for name in arrays.files})
     sys.stdout.write(f"{peak_bytes()}\n")
 
 

@@ -16,10 +16,9 @@ import onnx
 from onnx import helper
 
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
-from autocomp.targets import recipes
 from autocomp.targets.cost_table import Choice, CostTable, Entry
 from autocomp.targets.graph import Graph, attribute, cut
-from autocomp.targets.onnxruntime_cpu import Array, OnnxRuntimeTarget
+from autocomp.targets.runtime import Array, CpuTarget
 from autocomp.targets.skeleton_format import DOMAIN, dense_formats
 from autocomp.targets.weights import stand_in_weights
 
@@ -31,7 +30,7 @@ _WHOLE = {"runs": 48, "rounds": 8, "seconds": 0.4}
 
 
 def profile(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -80,7 +79,7 @@ def profile(
         workload=target.describe()["workload"],
         entries=entries,
         base_ms=max(least - known, 0.1 * least),
-        rest_bytes=whole.ByteSize() - in_units,
+        rest_bytes=target.lowered_bytes(whole) - in_units,
         ties=_ties(units, unit_formats, dense),
     )
     pairs: list[tuple[Choice, float]] = [(smallest, least)]
@@ -114,7 +113,7 @@ class Accuracy:
 
 def check_table(
     table: CostTable,
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -169,7 +168,7 @@ def random_choice(rng: random.Random, unit_formats: UnitFormats) -> dict[str, st
 
 
 def lower_formats(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     formats: Mapping[str, UnitFormat],
@@ -184,7 +183,7 @@ def lower_formats(
 
 
 def measure_formats(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     formats: Mapping[str, UnitFormat],
@@ -196,7 +195,7 @@ def measure_formats(
 
 
 def _measure_choice(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -207,23 +206,18 @@ def _measure_choice(
     return measure_formats(target, skeleton, units, formats, inputs)
 
 
-def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> object:
+def _cost_key(unit: Unit, formats: UnitFormat, target: CpuTarget) -> object:
     """Equal for options that run the same kernels on the same shapes."""
     shapes = []
     for site in unit.sites:
         one = formats[site.name]
-        kind = recipes.recipe(one, target.tokens)
-        kernel: object = kind
-        if kind == "unpacked":
-            kernel = "float"
-        elif kind in ("nbits", "gather-blocks"):
-            kernel = (kind, one.weight_bits, one.group, one.activation_bits)
+        kernel = target.recipes.kernel(one, target.tokens)
         shapes.append((site.role, one.rows, one.columns, one.bias, kernel))
     return (unit.kind, unit.head_dim, tuple(shapes))
 
 
 def _pieces(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -269,7 +263,7 @@ def _cut_unit(graph: Graph, unit: Unit) -> tuple[list[onnx.NodeProto], list[str]
 
 
 def _record(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     inputs: Mapping[str, Array],
     names: Sequence[str],
@@ -326,13 +320,12 @@ def _ties(
     return ties
 
 
-def _kernels(formats: UnitFormat, target: OnnxRuntimeTarget) -> str:
+def _kernels(formats: UnitFormat, target: CpuTarget) -> str:
     """The class of kernels that dominates a unit; empty when skipped."""
     if not formats:
         return ""
     largest = max(formats.values(), key=lambda one: one.rows * one.columns)
-    kind = recipes.recipe(largest, target.tokens)
-    return {"unpacked": "float", "gather": "table", "gather-blocks": "table"}.get(kind, kind)
+    return target.recipes.kernel_class(largest, target.tokens)
 
 
 def _report(progress: Progress | None, done: int, total: int) -> None:

@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from autocomp.core.unit import SiteFormat
 from autocomp.targets.attention_recipes import lower_attention as lower_attention
 from autocomp.targets.attention_recipes import lower_rotary as lower_rotary
-from autocomp.targets.piece import Piece
+from autocomp.targets.piece import Piece, pack_nibbles
 from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.weights import Array, SiteWeights
 
@@ -159,7 +159,7 @@ def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> P
     offset = 1 << (spec.weight_bits - 1)
     codes = (weights.codes.astype(np.int16) + offset).astype(np.uint8)
     if spec.weight_bits == 4:
-        codes = _pack_nibbles(codes)
+        codes = pack_nibbles(codes)
     node = helper.make_node(
         "GatherBlockQuantized",
         [f"{site}.codes", ids, f"{site}.scales"],
@@ -305,7 +305,7 @@ def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: 
     if spec.weight_bits == 4:
         stored = TensorProto(name=f"{site}.codes", data_type=TensorProto.INT4)
         stored.dims.extend(transposed.shape)
-        stored.raw_data = _pack_nibbles((transposed.reshape(1, -1) & 15).view(np.uint8)).tobytes()
+        stored.raw_data = pack_nibbles((transposed.reshape(1, -1) & 15).view(np.uint8)).tobytes()
     else:
         stored = numpy_helper.from_array(transposed, f"{site}.codes")
     factor = np.ascontiguousarray(factors.T.reshape(groups, 1, rows))
@@ -353,7 +353,7 @@ def _nbits(site: str, weights: SiteWeights, x: str, output: str) -> Piece:
     offset = 1 << (bits - 1)
     padded = np.full((rows, blocks * block), offset, np.uint8)
     padded[:, :columns] = (codes.astype(np.int16) + offset).astype(np.uint8)
-    packed = (_pack_nibbles(padded) if bits == 4 else padded).reshape(rows, blocks, -1)
+    packed = (pack_nibbles(padded) if bits == 4 else padded).reshape(rows, blocks, -1)
     if spec.group is None:
         scales = np.repeat(scales, blocks, axis=1)
     names = [f"{site}.codes", f"{site}.scales"]
@@ -382,11 +382,3 @@ def _nbits(site: str, weights: SiteWeights, x: str, output: str) -> Piece:
         )
     )
     return piece
-
-
-def _pack_nibbles(values: Array) -> Array:
-    """Pairs along the last axis in one byte, the first in the low half; odd ends padded by 0."""
-    if values.shape[-1] % 2:
-        values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], axis=-1)
-    packed: Array = (values[..., 0::2] | (values[..., 1::2] << 4)).astype(np.uint8)
-    return packed
