@@ -97,8 +97,10 @@ class Picked:
         on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
         return trial_json(self.record, self.budget, on_front)
 
-    def export(self, directory: Path | str, format: str = "onnx") -> dict[str, Any]:
+    def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.
+
+        Without `format` it is written as it was measured: `onnx`, or `openvino` on that runtime.
 
         Returns:
             `path`, `format`, `files` and what verification showed.
@@ -107,7 +109,7 @@ class Picked:
             UserError: if the directory is not empty or the format is unknown.
             InternalError: if the reloaded model is not the evaluated one.
         """
-        from autocomp.export import EXPORTERS
+        from autocomp.export import EXPORTERS, own_format
         from autocomp.export.companions import Companions
         from autocomp.export.protocol import ExportRequest
         from autocomp.targets import make_target, open_artifact
@@ -124,14 +126,15 @@ class Picked:
             dense=study.dense(),
             report=self.opened.report(record.id),
         )
-        exporter = EXPORTERS.get(format)
+        chosen = format or own_format(request.artifact)
+        exporter = EXPORTERS.get(chosen)
         path = Path(directory)
         exporter.write(request, path)
         target = make_target(study.spec.target, Gate(study.paths.gate), reference(study))
         verification = exporter.verify(request, path, target)
         return {
             "path": str(path),
-            "format": format,
+            "format": chosen,
             "files": sorted(file.name for file in path.iterdir()),
             **verification.to_json(),
         }

@@ -107,13 +107,16 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
             f"no target {target_name(spec.target)!r}. Available: {', '.join(TARGETS.names())} "
             f"(runtime-device). See: autocomp ls targets",
         )
+    try:
+        target = make_target(spec.target)
+    except UserError as error:
+        raise loaded.source.error_at(("target", "runtime"), str(error)) from error
     model_path = resolve_source(spec.model.source, spec.model.revision)
     config = read_config(model_path)
     shapes = read_tensor_shapes(model_path)
     data = inspect_data(spec)
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
     rules = match_rules(loaded, [unit.name for unit in units])
-    target = make_target(spec.target)
     options = {unit.name: _options(loaded, unit, rules.get(unit.name), target) for unit in units}
     return Plan(loaded, model_path, config, shapes, data, units, rules, options)
 

@@ -12,9 +12,9 @@ import pytest
 from autocomp.core.candidate import Candidate
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.measurement import Measurement
+from autocomp.export.artifact import ONNX
 from autocomp.export.card import model_card
 from autocomp.export.companions import Companions
-from autocomp.export.onnx import OnnxExporter
 from autocomp.export.protocol import ExportRequest
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
@@ -137,32 +137,32 @@ def test_missing_figures_are_dashes(request_: ExportRequest) -> None:
 
 def test_export_is_whole_and_verified(request_: ExportRequest, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    OnnxExporter().write(request_, out)
+    ONNX.write(request_, out)
     assert {file.name for file in out.iterdir()} == {
         "README.md", "candidate.yaml", "labels.txt", "model.onnx", "tokenizer.json",
     }  # fmt: skip
     assert (out / "labels.txt").read_text() == "bad\ngood\n"
-    verified = OnnxExporter().verify(request_, out, TARGET)
+    verified = ONNX.verify(request_, out, TARGET)
     assert verified.max_difference == 0
     assert verified.measured.latency_ms == 1.02
     with pytest.raises(UserError, match="is not empty"):
-        OnnxExporter().write(request_, out)
+        ONNX.write(request_, out)
 
 
 def test_a_changed_export_is_found(request_: ExportRequest, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    OnnxExporter().write(request_, out)
+    ONNX.write(request_, out)
     (out / "model.onnx").write_bytes(b"grapH")
     with pytest.raises(InternalError, match="logits differ"):
-        OnnxExporter().verify(request_, out, TARGET)
+        ONNX.verify(request_, out, TARGET)
     (out / "model.onnx").write_bytes(b"graph and more")
     with pytest.raises(InternalError, match="bytes"):
-        OnnxExporter().verify(request_, out, TARGET)
+        ONNX.verify(request_, out, TARGET)
 
 
 def test_a_failed_export_leaves_nothing(request_: ExportRequest, tmp_path: Path) -> None:
     (request_.artifact.path.parent / "folder").mkdir()  # cannot be copied as a file
     out = tmp_path / "elsewhere" / "out"
     with pytest.raises(InternalError):
-        OnnxExporter().write(request_, out)
+        ONNX.write(request_, out)
     assert list(out.parent.iterdir()) == []

@@ -53,7 +53,7 @@ def _model(piece: recipes.Piece, x: np.ndarray) -> onnx.ModelProto:
 
 def _run(piece: recipes.Piece, x: np.ndarray) -> np.ndarray:
     session = open_session(_model(piece, x).SerializeToString(), 1)
-    return session.run(["y"], {"x": x})[0]
+    return session.run({"x": x})["y"]
 
 
 def _dynamic_uint8(x: np.ndarray) -> np.ndarray:
