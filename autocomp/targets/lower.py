@@ -6,9 +6,8 @@ outside the sites (norms, position embeddings, convolutions) is refreshed from t
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -23,12 +22,16 @@ from autocomp.targets.skeleton_format import DOMAIN
 from autocomp.targets.weights import Array, Provider, SiteWeights
 
 
-class Recipes(Protocol):
-    """How a runtime writes each kind of marker. The modules `recipes` and `openvino_recipes` are.
+class Inputs(Protocol):
+    """What linear layers read: forms of tensors, each computed once."""
 
-    `quantised` is what `quantise_input` calls the quantised form of a tensor, `None` where the
-    linear layer is to quantise its own input or to read floats.
-    """
+    def take(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """Nodes and initializers that were asked for since the last call."""
+        ...
+
+
+class Recipes(Protocol):
+    """How a runtime writes each kind of marker. The modules `recipes` and `openvino_recipes` do."""
 
     OPSETS: Mapping[str, int]
 
@@ -52,14 +55,8 @@ class Recipes(Protocol):
         """The class of kernels a cost table fits one slope to."""
         ...
 
-    def input_key(self, weights: SiteWeights, tokens: int) -> Hashable | None:
-        """Equal for sites that can share one quantised form of the tensor they read."""
-        ...
-
-    def quantise_input(
-        self, x: str, key: Hashable, users: int
-    ) -> tuple[Piece, Sequence[str] | None]:
-        """Nodes that quantise `x` for its `users`, and what they call it."""
+    def inputs(self, readers: Iterable[tuple[str, SiteWeights]], tokens: int) -> Inputs:
+        """What keeps the scaled and quantised forms of tensors, given who reads which."""
         ...
 
     def lower_embedding(self, site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
@@ -73,9 +70,9 @@ class Recipes(Protocol):
         x: str,
         output: str,
         tokens: int,
-        quantised: Sequence[str] | None,
+        inputs: Any,
     ) -> Piece:
-        """A linear layer `(…, columns)` → `(…, rows)`."""
+        """A linear layer `(…, columns)` → `(…, rows)`; `inputs` as `inputs()` made them."""
         ...
 
     def lower_attention(self, node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
@@ -152,17 +149,9 @@ def _refresh(graph: Graph, parameters: Mapping[str, Array]) -> None:
 
 def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int, recipes: Recipes) -> None:
     """Replace every marker by nodes of the runtime."""
-    keys = {
-        site: recipes.input_key(weights, tokens)
-        for site, weights in present.items()
-        if not weights.format.embedding
-    }
-    users = Counter(
-        (node.input[0], keys[attribute(node, "site")])
-        for node in graph.nodes
-        if node.domain == DOMAIN and node.op_type == "Linear"
-    )
-    quantised: dict[tuple[str, Hashable], Sequence[str] | None] = {}
+    linears = [node for node in graph.nodes if node.domain == DOMAIN and node.op_type == "Linear"]
+    readers = ((node.input[0], present[str(attribute(node, "site"))]) for node in linears)
+    inputs = recipes.inputs(readers, tokens)
     tables: dict[int, str] = {}
     nodes: list[onnx.NodeProto] = []
 
@@ -192,11 +181,9 @@ def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int, recipes
         elif weights.weight is not None and _address(weights.weight) in tables:
             add(_tied(site, weights, x, output, tables[_address(weights.weight)]))
         else:
-            key = keys[site]
-            if key is not None and (x, key) not in quantised:
-                piece, quantised[x, key] = recipes.quantise_input(x, key, users[x, key])
-                add(piece)
-            add(recipes.lower_linear(site, weights, x, output, tokens, quantised.get((x, key))))
+            piece = recipes.lower_linear(site, weights, x, output, tokens, inputs)
+            add(Piece(*inputs.take()))
+            add(piece)
     graph.nodes = nodes
 
 

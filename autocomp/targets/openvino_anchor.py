@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from autocomp.core.unit import SiteFormat
 from autocomp.targets import openvino_recipes as recipes
 from autocomp.targets.anchor import BLOCKS, INNER, ROWS, WIDTH
+from autocomp.targets.openvino_pieces import OpenVinoInputs
 from autocomp.targets.weights import SiteWeights
 
 
@@ -27,7 +28,7 @@ def anchor_model() -> onnx.ModelProto:
             codes = rng.integers(-127, 128, (rows, columns), dtype=np.int8)
             scales = np.full((rows, 1), 0.05 / 64, np.float32)
             weights = SiteWeights(spec, codes=codes, scales=scales)
-        piece = recipes.lower_linear(output, weights, x, output, ROWS, None)
+        piece = recipes.lower_linear(output, weights, x, output, ROWS, OpenVinoInputs())
         nodes.extend(piece.nodes)
         constants.extend(piece.initializers)
         return output

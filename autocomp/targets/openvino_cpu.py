@@ -114,9 +114,10 @@ class OpenVinoTarget(CpuTarget):
         return anchor_model(), anchor_inputs()
 
     def lowered_bytes(self, lowered: onnx.ModelProto) -> int:
-        """Bytes of the IR, which is written to a temporary directory."""
+        """Bytes of the IR's XML and of all weights, equal ones (which are stored once) included."""
         with tempfile.TemporaryDirectory() as scratch:
-            return self.write(lowered, Path(scratch)).size_bytes
+            layers = self.write(lowered, Path(scratch)).path.stat().st_size
+        return layers + sum(len(tensor.raw_data) for tensor in lowered.graph.initializer)
 
     def write(self, lowered: onnx.ModelProto, directory: Path) -> Artifact:
         """`model.xml` and `model.bin` in `directory`; weights are stored as they are.

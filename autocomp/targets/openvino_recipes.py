@@ -6,9 +6,9 @@ of 128 680, per tensor in a fixed range 560; ONNX's DynamicQuantizeLinear and Ma
 slower than float (10.9 ms against 7.3 on MiniLM). Hence:
 
     float      fp32 weights, MatMul + Add
-    dynamic    8-bit activations without a range: DequantizeLinear of the weight, which the plugin
-               multiplies in integers, each token's columns quantised in groups of its own. That is
-               finer than one scale per tensor, which training assumes
+    dynamic    8-bit activations without a range: Cast and Multiply of the weight, which the plugin
+               leaves undone and multiplies in integers, each token's columns quantised in groups
+               of their own: finer than the one scale per tensor that training assumes
     static     8-bit activations in a fixed range: FakeQuantize on the tensor, shared by the sites
                that read it in the same range, and none on the output
     unpacked   float activations: integer weights stored, made float when the model is compiled
@@ -25,42 +25,42 @@ heads and causal attention use the operator.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
 from autocomp.targets.attention_recipes import lower_attention as _attention_operator
 from autocomp.targets.attention_recipes import lower_rotary as lower_rotary
 from autocomp.targets.graph import attribute
-from autocomp.targets.piece import Piece, pack_nibbles
+from autocomp.targets.openvino_pieces import OPENVINO, OpenVinoInputs, Writer, input_scale
+from autocomp.targets.piece import Piece
 from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.weights import Array, SiteWeights
 
 Recipe = Literal["float", "dynamic", "static", "unpacked", "nbits", "gather", "gather-integers"]
 
-OPENVINO = "org.openvinotoolkit"
 OPSETS: Mapping[str, int] = {"": OPSET, OPENVINO: 1}
 """Operator domain → version, of every lowered graph."""
 FEW_TOKENS = 8
 """Below it a linear layer is bound by reading weights: 4-bit weights stay 4-bit in memory."""
 
 _NODE_BYTES: Mapping[str, int] = {
-    "float": 1300,
-    "dynamic": 2600,
-    "static": 2600,
-    "unpacked": 2600,
-    "nbits": 2600,
-    "gather": 1000,
-    "gather-integers": 2200,
+    "float": 1370,
+    "dynamic": 3130,
+    "static": 4250,
+    "unpacked": 3150,
+    "nbits": 3130,
+    "gather": 1450,
+    "gather-integers": 2560,
 }
-"""The site's layers in `model.xml`, about."""
-_WIDENED_BYTES = 3000
-"""What widening adds to them."""
+"""The site's layers in `model.xml`, about, where rows have one scale."""
+_BIAS_BYTES, _GROUPED_BYTES, _SLICE_BYTES, _SCALED_BYTES = 600, 820, 2400, 900
+_WIDENED_BYTES, _REGROUPED_BYTES = 2210, 1960
+"""What more there is of them; about."""
 
 
 def group_columns(tokens: int) -> int:
@@ -89,8 +89,8 @@ def kernel(format: SiteFormat, tokens: int) -> Hashable:
     """Equal for formats of one shape that run the same kernels: they are timed once."""
     kind = recipe(format, tokens)
     if kind in ("nbits", "gather-integers"):
-        return (kind, format.weight_bits, format.group)
-    return "float" if kind == "unpacked" else kind
+        return (kind, format.weight_bits, format.group, format.scaled)
+    return "float" if kind == "unpacked" else (kind, format.scaled)
 
 
 def kernel_class(format: SiteFormat, tokens: int) -> str:
@@ -108,8 +108,14 @@ def unsupported(format: SiteFormat) -> str | None:
         )
     if format.activation_bits not in (32, 8):
         return f"{format.activation_bits}-bit activations have no kernel; available: dense, 8"
-    if format.weight_bits == 32 and format.activation_bits == 8:
-        return "8-bit activations need 8-bit or 4-bit weights"
+    if format.nonzeros is not None:
+        return "stores sparse weights in full: neither smaller nor faster; available: dense"
+    if format.weight_bits == 32:
+        if format.activation_bits == 8:
+            return "8-bit activations need 8-bit or 4-bit weights"
+        return "scaled inputs need quantised weights" if format.scaled else None
+    if format.static and format.activation_bits != 8:
+        return "a static range needs 8-bit activations"
     return None
 
 
@@ -129,77 +135,37 @@ def _groups(format: SiteFormat) -> int:
     return -(-format.columns // _width(format))
 
 
-def _widened(format: SiteFormat, kind: Recipe) -> bool:
-    """Whether weights are brought to another grid when the model is compiled."""
-    if kind == "unpacked":
-        return _groups(format) > 1
-    return kind in ("dynamic", "static") and format.weight_bits == 4
-
-
 def size_bytes(format: SiteFormat, tokens: int) -> int:
-    """Bytes on disk of a site in this format, in `model.xml` and `model.bin`."""
+    """Bytes on disk of a site in this format, in `model.xml` and `model.bin`.
+
+    What sites that read one tensor share (scaled and rounded forms of it) counts at each of them.
+    """
     kind, rows = recipe(format, tokens), format.rows
-    total = _NODE_BYTES[kind] + (4 * rows if format.bias else 0)
-    columns = format.columns
-    if format.weight_bits != 32:
-        total += 4 * rows
-        if _widened(format, kind):
-            columns = _groups(format) * _width(format)
-            total += 2 * rows * _groups(format) + _WIDENED_BYTES
-        elif kind in ("nbits", "gather-integers"):
-            columns = _groups(format) * _width(format)
-            total += 4 * rows * (_groups(format) - 1)
-    return total + -(-rows * columns * format.weight_bits // 8)
-
-
-class _Writer:
-    """A piece under construction; everything in it is named after its site."""
-
-    def __init__(self, site: str) -> None:
-        self.site = site
-        self.piece = Piece()
-
-    def constant(self, label: str, values: Any) -> str:
-        """An initializer."""
-        name = f"{self.site}.{label}"
-        array = np.ascontiguousarray(values) if np.ndim(values) else np.asarray(values)
-        self.piece.initializers.append(numpy_helper.from_array(array, name))
-        return name
-
-    def shape(self, label: str, *dims: int) -> str:
-        """A shape as an initializer."""
-        return self.constant(label, np.array(dims, np.int64))
-
-    def integers(self, codes: Array, bits: int) -> str:
-        """int8 or int4 codes as an initializer."""
-        if bits == 8:
-            return self.constant("codes", codes)
-        stored = TensorProto(name=f"{self.site}.codes", data_type=TensorProto.INT4)
-        stored.dims.extend(codes.shape)
-        stored.raw_data = pack_nibbles((codes.reshape(1, -1) & 15).view(np.uint8)).tobytes()
-        self.piece.initializers.append(stored)
-        return stored.name
-
-    def node(
-        self, operator: str, inputs: Sequence[str], output: str = "", **attributes: Any
-    ) -> str:
-        """A node; its only output's name."""
-        name = output or f"{self.site}.{operator.lower()}{len(self.piece.nodes)}"
-        self.piece.nodes.append(helper.make_node(operator, list(inputs), [name], **attributes))
-        return name
-
-
-def _padded(weights: SiteWeights) -> Array:
-    """Codes `(rows, groups · width)`: the last group filled up with zeros."""
-    codes, spec = weights.codes, weights.format
-    assert codes is not None
-    missing = _groups(spec) * _width(spec) - spec.columns
-    return np.pad(codes, ((0, 0), (0, missing))) if missing else codes
+    layers = _NODE_BYTES[kind] + (_BIAS_BYTES if format.bias else 0)
+    columns, scales = format.columns, 0
+    if format.weight_bits < 32:
+        columns, scales = _groups(format) * _width(format), 4 * rows * _groups(format)
+        grouped = _groups(format) > 1
+        layers += _SLICE_BYTES if columns > format.columns else 0
+        if kind in ("dynamic", "static") and format.weight_bits == 8 and grouped:
+            columns, scales = format.columns, 4 * rows  # brought to rows before they are stored
+        elif kind in ("dynamic", "static") and format.weight_bits == 4:
+            scales = (4 + 2 * _groups(format)) * rows
+            layers += _WIDENED_BYTES + (_GROUPED_BYTES if grouped else 0)
+        elif kind == "unpacked" and grouped:
+            scales = (4 + 2 * _groups(format)) * rows
+            layers += _REGROUPED_BYTES
+        elif grouped:
+            layers += _GROUPED_BYTES
+    if format.scaled:
+        layers += 4 * format.columns + _SCALED_BYTES
+    bias = 4 * rows if format.bias else 0
+    return layers + bias + scales + -(-rows * columns * format.weight_bits // 8)
 
 
 def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
     """A table: Gather of a float table or of one that is dequantised where it is gathered."""
-    spec, writer = weights.format, _Writer(site)
+    spec, writer = weights.format, Writer(site)
     if weights.weight is not None:
         table = writer.constant("weight", weights.weight)
         writer.node("Gather", [table, ids], output, axis=0)
@@ -218,54 +184,26 @@ def _bounds(columns: int, axis: int) -> tuple[tuple[str, int], ...]:
     return (("start", 0), ("stop", columns), ("axis", axis))
 
 
-def input_key(weights: SiteWeights, tokens: int) -> Hashable | None:
-    """The range of a static site's input: sites that read one tensor in one range share codes."""
-    if recipe(weights.format, tokens) != "static":
-        return None
-    limits = getattr(weights, "input_range", None)
-    if limits is None:
-        raise InternalError("a site with static activations was given no range for its input")
-    low, high = map(float, limits)
-    return (min(low, 0.0), max(high, 0.0))
-
-
-def quantise_input(x: str, key: Hashable, users: int) -> tuple[Piece, Sequence[str] | None]:
-    """FakeQuantize of `x` to 256 levels, zero among them exactly."""
-    assert isinstance(key, tuple)
-    low, high = key
-    scale = (high - low) / 255 or 1.0
-    zero = round(-low / scale)
-    writer = _Writer(f"{x}.in.{low:.6g}.{high:.6g}")
-    ends = [
-        writer.constant("low", np.float32(-zero * scale)),
-        writer.constant("high", np.float32((255 - zero) * scale)),
-    ]
-    name = writer.node("FakeQuantize", [x, *ends, *ends], domain=OPENVINO, levels=256)
-    return writer.piece, (name,)
+def inputs(readers: Iterable[tuple[str, SiteWeights]], tokens: int) -> OpenVinoInputs:
+    """Keeps the forms of tensors that sites read."""
+    return OpenVinoInputs()
 
 
 def lower_linear(
-    site: str,
-    weights: SiteWeights,
-    x: str,
-    output: str,
-    tokens: int,
-    quantised: Sequence[str] | None,
+    site: str, weights: SiteWeights, x: str, output: str, tokens: int, inputs: OpenVinoInputs
 ) -> Piece:
-    """A linear layer `(…, columns)` → `(…, rows)`; `quantised` names the rounded form of `x`."""
-    kind, writer = recipe(weights.format, tokens), _Writer(site)
+    """A linear layer `(…, columns)` → `(…, rows)`; `inputs` makes what it reads of `x`."""
+    kind, writer = recipe(weights.format, tokens), Writer(site)
     if kind == "float":
         assert weights.weight is not None
         matrix = writer.constant("weight", weights.weight.T)
     else:
         if kind == "unpacked":
             rows = _unpacked(writer, weights)
-        elif kind == "nbits":
-            rows = _dequantised(writer, weights)
         else:
-            rows = _by_row(writer, weights)
+            rows = _dequantised(writer, weights) if kind == "nbits" else _by_row(writer, weights)
+            x = inputs.read(x, weights)
         matrix = writer.node("Transpose", [rows], perm=[1, 0])
-    x = quantised[0] if quantised else x
     if weights.bias is None:
         writer.node("MatMul", [x, matrix], output)
     else:
@@ -274,19 +212,16 @@ def lower_linear(
     return writer.piece
 
 
-def _dequantised(writer: _Writer, weights: SiteWeights) -> str:
+def _dequantised(writer: Writer, weights: SiteWeights) -> str:
     """Codes and scales as they are: decompressed by the plugin's kernels. `(rows, columns)`."""
-    scales, spec = weights.scales, weights.format
+    scales = weights.scales
     assert scales is not None
-    codes = writer.integers(_padded(weights), spec.weight_bits)
-    if scales.shape[1] == 1:
-        inputs = [codes, writer.constant("scales", scales[:, 0])]
-        return writer.node("DequantizeLinear", inputs, axis=0)
-    inputs = [codes, writer.constant("scales", scales)]
-    return writer.node("DequantizeLinear", inputs, axis=1, block_size=_width(spec))
+    matrix = writer.node("Cast", [_codes(writer, weights)], to=TensorProto.FLOAT)
+    factors = writer.constant("scales", scales if scales.shape[1] == 1 else scales[:, :, None])
+    return _joined(writer, weights.format, writer.node("Mul", [matrix, factors]))
 
 
-def _by_row(writer: _Writer, weights: SiteWeights) -> str:
+def _by_row(writer: Writer, weights: SiteWeights) -> str:
     """int8 codes with a scale per row, dequantised by the plugin's kernels. `(rows, columns)`."""
     codes, scales = weights.codes, weights.scales
     assert codes is not None
@@ -303,14 +238,15 @@ def _by_row(writer: _Writer, weights: SiteWeights) -> str:
             divisors = (row_scales[:, None] / scales).astype(np.float16)
         rows = _divided(writer, weights, divisors)
         rows = writer.node("Cast", [writer.node("Round", [rows])], to=TensorProto.INT8)
-    inputs = [rows, writer.constant("scales", row_scales)]
-    return writer.node("DequantizeLinear", inputs, axis=0)
+    rows = writer.node("Cast", [rows], to=TensorProto.FLOAT)
+    return writer.node("Mul", [rows, writer.constant("scales", row_scales[:, None])])
 
 
-def _unpacked(writer: _Writer, weights: SiteWeights) -> str:
+def _unpacked(writer: Writer, weights: SiteWeights) -> str:
     """A float matrix `(rows, columns)` that is computed from integers when the model is compiled.
 
-    Grouped scales are kept as float16 in proportion to the row's largest.
+    Grouped scales are kept as float16 in proportion to the row's largest. What inputs are scaled
+    by is multiplied into the matrix.
     """
     scales = weights.scales
     assert scales is not None
@@ -318,29 +254,47 @@ def _unpacked(writer: _Writer, weights: SiteWeights) -> str:
     largest = np.where(largest > 0, largest, np.float32(1)).astype(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         if scales.shape[1] == 1:
-            return _divided(writer, weights, (1 / scales).astype(np.float32))
-        rows = _divided(writer, weights, (largest / scales).astype(np.float16))
-    return writer.node("Div", [rows, writer.constant("scales", 1 / largest)])
+            rows = _divided(writer, weights, (1 / scales).astype(np.float32))
+        else:
+            rows = _divided(writer, weights, (largest / scales).astype(np.float16))
+            rows = writer.node("Div", [rows, writer.constant("scales", 1 / largest)])
+        vector = input_scale(weights)
+        if vector is None:
+            return rows
+        return writer.node("Div", [rows, writer.constant("channels", 1 / vector)])
 
 
-def _divided(writer: _Writer, weights: SiteWeights, divisors: Array) -> str:
+def _divided(writer: Writer, weights: SiteWeights, divisors: Array) -> str:
     """Codes over `divisors` `(rows, groups)`, as float `(rows, columns)`; folded."""
     spec = weights.format
-    rows, groups, width = spec.rows, _groups(spec), _width(spec)
-    codes = writer.integers(_padded(weights), spec.weight_bits)
-    matrix = writer.node("Cast", [codes], to=TensorProto.FLOAT)
-    divisor = writer.constant("divisors", divisors if groups == 1 else divisors[:, :, None])
+    matrix = writer.node("Cast", [_codes(writer, weights)], to=TensorProto.FLOAT)
+    divisor = writer.constant("divisors", divisors if _groups(spec) == 1 else divisors[:, :, None])
     if divisors.dtype == np.float16:
         divisor = writer.node("Cast", [divisor], to=TensorProto.FLOAT)
-    if groups == 1:
-        return writer.node("Div", [matrix, divisor])
-    matrix = writer.node("Reshape", [matrix, writer.shape("grouped", rows, groups, width)])
-    matrix = writer.node("Div", [matrix, divisor])
-    matrix = writer.node("Reshape", [matrix, writer.shape("matrix", rows, groups * width)])
-    if groups * width == spec.columns:
+    matrix = _joined(writer, spec, writer.node("Div", [matrix, divisor]))
+    if _groups(spec) * _width(spec) == spec.columns:
         return matrix
     bounds = [writer.shape(name, at) for name, at in _bounds(spec.columns, 1)]
     return writer.node("Slice", [matrix, *bounds])
+
+
+def _codes(writer: Writer, weights: SiteWeights) -> str:
+    """Stored codes `(rows, columns)`, or `(rows, groups, width)` where groups have scales."""
+    spec, codes = weights.format, weights.codes
+    assert codes is not None
+    groups, width = _groups(spec), _width(spec)
+    if groups == 1:
+        return writer.integers(codes, spec.weight_bits)
+    padded = np.pad(codes, ((0, 0), (0, groups * width - spec.columns)))
+    return writer.integers(padded.reshape(spec.rows, groups, width), spec.weight_bits)
+
+
+def _joined(writer: Writer, spec: SiteFormat, matrix: str) -> str:
+    """Groups side by side again: `(rows, groups · width)`."""
+    if _groups(spec) == 1:
+        return matrix
+    shape = writer.shape("matrix", spec.rows, _groups(spec) * _width(spec))
+    return writer.node("Reshape", [matrix, shape])
 
 
 def lower_attention(node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
@@ -348,7 +302,7 @@ def lower_attention(node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
     if heads != kv_heads or attribute(node, "causal"):
         return _attention_operator(node, heads, kv_heads)
     head_dim, output = int(attribute(node, "head_dim")), node.output[0]
-    writer = _Writer(output)
+    writer = Writer(output)
     query, key, value = node.input[:3]
     if attribute(node, "flat"):
         split = writer.shape("split", 0, 0, heads, head_dim)

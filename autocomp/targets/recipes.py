@@ -18,10 +18,12 @@ times smaller than that of the 4-bit codes themselves.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
@@ -179,34 +181,39 @@ def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> P
     )
 
 
-def input_key(weights: SiteWeights, tokens: int) -> Hashable | None:
+class Inputs:
+    """Codes, scale and zero point of tensors at run time; a single reader computes its own."""
+
+    def __init__(self, integer_readers: Iterable[tuple[str, SiteWeights]]) -> None:
+        self._uses = Counter(x for x, _ in integer_readers)
+        self._codes: dict[str, tuple[str, str, str]] = {}
+        self._nodes: list[onnx.NodeProto] = []
+
+    def codes(self, x: str) -> tuple[str, str, str] | None:
+        """Their names, or `None` where the layer shall quantise by itself."""
+        if self._uses[x] > 1 and x not in self._codes:
+            self._codes[x] = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
+            self._nodes.append(helper.make_node("DynamicQuantizeLinear", [x], self._codes[x]))
+        return self._codes.get(x)
+
+    def take(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """Nodes made since the last call."""
+        made, self._nodes = self._nodes, []
+        return made, []
+
+
+def inputs(readers: Iterable[tuple[str, SiteWeights]], tokens: int) -> Inputs:
     """All `int8` sites that read one tensor share its codes."""
-    return "dynamic" if recipe(weights.format, tokens) == "int8" else None
-
-
-def quantise_input(x: str, key: Hashable, users: int) -> tuple[Piece, Sequence[str] | None]:
-    """Codes, scale and zero point of `x` at run time; a single user computes its own."""
-    if users < 2:
-        return Piece(), None
-    names = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
-    return Piece([helper.make_node("DynamicQuantizeLinear", [x], names)]), names
+    return Inputs((x, w) for x, w in readers if recipe(w.format, tokens) == "int8")
 
 
 def lower_linear(
-    site: str,
-    weights: SiteWeights,
-    x: str,
-    output: str,
-    tokens: int,
-    quantised: Sequence[str] | None,
+    site: str, weights: SiteWeights, x: str, output: str, tokens: int, inputs: Inputs
 ) -> Piece:
-    """A linear layer `(…, columns)` → `(…, rows)`.
-
-    `quantised` names codes, scale and zero point of `x` when other sites share them.
-    """
+    """A linear layer `(…, columns)` → `(…, rows)`; `inputs` makes what it reads of `x`."""
     kind = recipe(weights.format, tokens)
     if kind == "int8":
-        return _int8(site, weights, x, output, quantised)
+        return _int8(site, weights, x, output, inputs.codes(x))
     if kind == "nbits":
         return _nbits(site, weights, x, output)
     piece = Piece()

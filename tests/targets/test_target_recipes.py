@@ -93,10 +93,11 @@ def test_prefill_recipes_equal_numpy(bits, group, activations, shared, bias):
     spec = SiteFormat(ROWS, COLUMNS, bias, False, bits, group, activations)
     weights = _weights(spec)
     x = np.random.default_rng(0).standard_normal((2, 6, COLUMNS)).astype(np.float32) + 0.3
-    names = ("x.codes", "x.scale", "x.zero") if shared and activations == 8 else None
-    piece = recipes.lower_linear("site", weights, "x", "y", TOKENS, names)
-    if names is not None:
-        piece.nodes.insert(0, helper.make_node("DynamicQuantizeLinear", ["x"], names))
+    inputs = recipes.inputs([("x", weights)] * (2 if shared else 1), TOKENS)
+    piece = recipes.lower_linear("site", weights, "x", "y", TOKENS, inputs)
+    made, _ = inputs.take()
+    assert len(made) == int(shared and activations == 8)
+    piece.nodes[:0] = made
     matrix = weights.dequantised().astype(np.float64)
     if activations == 8 and (bits == 4 or group is not None):
         scale = (np.abs(matrix).max(axis=1, keepdims=True) / 127).astype(np.float32)
@@ -124,7 +125,7 @@ def test_decoding_recipes_equal_numpy(bits, group, activations):
     weights = _weights(spec)
     assert recipes.recipe(spec, 1) == "nbits"
     x = np.random.default_rng(0).standard_normal((1, 1, COLUMNS)).astype(np.float32)
-    found = _run(recipes.lower_linear("site", weights, "x", "y", 1, None), x)
+    found = _run(recipes.lower_linear("site", weights, "x", "y", 1, recipes.inputs([], 1)), x)
     seen = x if activations == 32 else _blockwise_int8(x, group or 128)
     expected = seen @ weights.dequantised().T + weights.bias
     np.testing.assert_allclose(found, expected, atol=2e-4, rtol=0)
@@ -153,7 +154,7 @@ def test_predicted_bytes_are_those_of_the_file(bits, group, activations, embeddi
     if embedding:
         piece = recipes.lower_embedding(name, site, "x", "y")
     else:
-        piece = recipes.lower_linear(name, site, "x", "y", tokens, None)
+        piece = recipes.lower_linear(name, site, "x", "y", tokens, recipes.inputs([], tokens))
     actual = sum(item.ByteSize() for item in [*piece.nodes, *piece.initializers])
     assert recipes.size_bytes(spec, tokens) == pytest.approx(actual, rel=0.01)
 
