@@ -16,7 +16,8 @@ from onnx import helper, numpy_helper
 from autocomp.core.candidate import Candidate
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.measurement import Measurement
-from autocomp.export.artifact import ONNX
+from autocomp.export import EXPORTERS, own_format
+from autocomp.export.artifact import ONNX, OPENVINO
 from autocomp.export.card import model_card
 from autocomp.export.companions import Companions
 from autocomp.export.protocol import ExportRequest

@@ -159,7 +159,10 @@ def test_profiling_a_small_model(exported):
         size = runtime.lowered_bytes(lower_formats(runtime, skeleton, units, chosen))
         tied = [u for u in table.ties if choice[u] == "dense"]
         shared = sum(table.entry(unit, "dense").size_bytes for unit in tied)
-        assert table.predict(choice).size_bytes + shared == pytest.approx(size, rel=0.12)
+        skipped = sum(not formats for formats in chosen.values())
+        over = table.predict(choice).size_bytes + shared - size
+        # What lies between the sites of a skipped unit goes with it, and is not foreseen.
+        assert -0.02 * size < over < 0.02 * size + 60_000 * skipped
     accuracy = check_table(table, runtime, skeleton, units, formats, arrays(task), candidates=2)
     assert accuracy.mean_error < 1.0
     assert table.entries["layers.0.ffn"] == table.entries["layers.1.ffn"]
