@@ -1,8 +1,7 @@
 # Everything on a fresh machine: each target makes the virtual environment it needs.
 #
 #   make quickstart   compress MiniLM on BBC headlines to a fifth of the latency, a ninth of the size
-#   make test         the test suite without the end-to-end searches
-#   make test-all     the whole suite; the end-to-end searches take minutes
+#   make test         the test suite
 #   make check        lint, types, import contract
 #   make bench        the benchmarks whose figures the docs quote
 
@@ -13,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-
           --constraint constraints.txt
 STUDY  ?= runs/quickstart
 
-.PHONY: quickstart test test-all check bench clean
+.PHONY: quickstart test check bench clean
 
 # A stamp per set of extras: `make quickstart` does not install the test tools.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -25,9 +24,6 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/autocomp search search_spaces/quickstart.yaml --study $(STUDY)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore tests/end_to_end
-
-test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev

@@ -29,7 +29,7 @@ def run(options: Any) -> dict[str, float]:
         plan, context = setting.plan, setting.context
         target: Any = make_target(plan.spec.target, context.gate)
         reference = asdict(target.record_reference())  # one unit of time for table and candidates
-        context = replace(context, reference=reference)
+        context = replace(context, references={None: reference})
         start = time.perf_counter()
         table = prepare_cost_table(plan, setting.study, context, Silent())
         seconds = time.perf_counter() - start

@@ -105,7 +105,7 @@ def _from_scratch(setting: Setting, screener: Any, candidate: Any) -> dict[str, 
 
 def _scores(setting: Setting, screener: Any) -> float:
     """A replace-one score, mean over every fourth call of a search."""
-    from autocomp.api.search import SCORED_PER_CALL
+    from autocomp.api.screening import SCORED_PER_CALL
     from autocomp.search.scores import replace_one
 
     wanted = [candidate.to_json() for _, _, candidate in replace_one(setting.plan.space)]

@@ -49,6 +49,16 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
         ("limit_mb", "twice the model and the statistics, MB", ""),
         ("memory_share_percent", "**peak of the build, % of that**", "≤ 100"),
     ],
+    "solvers": [
+        (f"{name}_{width}_{figure}", f"{label}, {width} × {width}, {unit}", "")
+        for name, label in (
+            ("gptq", "GPTQ 4-bit, groups of 128"),
+            ("sparsegpt", "SparseGPT 50%"),
+            ("sparsegpt_2_4", "SparseGPT 2:4"),
+        )
+        for width in (384, 768, 2048, 4096)
+        for figure, unit in (("s", "s"), ("error_percent", "output error, %"))
+    ],
     "controller": [
         ("screened", "screened candidates", ""),
         ("trials", "trials", ""),

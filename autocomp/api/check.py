@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.api.plan import Plan, make_plan
-from autocomp.core.candidate import Option
+from autocomp.core.candidate import Runtime
 from autocomp.core.quantities import format_bytes
-from autocomp.core.unit import Unit
 from autocomp.targets import make_target
+from autocomp.targets.protocol import Target
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,15 @@ class CheckReport:
     """What `autocomp check` prints; sizes are estimated from shapes, latency is not estimated.
 
     Attributes:
-        model, task, target: what the spec names, resolved.
+        model, task: what the spec names, resolved.
+        target: the target; of several runtimes the first, which relative limits refer to.
+        runtimes: of each runtime its target, how many options it can carry out and the smallest
+            size it reaches.
         rules: pattern → how many units it holds for and how many options each has.
         units: name, kind, parameters and number of options of each unit.
         space_log10: size of the space without distillation settings.
-        dense_size_bytes, smallest_size_bytes: estimated bytes on disk.
+        dense_size_bytes, smallest_size_bytes: estimated bytes on disk; dense on the first runtime,
+            the smallest on any.
         budget: the limits, as written.
         size_limit_bytes: the limit on size, absolute.
         reachable: whether the budget may be met, as far as sizes tell; latency is measured later.
@@ -43,6 +47,7 @@ class CheckReport:
     budget: dict[str, Any]
     size_limit_bytes: float | None
     reachable: bool = True
+    runtimes: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -63,18 +68,14 @@ def check(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Check
 def report(plan: Plan) -> CheckReport:
     """The report of a plan."""
     spec = plan.spec
-    target = make_target(spec.target)
-
-    def size(unit: Unit, option: Option) -> int:
-        return sum(target.size_bytes(f) for f in plan.formats[unit.name][option.key].values())
-
+    targets = {runtime: make_target(spec.target.on(runtime)) for runtime in plan.runtimes}
     dense = plan.rest_bytes
-    shares = {}
     for unit in plan.units:
-        shares[unit.name] = min(size(unit, option) for option in plan.options[unit.name])
         dense += sum(
             4 * site.parameters for site in unit.sites if unit.tied_to is None or site.bias
         )
+    reached = {runtime: _smallest(plan, runtime, target) for runtime, target in targets.items()}
+    shares = min(reached.values(), key=lambda each: sum(each.values()))
     smallest = plan.rest_bytes + sum(shares.values())
     limit = spec.budget.limits().size
     limit_bytes = None if limit is None else limit.resolve(dense)
@@ -86,10 +87,14 @@ def report(plan: Plan) -> CheckReport:
             f"{format_bytes(smallest)} ({largest} {format_bytes(shares[largest])} of it). "
             f"Allow fewer bits for {largest}, or raise budget.size"
         )
-    notes = []
+    notes = [*plan.notes, *_left_out(plan)]
     if spec.budget.latency is not None:
         notes.append(
             "latency is measured, not guessed: autocomp profile SPEC tells what is reached"
+        )
+    if plan.vocabulary is not None:
+        notes.append(
+            f"vocabulary: {len(plan.vocabulary.kept)} of {plan.vocabulary.size} tokens are kept"
         )
     unmatched = [unit.name for unit in plan.units if unit.name not in plan.rules]
     if unmatched:
@@ -97,7 +102,16 @@ def report(plan: Plan) -> CheckReport:
     return CheckReport(
         model=spec.model.source,
         task=f"{spec.task.name}: {plan.data.describe()}",
-        target=target.describe(),
+        target=targets[plan.runtimes[0]].describe(),
+        runtimes=[
+            {
+                "runtime": target.name.removesuffix(f"-{spec.target.device}"),
+                "options": sum(map(len, plan.formats_on(runtime).values())),
+                "smallest_size_bytes": plan.rest_bytes + sum(reached[runtime].values()),
+                "target": target.describe(),
+            }
+            for runtime, target in targets.items()
+        ],
         rules=[
             {
                 "match": rule.match,
@@ -127,3 +141,29 @@ def report(plan: Plan) -> CheckReport:
         problems=problems,
         notes=notes,
     )
+
+
+def _smallest(plan: Plan, runtime: Runtime, target: Target) -> dict[str, int]:
+    """Unit → bytes of its smallest option that the runtime can carry out."""
+    return {
+        unit: min(sum(map(target.size_bytes, formats.values())) for formats in options.values())
+        for unit, options in plan.formats_on(runtime).items()
+    }
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """A note for each reason for which a runtime cannot carry out what another can."""
+    labels = {
+        (unit, option.key): f"{unit}, {option.label()}"
+        for unit, options in plan.options.items()
+        for option in options
+    }
+    notes = []
+    for runtime, excluded in plan.excluded.items():
+        by_reason: dict[str, list[str]] = {}
+        for place, reason in excluded.items():
+            by_reason.setdefault(reason, []).append(labels[place])
+        for reason, places in by_reason.items():
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            notes.append(f"not on {runtime}: {places[0]}{more}: it {reason}")
+    return notes

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from autocomp.api.predictor import TablePredictor
+from autocomp.core.candidate import Runtime
 from autocomp.front.pick import front
 from autocomp.report.progress import SearchProgress
 from autocomp.search.costs import PeakMemory
-from autocomp.search.proposer import Proposal, TrialProposer
+from autocomp.search.proposal import Proposal
+from autocomp.search.proposer import TrialProposer
 from autocomp.study.directory import Study, append_trial
 from autocomp.study.records import TrialRecord
 
 
 class Dispatcher:
-    """The workers' view of the proposer; refits the cost table as measurements come in."""
+    """The workers' view of the proposer; refits the cost tables as measurements come in."""
 
     def __init__(
         self,
         study: Study,
         proposer: TrialProposer,
-        table: TablePredictor,
+        tables: Mapping[Runtime, TablePredictor],
         progress: SearchProgress,
         deadline: float | None,
     ) -> None:
-        """`deadline` is in `time.monotonic()` seconds; no trial is proposed after it."""
-        self._study, self._proposer, self._table = study, proposer, table
+        """`tables` are those of the runtimes that are searched.
+
+        `deadline` is in `time.monotonic()` seconds; no trial is proposed after it.
+        """
+        self._study, self._proposer, self._tables = study, proposer, tables
         self._progress, self._deadline = progress, deadline
         self._next: Proposal | None = None
         self.late = False
@@ -71,23 +77,45 @@ class Dispatcher:
             record = TrialRecord.from_json(result)
         self._proposer.tell(key, record)
         records = self._study.trials()
-        measured = [
-            (dict(r.candidate.options), r.measured) for r in records if r.measured is not None
-        ]
-        self._proposer.correct(self._table.refitted(measured))
+        runtime = record.candidate.runtime
+        if runtime in self._tables:
+            self._proposer.correct(refitted(self._tables[runtime], runtime, records), runtime)
         done = [r for r in records if r.state == "complete"]
         self._progress.funnel(
             stitched=len(records),
             distilled=len(done),
-            measured=len(measured),
+            measured=sum(r.measured is not None for r in records),
             on_front=len(front(records)),
         )
         self._progress.trial_finished(record)
         self._progress.advance(len([r for r in records if r.kind != "dense"]))
 
 
-def peak_memory(records: list[TrialRecord]) -> PeakMemory | None:
-    """Peak memory as an affine function of size, from what was measured; `None` without limits."""
+def refitted(
+    table: TablePredictor, runtime: Runtime, records: Sequence[TrialRecord]
+) -> TablePredictor:
+    """A runtime's table, fitted to the trials measured on it too."""
+    return table.refitted(
+        [
+            (dict(record.candidate.options), record.measured)
+            for record in records
+            if record.measured is not None and record.candidate.runtime == runtime
+        ]
+    )
+
+
+def peak_memories(
+    records: Sequence[TrialRecord], runtimes: Iterable[Runtime]
+) -> dict[Runtime, PeakMemory | None]:
+    """`peak_memory` of each runtime: what a process takes besides the model differs."""
+    return {
+        runtime: peak_memory([r for r in records if r.candidate.runtime == runtime])
+        for runtime in runtimes
+    }
+
+
+def peak_memory(records: Sequence[TrialRecord]) -> PeakMemory | None:
+    """Peak memory as an affine function of size, from what was measured; `None` without any."""
     pairs = [
         (r.measured.size_bytes, r.measured.peak_memory_bytes)
         for r in records

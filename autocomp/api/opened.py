@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.core.budget import Budget, RelativeBudget
+from autocomp.core.candidate import Runtime
 from autocomp.core.errors import StudyError
 from autocomp.core.gate import Gate
 from autocomp.core.quantities import parse_limit
@@ -95,7 +96,7 @@ class Picked:
         """The trial in the shape of `autocomp front --json`."""
         front = self.opened.front()
         on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
-        return trial_json(self.record, self.budget, on_front)
+        return trial_json(self.record, self.budget, on_front, front["target"].get("runtime"))
 
     def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.
@@ -130,7 +131,10 @@ class Picked:
         exporter = EXPORTERS.get(chosen)
         path = Path(directory)
         exporter.write(request, path)
-        target = make_target(study.spec.target, Gate(study.paths.gate), reference(study))
+        runtime = record.candidate.runtime
+        target = make_target(
+            study.spec.target.on(runtime), Gate(study.paths.gate), reference(study, runtime)
+        )
         verification = exporter.verify(request, path, target)
         return {
             "path": str(path),
@@ -140,7 +144,7 @@ class Picked:
         }
 
 
-def reference(study: Study) -> dict[str, Any] | None:
-    """What was recorded of the device when the study first measured on it."""
-    devices = study.devices
+def reference(study: Study, runtime: Runtime = None) -> dict[str, Any] | None:
+    """What was recorded of the device when the study first measured a runtime on it."""
+    devices = [device for device in study.devices if study.runtime_of(device) == runtime]
     return study.reference(devices[0]) if devices else None

@@ -6,26 +6,39 @@ its file and line, before anything slow begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autocomp.core.candidate import Option
+from autocomp.core.candidate import Option, Runtime
 from autocomp.core.errors import UserError
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.models.discover import find_units, tensor_keys
+from autocomp.models.discover import find_units, rest_parameters
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
-from autocomp.operators import OPERATORS, option_formats, rule_of, unit_options
+from autocomp.models.vocabulary import Vocabulary
+from autocomp.operators import (
+    OPERATORS,
+    option_formats,
+    rule_of,
+    token_reduction,
+    unit_options,
+)
 from autocomp.search.space import Space
 from autocomp.spec.loader import LoadedSpec, load_spec
 from autocomp.spec.names import check_names, match_rules
 from autocomp.spec.schema import Spec
-from autocomp.targets import TARGETS, make_target, target_name
+from autocomp.targets import make_target
 from autocomp.targets.protocol import Target
+from autocomp.targets.runtimes import usable_runtimes
 from autocomp.tasks import TASKS
+from autocomp.tasks.base import model_positions
 from autocomp.tasks.inspect import DataSummary, inspect_data
+
+Exclusions = Mapping[tuple[str, str], str]
+"""(Unit name, option key) → why a runtime cannot carry the option out."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,11 @@ class Plan:
         units: every unit of the task model, in model order.
         rules: unit name → index of its rule; units without one stay dense.
         options: unit name → options; dense alone where no rule applies.
+        vocabulary: the tokens the task uses, where a rule offers keeping these alone.
+        runtimes: what is searched on, the one relative limits refer to first; `(None,)` where the
+            spec leaves no choice.
+        excluded: runtime → options it cannot carry out, though another can.
+        notes: on runtimes that were left out.
     """
 
     loaded: LoadedSpec
@@ -51,6 +69,10 @@ class Plan:
     units: tuple[Unit, ...]
     rules: Mapping[str, int]
     options: Mapping[str, tuple[Option, ...]]
+    vocabulary: Vocabulary | None = None
+    runtimes: tuple[Runtime, ...] = (None,)
+    excluded: Mapping[Runtime, Exclusions] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def spec(self) -> Spec:
@@ -72,17 +94,38 @@ class Plan:
             for unit in self.units
         }
 
+    def reductions_on(self, runtime: Runtime) -> dict[str, dict[str, TokenReduction]]:
+        """Unit name → option key → what the option does to the sequence, where it does something
+        and the runtime can carry it out."""
+        found: dict[str, dict[str, TokenReduction]] = {}
+        for unit in self.units:
+            for option in self.options[unit.name]:
+                reduction = token_reduction(unit, option)
+                if reduction is not None and self.possible(runtime, unit.name, option):
+                    found.setdefault(unit.name, {})[option.key] = reduction
+        return found
+
+    def possible(self, runtime: Runtime, unit: str, option: Option) -> bool:
+        """Whether a runtime can carry out an option."""
+        return (unit, option.key) not in self.excluded.get(runtime, {})
+
+    def formats_on(self, runtime: Runtime) -> dict[str, dict[str, dict[str, SiteFormat]]]:
+        """`formats`, of what a runtime can carry out."""
+        excluded = self.excluded.get(runtime, {})
+        return {
+            unit: {key: formats for key, formats in row.items() if (unit, key) not in excluded}
+            for unit, row in self.formats.items()
+        }
+
+    def suffix(self, runtime: Runtime) -> str:
+        """What ids of baselines on this runtime end with: nothing on the first."""
+        return "" if runtime == self.runtimes[0] else f"-{runtime}"
+
     @property
     def rest_bytes(self) -> int:
         """Bytes of the float32 tensors that belong to no unit: norms, positions, a patch conv."""
-        inside: set[str] = set()
-        for unit in self.units:
-            inside.update(tensor_keys(self.config, unit, self.shapes).values())
-        return 4 * sum(
-            _count(shape)
-            for name, shape in self.shapes.items()
-            if name not in inside and "position_ids" not in name
-        )
+        rest = rest_parameters(self.config, self.units, self.shapes)
+        return 4 * sum(_count(shape) for shape in rest.values())
 
 
 def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Plan:
@@ -98,47 +141,165 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         loaded,
         {
             "task.name": ("tasks", TASKS.names()),
+            "space[*].sparsity.method": ("operators", OPERATORS.names()),
             "space[*].bits.method": ("operators", OPERATORS.names()),
+            "space[*].tokens.method": ("operators", OPERATORS.names()),
         },
     )
-    if target_name(spec.target) not in TARGETS:
-        raise loaded.source.error_at(
-            ("target", "runtime"),
-            f"no target {target_name(spec.target)!r}. Available: {', '.join(TARGETS.names())} "
-            f"(runtime-device). See: autocomp ls targets",
-        )
     try:
-        target = make_target(spec.target)
+        runtimes, notes = usable_runtimes(spec.target)
     except UserError as error:
         raise loaded.source.error_at(("target", "runtime"), str(error)) from error
     model_path = resolve_source(spec.model.source, spec.model.revision)
     config = read_config(model_path)
+    check_generation(loaded, config)
     shapes = read_tensor_shapes(model_path)
     data = inspect_data(spec)
     units = tuple(find_units(config, shapes, spec.task.name, data.num_labels))
     rules = match_rules(loaded, [unit.name for unit in units])
-    options = {unit.name: _options(loaded, unit, rules.get(unit.name), target) for unit in units}
-    return Plan(loaded, model_path, config, shapes, data, units, rules, options)
+    for unit in units:
+        _refuse_tied(loaded, unit, rules.get(unit.name), units)
+    vocabulary = _vocabulary(loaded, model_path, units, rules)
+    targets = {runtime: make_target(spec.target.on(runtime)) for runtime in runtimes}
+    options = {
+        unit.name: _options(loaded, unit, rules.get(unit.name), vocabulary) for unit in units
+    }
+    excluded = _excluded(loaded, units, rules, options, targets, notes)
+    return Plan(
+        loaded,
+        model_path,
+        config,
+        shapes,
+        data,
+        units,
+        rules,
+        options,
+        vocabulary,
+        tuple(excluded),
+        excluded,
+        tuple(notes),
+    )
+
+
+def _refuse_tied(loaded: LoadedSpec, unit: Unit, rule: int | None, units: tuple[Unit, ...]) -> None:
+    """A table that a head shares is stored once; a table of its own would only add to it."""
+    sharing = [other.name for other in units if other.tied_to == unit.name]
+    if rule is None or not sharing:
+        return
+    structure = loaded.spec.space[rule].structure
+    for name, asked in (("rank", structure.rank), ("vocabulary", structure.vocabulary)):
+        if asked:
+            raise loaded.source.error_at(
+                ("space", rule, "structure", name),
+                f"{unit.name}: its weight is also that of {sharing[0]}, which needs it whole, so "
+                f"{name} would make the model larger. Leave it out, or use bits",
+            )
+
+
+def _vocabulary(
+    loaded: LoadedSpec, model_path: Path, units: tuple[Unit, ...], rules: Mapping[str, int]
+) -> Vocabulary | None:
+    """The tokens the task uses, if a rule asks for them: the texts are tokenised for it."""
+    for unit in units:
+        rule, site = rules.get(unit.name), unit.site("embedding")
+        if rule is None or site is None or not loaded.spec.space[rule].structure.vocabulary:
+            continue
+        from autocomp.tasks.vocabulary import task_vocabulary
+
+        place = ("space", rule, "structure", "vocabulary")
+        try:
+            return task_vocabulary(loaded.spec, model_path, site.rows)
+        except UserError as error:
+            raise loaded.source.error_at(place, f"{unit.name}: {error}") from error
+    return None
+
+
+def check_generation(loaded: LoadedSpec, config: Mapping[str, Any]) -> None:
+    """A workload that generates needs a language model with enough positions.
+
+    Raises:
+        SpecError: if it has not.
+    """
+    workload, task = loaded.spec.target.workload, loaded.spec.task.name
+    if workload.prompt is None or workload.generate is None:
+        return
+    place = ("target", "workload", "generate")
+    if task != "language-modeling":
+        raise loaded.source.error_at(
+            place,
+            f"task {task!r} generates no tokens: leave out prompt and generate, or use "
+            f"language-modeling",
+        )
+    positions = model_positions(config)
+    if positions is not None and workload.prompt + workload.generate > positions:
+        raise loaded.source.error_at(
+            place,
+            f"{workload.prompt} tokens of prompt and {workload.generate} generated are more than "
+            f"the model's {positions} positions. Their sum may be {positions} at most",
+        )
 
 
 def _options(
-    loaded: LoadedSpec, unit: Unit, rule: int | None, target: Target
+    loaded: LoadedSpec, unit: Unit, rule: int | None, vocabulary: Vocabulary | None
 ) -> tuple[Option, ...]:
-    """The unit's options under its rule, each one the target can carry out."""
+    """The unit's options under its rule."""
     if rule is None:
         return (Option(),)
+    asked = rule_of(loaded.spec.space[rule])
+    if vocabulary is not None and "vocabulary" in asked.structure:
+        counts = {"keep": len(vocabulary.kept), "unknown": vocabulary.unknown}
+        asked = replace(asked, structure={**asked.structure, "vocabulary": counts})
     try:
-        options = tuple(unit_options(unit, rule_of(loaded.spec.space[rule])))
+        return tuple(unit_options(unit, asked))
     except UserError as error:
         raise loaded.source.error_at(("space", rule), f"{unit.name}: {error}") from error
-    for option in options:
-        for left in option_formats(unit, option).values():
-            reason = target.formats_supported(left)
-            if reason is not None:
+
+
+def _excluded(
+    loaded: LoadedSpec,
+    units: Sequence[Unit],
+    rules: Mapping[str, int],
+    options: Mapping[str, Sequence[Option]],
+    targets: dict[Runtime, Target],
+    notes: list[str],
+) -> dict[Runtime, Exclusions]:
+    """What each runtime cannot carry out; a runtime that is left with no option of a unit goes.
+
+    Raises:
+        SpecError: for an option that no runtime can carry out.
+    """
+    excluded: dict[Runtime, dict[tuple[str, str], str]] = {runtime: {} for runtime in targets}
+    hopeless: dict[Runtime, str] = {}
+    for unit in units:
+        if unit.name not in rules:
+            continue
+        for option in options[unit.name]:
+            formats = option_formats(unit, option).values()
+            reduction = token_reduction(unit, option)
+            reasons = {}
+            for runtime, target in targets.items():
+                found = [target.formats_supported(left) for left in formats]
+                if reduction is not None:
+                    found.append(target.tokens_supported(reduction))
+                reason = next((reason for reason in found if reason is not None), None)
+                if reason is not None:
+                    reasons[runtime] = excluded[runtime][unit.name, option.key] = reason
+            if len(reasons) == len(targets):
+                told = "; ".join(f"{targets[its].name} {reason}" for its, reason in reasons.items())
                 raise loaded.source.error_at(
-                    ("space", rule), f"{unit.name}, {option.label()}: {target.name} {reason}"
+                    ("space", rules[unit.name]), f"{unit.name}, {option.label()}: {told}"
                 )
-    return options
+        for runtime, rows in excluded.items():
+            kept = [o for o in options[unit.name] if (unit.name, o.key) not in rows]
+            if not kept:
+                hopeless.setdefault(runtime, f"it can carry out no option of {unit.name}")
+    if not hopeless:
+        return dict(excluded)
+    notes += [f"runtime {runtime} is left out: {why}" for runtime, why in hopeless.items()]
+    rest = {runtime: target for runtime, target in targets.items() if runtime not in hopeless}
+    if not rest:
+        raise loaded.source.error_at(("target", "runtime"), "; ".join(notes))
+    return _excluded(loaded, units, rules, options, rest, notes)
 
 
 def _count(shape: tuple[int, ...]) -> int:

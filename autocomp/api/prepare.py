@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.api.plan import Plan
-from autocomp.core.candidate import Candidate, Option
+from autocomp.core.candidate import Candidate, Option, Runtime
 from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key
 from autocomp.report.progress import SearchProgress
 from autocomp.study.directory import Study
-from autocomp.study.records import TrialRecord
+from autocomp.study.records import DENSE, TrialRecord
 from autocomp.tasks.protocol import Task
 from autocomp.trial.context import TrialContext
 from autocomp.workers.cluster import Cluster
@@ -66,13 +66,14 @@ def prepare_teacher(plan: Plan, progress: SearchProgress) -> Teacher:
 
 def untrained_teacher(plan: Plan, directory: Path) -> Teacher:
     """The source model with the task's head, untrained: for costs, which depend on shapes alone."""
+    from autocomp.models.conversion import save_model
     from autocomp.models.load import load_model, quiet
     from autocomp.tasks import make_task
 
     task = make_task(plan.spec, plan.model_path)
     model = load_model(plan.model_path, task.name, task.num_labels)
     with quiet():
-        model.save_pretrained(directory / "teacher")  # type: ignore[operator]
+        save_model(model, directory / "teacher")
     return Teacher(task, directory / "teacher")
 
 
@@ -100,7 +101,16 @@ def prepare_library(
     paths = {
         u.name: directory / f"{u.name}.safetensors" for u in plan.units if u.kind != "embedding"
     }
-    build = plan_build(teacher.path, plan.units, plan.options, paths, statistics, library)
+    counted = _count_tokens(plan, teacher.task, directory)
+    build = plan_build(
+        teacher.path,
+        plan.units,
+        plan.options,
+        paths | counted,
+        statistics,
+        library,
+        {unit: content_key([statistics, path.name]) for unit, path in counted.items()},
+    )
     if build.tasks:
         model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
         for _ in calibrate(model, plan.units, batches, directory, progress=progress.advance):
@@ -113,9 +123,42 @@ def prepare_library(
             progress.advance(sum(sizes) * done // max(total, 1))
 
         run_tasks(build_unit, build.tasks, cluster().workers, advance)
-    for path in paths.values():
+    for path in (paths | counted).values():
         path.unlink(missing_ok=True)
     return build.keys
+
+
+def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:
+    """Statistics of the word embedding, where an option looks at them; unit name → file.
+
+    A token that a pruned vocabulary keeps counts at least once. The file's name holds the digest of
+    the counts: unlike other statistics they are of the distil split too.
+    """
+    import numpy as np
+    import torch
+
+    from autocomp.calibrate.stats import SiteStats, save_stats
+    from autocomp.tasks.vocabulary import token_counts
+
+    files: dict[str, Path] = {}
+    for unit in plan.units:
+        site = unit.site("embedding")
+        used = {step.operator for option in plan.options[unit.name] for step in option.steps}
+        if site is None or not used & {"rank", "vocabulary"}:
+            continue
+        counts = token_counts(task, site.rows)
+        if plan.vocabulary is not None:
+            kept = list(plan.vocabulary.kept)
+            counts[kept] = np.maximum(counts[kept], 1)
+        files[unit.name] = (
+            directory / f"{unit.name}-{content_key(counts.tolist())[:16]}.safetensors"
+        )
+        nothing = torch.empty(0)
+        rows = SiteStats(
+            nothing.reshape(0, 0), nothing, int(counts.sum()), torch.from_numpy(counts)
+        )
+        save_stats(files[unit.name], {site.name: rows})
+    return files
 
 
 def library_path() -> Path:
@@ -131,12 +174,13 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
     """
     from autocomp.export.companions import Companions
     from autocomp.models.load import load_model
-    from autocomp.targets import make_target
     from autocomp.targets.skeleton import cached_skeleton, skeleton_path
+    from autocomp.tasks.inspect import sample_texts
 
     model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
     skeletons = cache_directory() / "skeletons"
-    cached_skeleton(model, plan.units, teacher.task, skeletons)
+    decode = plan.spec.target.workload.decodes
+    cached_skeleton(model, plan.units, teacher.task, skeletons, decode=decode)
     companions = Companions(study.paths.companions)
     if not companions.complete:
         workload = plan.spec.target.workload
@@ -146,73 +190,105 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
             tuple(teacher.task.label_names),
             {name: tensor.numpy() for name, tensor in inputs.items()},
             teacher.task.processor_json(),
+            sample_texts(plan.spec),
         )
     return TrialContext(
         spec=plan.spec,
         model_path=plan.model_path.resolve(),
         teacher_path=teacher.path.resolve(),
-        skeleton_path=skeleton_path(model, plan.units, teacher.task, skeletons).resolve(),
+        skeleton_path=skeleton_path(
+            model, plan.units, teacher.task, skeletons, decode=decode
+        ).resolve(),
         study_path=study.paths.root.resolve(),
         library_path=library_path().resolve(),
         items={},
         units=plan.units,
         gate=Gate(study.paths.gate.resolve()),
-        reference=study.reference(make_target(plan.spec.target).fingerprint()),
+        references=_references(plan, study),
     )
+
+
+def _references(plan: Plan, study: Study) -> dict[Runtime, Mapping[str, Any]]:
+    """What the study recorded of each runtime on this device."""
+    from autocomp.targets import make_target
+
+    recorded = {
+        runtime: study.reference(make_target(plan.spec.target.on(runtime)).fingerprint())
+        for runtime in plan.runtimes
+    }
+    return {runtime: reference for runtime, reference in recorded.items() if reference is not None}
 
 
 def measure_dense(
     plan: Plan, study: Study, context: TrialContext, progress: SearchProgress
 ) -> tuple[TrialRecord, TrialContext]:
-    """The dense trial, run here unless the ledger has it; the context with the device's reference.
+    """The dense trial of each runtime, run here unless the ledger has it.
+
+    Returns:
+        The one on the first runtime, which relative limits refer to, and the context with what was
+        recorded of each runtime; one that cannot carry out the dense model is left out, with a
+        note.
 
     Raises:
-        InternalError: if the dense model cannot be exported, evaluated or measured.
+        InternalError: if the dense model cannot be exported, evaluated or measured on the first.
     """
     from dataclasses import asdict, replace
 
     from autocomp.targets import make_target
     from autocomp.trial.runner import CandidateRunner
 
-    target = make_target(plan.spec.target, context.gate)
-    device = target.fingerprint()
-    study.record_device(device)
-    if context.reference is None:  # before the trial: one that is recorded is never run again
-        study.ledger.append("reference", device, asdict(target.record_reference()))
-        context = replace(context, reference=study.reference(device))
-    dense = study.dense()
-    if dense is None:
-        runner = CandidateRunner()
-        runner.setup({"trial": context})
-        candidate = Candidate.of({unit.name: Option() for unit in plan.units})
-        payload: dict[str, Any] = {
-            "id": "dense",
-            "kind": "dense",
-            "proposed_by": "baseline",
-            "candidate": candidate.to_json(),
-        }
-        progress.trial_started("dense", "baseline")
-        record = TrialRecord.from_json(runner.run(payload))
-        if record.state != "complete":
+    for runtime in plan.runtimes:
+        target = make_target(plan.spec.target.on(runtime), context.gate)
+        device = target.fingerprint()
+        study.record_device(device, runtime)
+        if runtime not in context.references:  # before trials: a recorded one is never run again
+            study.ledger.append("reference", device, asdict(target.record_reference()))
+    context = replace(context, references=_references(plan, study))
+    runner: CandidateRunner | None = None
+    measured: dict[Runtime, TrialRecord] = {}
+    for runtime in plan.runtimes:
+        name = f"{DENSE}{plan.suffix(runtime)}"
+        record = next((t for t in study.trials() if t.id == name and t.state == "complete"), None)
+        if record is None:
+            if runner is None:
+                runner = CandidateRunner()
+                runner.setup({"trial": context})
+            options = {unit.name: Option() for unit in plan.units}
+            payload: dict[str, Any] = {
+                "id": name,
+                "kind": "dense",
+                "proposed_by": "baseline",
+                "candidate": Candidate.of(options, runtime=runtime).to_json(),
+            }
+            progress.trial_started(name, "baseline")
+            record = TrialRecord.from_json(runner.run(payload))
+        progress.trial_finished(record)
+        if record.state == "complete":
+            measured[runtime] = record
+        elif not measured:
             raise InternalError(f"the dense model could not be measured: {record.error}")
-        dense = study.dense() or record
-    progress.trial_finished(dense)
-    return dense, context
+        else:
+            progress.note(f"runtime {runtime} is left out: {record.error}")
+    references = {its: context.references[its] for its in measured}
+    return measured[plan.runtimes[0]], replace(context, references=references)
 
 
 def prepare_cost_table(
-    plan: Plan, study: Study, context: TrialContext, progress: SearchProgress
+    plan: Plan,
+    study: Study,
+    context: TrialContext,
+    progress: SearchProgress,
+    runtime: Runtime = None,
 ) -> CostTable:
-    """Measure the target, unless the study has a table of this device and these options."""
+    """Measure a runtime, unless the study has a table of this device and these options."""
     import onnx
 
     from autocomp.export.companions import Companions
-    from autocomp.targets import make_target
     from autocomp.targets.cost_table import CostTable
 
-    reference = None if context.reference is None else dict(context.reference)
-    target = make_target(plan.spec.target, context.gate, reference)
-    path = study.paths.cost_table
+    target = context.target(runtime)
+    possible = plan.formats_on(runtime)
+    path = study.paths.cost_table(runtime)
     if path.exists():
         try:
             table = CostTable.load(path)
@@ -221,15 +297,16 @@ def prepare_cost_table(
         else:
             covered = all(
                 set(options) <= set(table.entries.get(unit, {}))
-                for unit, options in plan.formats.items()
+                for unit, options in possible.items()
             )
             if table.device == target.fingerprint() and covered:
                 return table
     table = target.profile(
         onnx.load(context.skeleton_path),
         plan.units,
-        plan.formats,
+        possible,
         Companions(study.paths.companions).inputs,
+        reductions=plan.reductions_on(runtime),
         seed=plan.spec.search.seed,
         progress=progress.advance,
     )

@@ -1,4 +1,4 @@
-"""Gram accumulation: hooks on the sites of a unit, real tokens only, shared inputs once."""
+"""Gram matrices and values: hooks on the sites of a unit, real tokens only, shared inputs once."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.calibrate.stats import SiteStats
+from autocomp.calibrate.values import Values
 from autocomp.core.errors import ModelError
 
 
 class _Sum:
-    """Running Σ x xᵀ, Σ x and the number of rows."""
+    """Running Σ x xᵀ, Σ x, the number of rows, and what values they held."""
 
     def __init__(self, columns: int) -> None:
         self.gram = torch.zeros(columns, columns)
         self.total = torch.zeros(columns, dtype=torch.float64)
         self.count = 0
+        self.values = Values(columns)
 
     def add(self, rows: Tensor) -> None:
         """`rows (N, columns)`."""
@@ -27,10 +29,18 @@ class _Sum:
         self.gram.addmm_(rows.t(), rows)
         self.total += rows.sum(dim=0, dtype=torch.float64)
         self.count += rows.shape[0]
+        self.values.add(rows)
 
     def stats(self) -> SiteStats:
         mean = (self.total / max(self.count, 1)).float()
-        return SiteStats(gram=self.gram, mean=mean, count=self.count)
+        return SiteStats(
+            gram=self.gram,
+            mean=mean,
+            count=self.count,
+            low=self.values.low,
+            high=self.values.high,
+            sample=self.values.sample,
+        )
 
 
 class Accumulator:

@@ -19,6 +19,11 @@ from autocomp.core.files import write_atomic
 if TYPE_CHECKING:
     import torch
 
+VERSION = 2
+"""Raised when statistics gain or change a part: earlier files are then gathered again."""
+
+_OPTIONAL = ("rows", "low", "high", "sample")
+
 
 @dataclass(frozen=True)
 class SiteStats:
@@ -28,15 +33,23 @@ class SiteStats:
         gram: float32 `(columns, columns)`, the sum of x xᵀ over `count` real tokens.
         mean: float32 `(columns,)`, mean input.
         count: tokens seen.
+        rows: of a table, int64 `(rows,)`: how often each row was looked up; Gram matrix and mean
+            are empty then.
+        low, high: float32 `(columns,)`, smallest and largest input of each column.
+        sample: float32 `(n, columns)`, inputs of some of the tokens; see `calibrate.values`.
     """
 
     gram: torch.Tensor
     mean: torch.Tensor
     count: int
+    rows: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
 
 UnitStats = Mapping[str, SiteStats]
-"""Site name → statistics; embeddings have none."""
+"""Site name → statistics; tables have `rows` alone, or none."""
 
 
 def save_stats(path: Path, stats: UnitStats) -> None:
@@ -54,6 +67,10 @@ def save_stats(path: Path, stats: UnitStats) -> None:
         slot = slots.setdefault(id(site.gram), len(slots))
         tensors[f"gram.{slot}"] = site.gram.contiguous()
         tensors[f"mean.{slot}"] = site.mean.contiguous()
+        for part in _OPTIONAL:
+            value = getattr(site, part)
+            if value is not None:
+                tensors[f"{part}.{slot}"] = value.contiguous()
         sites[name] = {"slot": slot, "count": site.count}
     data = save(tensors, metadata={"sites": json.dumps(sites)})
 
@@ -85,6 +102,7 @@ def load_stats(path: Path) -> dict[str, SiteStats]:
             gram=tensors[f"gram.{entry['slot']}"],
             mean=tensors[f"mean.{entry['slot']}"],
             count=entry["count"],
+            **{part: tensors.get(f"{part}.{entry['slot']}") for part in _OPTIONAL},
         )
         for name, entry in sites.items()
     }

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from autocomp.calibrate.accumulate import Accumulator
-from autocomp.calibrate.stats import save_stats
+from autocomp.calibrate.stats import VERSION, save_stats
 from autocomp.core.errors import InternalError, StorageError
 from autocomp.core.unit import Unit
 from autocomp.models.surgery import blocks as blocks_of
@@ -38,9 +38,9 @@ STALE_SECONDS = 3600.0
 def fingerprint(batches: Sequence[Batch], model_digest: str = "") -> str:
     """SHA-256 over the real tokens (or pixels) of all examples, in order, and the model's digest.
 
-    Independent of how the examples are batched and padded.
+    Independent of how the examples are batched and padded. Other statistics, other fingerprint.
     """
-    digest = hashlib.sha256(model_digest.encode())
+    digest = hashlib.sha256(f"{VERSION} {model_digest}".encode())
     for batch in batches:
         mask = batch.get("attention_mask")
         names = sorted(name for name in batch if name not in ("attention_mask", "labels"))

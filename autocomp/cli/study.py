@@ -83,7 +83,8 @@ def pick(
     ):
         if value is not None:
             command += f' {flag} "{value}"'
-    dense = next((t for t in opened.front()["trials"] if t["kind"] == "dense"), None)
+    view = opened.front()
+    dense = next((t for t in view["trials"] if t["id"] == view["dense"]), None)
     print_picked(stdout_console(), picked.to_json(), dense, exported, f"{command} --export out/")
 
 

@@ -2,7 +2,7 @@
 
 An *option* is an ordered tuple of *steps*, each an operator's name with its arguments; the empty
 option leaves the unit dense. A *candidate* maps every unit to an option and carries the
-distillation settings of a trial.
+distillation settings of a trial and, where the spec leaves a choice, the runtime it is for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from autocomp.core.errors import UserError
 from autocomp.core.hashing import content_key
 
 Scalar = str | int | float | bool
+Runtime = str | None
+"""A runtime's name (`openvino`); `None` in a study whose spec leaves no choice."""
 
 
 @dataclass(frozen=True, order=True)
@@ -115,17 +117,24 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Unit name → option, in model order, with the distillation settings."""
+    """Unit name → option, in model order, with the distillation settings.
+
+    `runtime` is what the model is lowered to; `None` where the spec leaves no choice.
+    """
 
     options: tuple[tuple[str, Option], ...]
     distillation: Distillation = field(default_factory=Distillation)
+    runtime: Runtime = None
 
     @classmethod
     def of(
-        cls, options: Mapping[str, Option], distillation: Distillation | None = None
+        cls,
+        options: Mapping[str, Option],
+        distillation: Distillation | None = None,
+        runtime: Runtime = None,
     ) -> Candidate:
         """From a mapping in model order."""
-        return cls(tuple(options.items()), distillation or Distillation())
+        return cls(tuple(options.items()), distillation or Distillation(), runtime)
 
     def __getitem__(self, unit: str) -> Option:
         return self.by_unit[unit]
@@ -140,8 +149,9 @@ class Candidate:
 
     @cached_property
     def key(self) -> str:
-        """Content hash of options and distillation settings."""
-        return content_key([self._option_keys, self.distillation.to_json()])
+        """Content hash of options and distillation settings, and of the runtime if there is one."""
+        parts: list[Any] = [self._option_keys, self.distillation.to_json()]
+        return content_key(parts if self.runtime is None else [*parts, self.runtime])
 
     @cached_property
     def stitch_key(self) -> str:
@@ -156,24 +166,33 @@ class Candidate:
         """The same options under other distillation settings."""
         return replace(self, distillation=distillation)
 
+    def with_runtime(self, runtime: Runtime) -> Candidate:
+        """The same model for another runtime."""
+        return replace(self, runtime=runtime)
+
     def to_json(self) -> dict[str, Any]:
-        """`{"units": {unit: option}, "distillation": {...}}`."""
-        return {
+        """`{"units": {unit: option}, "distillation": {...}}`, and `"runtime"` if there is one."""
+        data: dict[str, Any] = {
             "units": {unit: option.to_json() for unit, option in self.options},
             "distillation": self.distillation.to_json(),
         }
+        return data if self.runtime is None else {**data, "runtime": self.runtime}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Candidate:
         """Inverse of `to_json`."""
         options = {unit: Option.from_json(option) for unit, option in data["units"].items()}
-        return cls.of(options, Distillation.from_json(data.get("distillation", {})))
+        distillation = Distillation.from_json(data.get("distillation", {}))
+        return cls.of(options, distillation, data.get("runtime"))
 
     def to_yaml(self) -> str:
         """A line per unit: `layers.0.attention: {heads: {keep: 6}, gptq: {weights: 4}}`."""
         lines = ["units:" if self.options else "units: {}"]
         lines += [f"  {unit}: {_flow(option.to_json())}" for unit, option in self.options]
-        return "\n".join([*lines, f"distillation: {_flow(self.distillation.to_json())}", ""])
+        lines.append(f"distillation: {_flow(self.distillation.to_json())}")
+        if self.runtime is not None:
+            lines.append(f"runtime: {self.runtime}")
+        return "\n".join([*lines, ""])
 
     @classmethod
     def from_yaml(cls, text: str) -> Candidate:
@@ -187,7 +206,7 @@ class Candidate:
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"not a candidate ({error}). Expected 'units:', a mapping of unit names to "
-                f"{{operator: {{argument: value}}}}, and optionally 'distillation:'"
+                f"{{operator: {{argument: value}}}}, and optionally 'distillation:' and 'runtime:'"
             ) from error
 
 

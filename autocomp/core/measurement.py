@@ -19,12 +19,14 @@ class Measurement:
 
     Attributes:
         provenance: `measured` (the artifact on the target) or `estimated` (the cost table).
-        latency_ms: normalised by the anchor model; what budgets are held against.
+        latency_ms: normalised by the anchor model; what budgets are held against. Of one run, or
+            of one generated token where the workload generates.
         size_bytes: bytes on disk of the artifact.
         peak_memory_bytes: peak resident memory of a process that only loads and runs the artifact.
         latency_wall_ms: plain wall-clock median, for the record.
         latency_spread: relative half-width (p90 − p10) / (2·p50) of the repeated runs.
         device: fingerprint of the device it was measured on.
+        prefill_ms: reading the prompt, where the workload generates; on the scale of `latency_ms`.
     """
 
     provenance: Provenance
@@ -34,6 +36,7 @@ class Measurement:
     latency_wall_ms: float | None = None
     latency_spread: float | None = None
     device: str | None = None
+    prefill_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping."""

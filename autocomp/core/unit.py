@@ -57,6 +57,8 @@ class Unit:
     `layer` is the index of its block, `None` outside the blocks. `heads`, `kv_heads` and
     `head_dim` are set for attention; `width` (the inner width) for a feed-forward sublayer.
     `tied_to` names the unit whose weight this one shares, if any.
+    `protected_tokens` counts the leading tokens (class, distillation, registers) that stay when
+    patch tokens are merged or dropped behind this unit; `None` where that cannot be done.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Unit:
     width: int | None = None
     skippable: bool = False
     tied_to: str | None = None
+    protected_tokens: int | None = None
 
     @property
     def parameters(self) -> int:

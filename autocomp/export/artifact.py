@@ -14,8 +14,11 @@ from autocomp.core.errors import InternalError, StorageError, UserError
 from autocomp.core.files import sync_directory
 from autocomp.export.card import model_card
 from autocomp.export.protocol import ExportRequest, Verification
+from autocomp.export.tokenizer import verify_tokenizer
+from autocomp.models.vocabulary import load_vocabulary
 from autocomp.study.records import TrialRecord
-from autocomp.targets.protocol import Artifact, Target
+from autocomp.targets import open_artifact
+from autocomp.targets.protocol import Target
 
 
 class ArtifactExporter:
@@ -67,8 +70,7 @@ class ArtifactExporter:
     def _fill(self, request: ExportRequest, directory: Path) -> None:
         for file in sorted(request.artifact.path.parent.iterdir()):
             shutil.copyfile(file, directory / file.name)
-        for file in request.companions.files():
-            shutil.copyfile(file, directory / file.name)
+        request.companions.ship(directory, load_vocabulary(request.artifact.path.parent))
         candidate = request.record.candidate.to_json()
         text = yaml.safe_dump(candidate, sort_keys=False, default_flow_style=None, width=100)
         (directory / "candidate.yaml").write_text(text, encoding="utf-8")
@@ -87,12 +89,7 @@ class ArtifactExporter:
 
     def verify(self, request: ExportRequest, directory: Path, target: Target) -> Verification:
         """See `Exporter.verify`."""
-        written = Artifact(
-            directory / request.artifact.path.name,
-            sum(
-                (directory / f.name).stat().st_size for f in request.artifact.path.parent.iterdir()
-            ),
-        )
+        written = open_artifact(directory)
         if written.size_bytes != request.artifact.size_bytes:
             raise InternalError(
                 f"{directory}: the model has {written.size_bytes} bytes, but the trial's has "
@@ -107,6 +104,9 @@ class ArtifactExporter:
                 f"{directory}: the reloaded model's logits differ from the evaluated artifact's by "
                 f"{difference:.3g}"
             )
+        vocabulary = load_vocabulary(request.artifact.path.parent)
+        if vocabulary is not None:
+            verify_tokenizer(request.companions, vocabulary, directory, written, target)
         return Verification(difference, written.size_bytes, target.measure(written, inputs))
 
 

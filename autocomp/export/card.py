@@ -6,6 +6,7 @@ from autocomp.core.measurement import Measurement
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.export.loading import loading_code
 from autocomp.export.protocol import ExportRequest
+from autocomp.models.vocabulary import load_vocabulary
 
 
 def model_card(request: ExportRequest, file: str) -> str:
@@ -13,26 +14,28 @@ def model_card(request: ExportRequest, file: str) -> str:
     spec, record = request.spec, request.record
     dense = None if request.dense is None else request.dense.measured
     workload = spec.target.workload
+    runtime = record.candidate.runtime or spec.target.runtime
     lines = [
         f"# {spec.model.source.removeprefix('package:')}, compressed",
         "",
         f"Trial `{record.id}` of an autocomp study, proposed by {record.proposed_by}. Task: "
-        f"{spec.task.name}. Target: {spec.target.runtime} on {spec.target.device}, batch "
+        f"{spec.task.name}. Target: {runtime} on {spec.target.device}, batch "
         f"{workload.batch}, {_shape(request)}, {workload.threads} thread(s).",
         "",
         "| | measured | of dense | estimated before the trial |",
         "|---|---|---|---|",
-        *_rows(record.measured, dense, record.estimated),
+        *_rows(request, record.measured, dense, record.estimated),
         "",
         *_quality(request),
         "",
         "Measured on the exported file, on the target; the estimate came from the cost table.",
         "What was done to each unit is in `candidate.yaml`.",
+        *_vocabulary(request),
         "",
         "## Load",
         "",
         "```python",
-        loading_code(request.companions.inputs, file).rstrip(),
+        loading_code(request.companions.inputs, file, workload.generate).rstrip(),
         "```",
         "",
     ]
@@ -40,11 +43,21 @@ def model_card(request: ExportRequest, file: str) -> str:
 
 
 def _rows(
-    measured: Measurement | None, dense: Measurement | None, estimated: Measurement | None
+    request: ExportRequest,
+    measured: Measurement | None,
+    dense: Measurement | None,
+    estimated: Measurement | None,
 ) -> list[str]:
     rows = []
+    prompt = request.spec.target.workload.prompt
+    latency = [("latency", "latency_ms", format_ms)]
+    if prompt is not None:
+        latency = [
+            ("latency of a generated token", "latency_ms", format_ms),
+            (f"reading the prompt, {prompt} tokens", "prefill_ms", format_ms),
+        ]
     for label, name, show in (
-        ("latency", "latency_ms", format_ms),
+        *latency,
         ("size on disk", "size_bytes", format_bytes),
         ("peak memory", "peak_memory_bytes", format_bytes),
     ):
@@ -78,8 +91,20 @@ def _quality(request: ExportRequest) -> list[str]:
     return lines
 
 
+def _vocabulary(request: ExportRequest) -> list[str]:
+    kept = load_vocabulary(request.artifact.path.parent)
+    if kept is None:
+        return []
+    return [
+        f"The vocabulary holds {len(kept.kept)} of {kept.size} tokens: use the tokenizer in this "
+        f"directory, whose ids are not those of the source model (`vocabulary.json` lists these)."
+    ]
+
+
 def _shape(request: ExportRequest) -> str:
     workload = request.spec.target.workload
     if workload.image is not None:
         return f"{workload.image} × {workload.image} pixels"
+    if workload.prompt is not None:
+        return f"prompt of {workload.prompt} tokens, {workload.generate} generated"
     return f"{workload.sequence} tokens"

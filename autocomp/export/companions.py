@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from autocomp.core.files import write_atomic, write_text_atomic
+from autocomp.models.tokenizer_files import write_pruned
+from autocomp.models.vocabulary import Vocabulary
 
 _PROCESSOR = "preprocessor_config.json"
 _FILES = (
@@ -44,8 +46,9 @@ class Companions:
         label_names: tuple[str, ...],
         inputs: dict[str, np.ndarray],
         processor: Mapping[str, Any] | None = None,
+        texts: Sequence[str] = (),
     ) -> None:
-        """Copy tokenizer and processor files from `source`; keep labels and example inputs.
+        """Copy tokenizer and processor files from `source`; keep labels, inputs, some `texts`.
 
         `processor` is how images became inputs in this study: it replaces the source's
         `preprocessor_config.json`, which may be missing or speak of another size.
@@ -60,6 +63,7 @@ class Companions:
             write_text_atomic(self.directory / _PROCESSOR, text)
         contiguous = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         write_atomic(self._inputs, lambda to: save_file(contiguous, to))
+        write_text_atomic(self._texts, json.dumps(list(texts), indent=1) + "\n")
         write_text_atomic(self._labels, json.dumps(list(label_names), indent=2) + "\n")
 
     @property
@@ -77,6 +81,22 @@ class Companions:
         """Named example inputs in the workload's shape."""
         return load_file(self._inputs)
 
+    @property
+    def texts(self) -> list[str]:
+        """Real texts of the task; empty where there are none."""
+        if not self._texts.is_file():
+            return []
+        texts: list[str] = json.loads(self._texts.read_text(encoding="utf-8"))
+        return texts
+
+    def ship(self, directory: Path, vocabulary: Vocabulary | None) -> None:
+        """Put tokenizer and processor files into `directory`, rewritten for a pruned vocabulary."""
+        if vocabulary is not None:
+            write_pruned(self.directory, vocabulary, directory)
+            return
+        for file in self.files():
+            shutil.copyfile(file, directory / file.name)
+
     def files(self) -> list[Path]:
         """Tokenizer and processor files."""
         return [self.directory / name for name in _FILES if (self.directory / name).is_file()]
@@ -84,6 +104,10 @@ class Companions:
     @property
     def _labels(self) -> Path:
         return self.directory / "labels.json"
+
+    @property
+    def _texts(self) -> Path:
+        return self.directory / "texts.json"
 
     @property
     def _inputs(self) -> Path:

@@ -44,21 +44,70 @@ feeds = {{"input_ids": np.array([encoded.ids])}}
 print(tokenizer.decode([logits[0, -1].argmax()]))  # the most likely next token
 """
 
-_RUN = """\
+_GENERATE = """\
+import numpy as np
+{imports}
+from tokenizers import Tokenizer
+
+{open}
+tokenizer = Tokenizer.from_file("tokenizer.json")
+ids = new = tokenizer.encode("She opened the door and").ids
+caches = {caches}  # past_key_values.N.key, .value: (batch, heads, past, width)
+past = {{{name}: np.zeros((1, {heads}, 0, {width}), np.float32) for c in caches}}
+for _ in range({tokens}):
+    logits, *present = {run}
+    past = dict(zip(past, present))
+    new = [int(logits[0, -1].argmax())]  # the most likely next token
+    ids = ids + new
+print(tokenizer.decode(ids))
+"""
+
+_ONNXRUNTIME = {
+    "imports": "import onnxruntime as ort",
+    "run": """\
 session = ort.InferenceSession("{file}")
-logits = session.run(None, {{k.name: feeds[k.name] for k in session.get_inputs()}})[0]"""
-_RUN_OPENVINO = """\
+logits = session.run(None, {{k.name: feeds[k.name] for k in session.get_inputs()}})[0]""",
+}
+_ONNXRUNTIME_GENERATE = {
+    "imports": "import onnxruntime as ort",
+    "open": 'session = ort.InferenceSession("{file}")',
+    "caches": "session.get_inputs()[1:]",
+    "name": "c.name",
+    "heads": "c.shape[1]",
+    "width": "c.shape[3]",
+    "run": 'session.run(None, {{"input_ids": np.array([new]), **past}})',
+}
+_OPENVINO = {
+    "imports": "import openvino as ov",
+    "run": """\
 model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
-logits = model({{k.any_name: feeds[k.any_name] for k in model.inputs}})["logits"]"""
+logits = model({{k.any_name: feeds[k.any_name] for k in model.inputs}})["logits"]""",
+}
+_OPENVINO_GENERATE = {
+    "imports": "import openvino as ov",
+    "open": """\
+model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})""",
+    "caches": "model.inputs[1:]",
+    "name": "c.any_name",
+    "heads": "c.get_partial_shape()[1].get_length()",
+    "width": "c.get_partial_shape()[3].get_length()",
+    "run": 'model({{"input_ids": np.array([new]), **past}}).to_tuple()',
+}
 
 
-def loading_code(inputs: Container[str], file: str) -> str:
-    """Python that runs `file` on one example; which it is follows from the names of its inputs."""
+def loading_code(inputs: Container[str], file: str, generate: int | None = None) -> str:
+    """Python that runs `file` on one example; which it is follows from the names of its inputs.
+
+    Where the workload generates, it is the prompt that `generate` tokens are added to.
+    """
     openvino = file.endswith(".xml")
-    if "pixel_values" in inputs:
-        template = _IMAGE
+    if generate is not None and "pixel_values" not in inputs:
+        template, parts = _GENERATE, _OPENVINO_GENERATE if openvino else _ONNXRUNTIME_GENERATE
     else:
-        template = _TEXT if "attention_mask" in inputs else _TOKENS
-    run = (_RUN_OPENVINO if openvino else _RUN).format(file=file)
-    imports = "import openvino as ov" if openvino else "import onnxruntime as ort"
-    return template.format(imports=imports, run=run)
+        parts = _OPENVINO if openvino else _ONNXRUNTIME
+        if "pixel_values" in inputs:
+            template = _IMAGE
+        else:
+            template = _TEXT if "attention_mask" in inputs else _TOKENS
+    written = {name: part.format(file=file) for name, part in parts.items()}
+    return template.format(tokens=generate, **written)

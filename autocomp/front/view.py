@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autocomp.core.budget import Budget
+from autocomp.core.candidate import Runtime
 from autocomp.core.measurement import Measurement
 from autocomp.front.dominance import hypervolume
 from autocomp.front.pick import (
@@ -27,7 +28,7 @@ from autocomp.front.pick import (
     senses,
 )
 from autocomp.study.directory import Study
-from autocomp.study.records import TrialRecord
+from autocomp.study.records import TrialRecord, dense_reference
 
 
 def study_hypervolume(
@@ -59,17 +60,31 @@ def _costs(cost: Measurement | None) -> dict[str, float | None]:
     }
 
 
-def trial_json(record: TrialRecord, budget: Budget, on_front: bool) -> dict[str, Any]:
-    """One trial in the stable shape. Costs are measured ones or null; estimates stay apart."""
+def _metric(record: TrialRecord) -> dict[str, Any]:
+    """The metric's own name and value; empty unless it is a finite number."""
+    value = record.metric.get("value")
+    finite = isinstance(value, int | float) and math.isfinite(value)
+    return dict(record.metric) if finite else {}
+
+
+def trial_json(
+    record: TrialRecord, budget: Budget, on_front: bool, runtime: Runtime = None
+) -> dict[str, Any]:
+    """One trial in the stable shape. Costs are measured ones or null; estimates stay apart.
+
+    `runtime` is that of a study without a choice of them.
+    """
     measured = record.measured if objective(record, "latency") is not None else None
     return {
         "id": record.id,
         "kind": record.kind,
+        "runtime": record.candidate.runtime or runtime,
         "proposed_by": record.proposed_by,
         "state": record.state,
         "on_front": on_front,
         "feasible": feasible(record, budget),
         "quality": _finite(record.quality),
+        "metric": _metric(record),
         "teacher_kl": _finite(record.teacher_kl),
         **_costs(measured),
         "measured": measured is not None,
@@ -90,13 +105,13 @@ def front_json(
 
     Args:
         study: name or path of the study.
-        target: the target's description.
+        target: the target's description; `runtime` in it is the one of a study without a choice.
         budget: absolute limits.
         records: every finished trial, in the ledger's order.
         objectives: what the front is drawn over.
         reports: trial id → what the report split said of it, as in the ledger.
     """
-    dense = next((record for record in records if record.kind == "dense"), None)
+    dense = dense_reference(records)
     on_front = {record.id for record in front(records, objectives)}
     try:
         chosen: str | None = pick(records, budget).id
@@ -111,7 +126,10 @@ def front_json(
         "chosen": chosen,
         "hypervolume": study_hypervolume(records, dense, objectives),
         "report": None if chosen is None else report_json(chosen, (reports or {}).get(chosen)),
-        "trials": [trial_json(record, budget, record.id in on_front) for record in records],
+        "trials": [
+            trial_json(record, budget, record.id in on_front, target.get("runtime"))
+            for record in records
+        ],
     }
 
 
@@ -146,7 +164,9 @@ def study_front(study: Study) -> dict[str, Any]:
     """The `front --json` mapping of a study, with what its spec says of the target."""
     target = study.spec.target
     workload = target.workload.model_dump(exclude_none=True)
-    description = {"name": f"{target.runtime}-{target.device}", "workload": workload}
+    description: dict[str, Any] = {"name": target.label, "workload": workload}
+    if not target.chosen:
+        description["runtime"] = target.runtime
     return front_json(
         str(study.paths.root),
         description,

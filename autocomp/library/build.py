@@ -23,16 +23,18 @@ from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import ModelError
 from autocomp.core.unit import Unit, dense_format
 from autocomp.library.store import Library, item_key
-from autocomp.models.discover import tensor_keys
+from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
-from autocomp.operators import apply_step, option_formats
+from autocomp.operators import apply_step, option_formats, weight_option
+from autocomp.operators.factorize.factors import multiplied
 from autocomp.operators.gram import derived, output_error
 from autocomp.operators.protocol import SiteState, SiteStats, UnitState
 
 logger = logging.getLogger(__name__)
 
 Keys = dict[tuple[str, str], str]
-"""(unit name, option key) → item key. Dense and skipping options have no item."""
+"""(unit name, option key) → item key. Options that leave no weight, or every weight as it was, have
+no item; those that differ in token steps alone share one."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,21 @@ def plan_build(
     stats_paths: Mapping[str, Path],
     stats_fingerprint: str,
     library: Library,
+    own_fingerprints: Mapping[str, str] | None = None,
 ) -> BuildPlan:
     """One task per unit with missing items, largest first; items that are there are checked.
 
     Args:
         options: unit name → its options, as `unit_options` gives them.
-        stats_paths: unit name → file of `calibrate`; embeddings have none.
+        stats_paths: unit name → file of statistics; an embedding may have none.
+        own_fingerprints: unit name → fingerprint of its statistics, where they are not those of
+            `stats_fingerprint` alone.
 
     Raises:
         ModelError: if the teacher lacks a tensor, or one holds NaN or infinity.
     """
     keys: Keys = {}
+    own = own_fingerprints or {}
     tasks: list[BuildTask] = []
     reader = _Reader(model_path)
     for unit in units:
@@ -115,18 +121,19 @@ def plan_build(
         if not built:
             continue
         digest = _digest(unit, reader.state(unit))
-        missing: list[tuple[Option, str]] = []
+        missing: dict[str, Option] = {}
         for option in built:
-            key = item_key(digest, option, stats_fingerprint)
+            stored = weight_option(option)
+            key = item_key(digest, stored, own.get(unit.name, stats_fingerprint))
             keys[unit.name, option.key] = key
             if not library.contains(key):
-                missing.append((option, key))
+                missing[key] = stored
         if missing:
             tasks.append(
                 BuildTask(
                     model_path=model_path,
                     unit=unit,
-                    options=tuple(missing),
+                    options=tuple((option, key) for key, option in missing.items()),
                     stats_path=stats_paths.get(unit.name),
                     library_root=library.root,
                     capacity_bytes=library.capacity_bytes,
@@ -218,9 +225,11 @@ def relative_errors(
     """Site → ‖Wx − Ŵx‖² / ‖Wx‖² over the calibration tokens, biases included in the difference.
 
     Where outputs were removed there is no original to compare with: `before`, the state before the
-    last step, stands in, and where the last step removed them, the kept ones are unchanged.
+    last step, stands in, and where the last step removed them, the kept ones are unchanged. Factors
+    are multiplied: the error is that of the site they stand for.
     """
     errors: dict[str, float] = {}
+    before, after = multiplied(before), multiplied(after)
     for name, site in after.items():
         reference = original[name]
         if reference.weight.shape[0] != site.weight.shape[0]:
@@ -233,12 +242,12 @@ def relative_errors(
 
 
 def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | None) -> float:
-    weight, after = reference.weight, site.weight
+    weight, after = reference.weight, site.on_plain_inputs()
     if weight.shape != after.shape:
         assert site.kept_columns is not None
         after = torch.zeros_like(weight)
-        after[:, site.kept_columns] = site.weight
-    if stats is None:
+        after[:, site.kept_columns] = site.on_plain_inputs()
+    if stats is None or stats.rows is not None:
         return _relative_distance(weight, after)
     difference = weight - after
     gram, mean = stats.gram, stats.mean
@@ -269,7 +278,7 @@ def _relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _has_item(unit: Unit, option: Option) -> bool:
-    return not option.dense and bool(option_formats(unit, option))
+    return not weight_option(option).dense and bool(option_formats(unit, option))
 
 
 def _digest(unit: Unit, state: UnitState) -> str:
@@ -298,28 +307,30 @@ class _Reader:
                     self._shapes[name] = tuple(tensors.get_slice(name).get_shape())
 
     def state(self, unit: Unit) -> UnitState:
-        names = tensor_keys(self._config, unit, self._shapes)
+        places = stored_tensors(self._config, unit, self._shapes)
         formats = dense_format(unit)
         return {
             site.name: SiteState(
-                weight=self._tensor(f"{site.name}.weight", names, (site.rows, site.columns)),
-                bias=self._tensor(f"{site.name}.bias", names, (site.rows,)) if site.bias else None,
+                weight=self._tensor(f"{site.name}.weight", places, (site.rows, site.columns)),
+                bias=self._tensor(f"{site.name}.bias", places, (site.rows,)) if site.bias else None,
                 format=formats[site.name],
             )
             for site in unit.sites
         }
 
-    def _tensor(self, name: str, names: Mapping[str, str], shape: tuple[int, ...]) -> torch.Tensor:
-        stored = names.get(name)
+    def _tensor(
+        self, name: str, places: Mapping[str, Stored], shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        stored = places.get(name)
         if stored is None:
             raise ModelError(f"{self._path}: no tensor {name}; the teacher's files are incomplete")
-        with safe_open(self._file_of[stored], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored).float()
+        with safe_open(self._file_of[stored.key], framework="pt") as file:
+            tensor: torch.Tensor = stored.read(file.get_slice(stored.key)).float().contiguous()
         if tuple(tensor.shape) != shape:
-            raise ModelError(f"{self._path}: {stored} is {tuple(tensor.shape)}, not {shape}")
+            raise ModelError(f"{self._path}: {stored.key} is {tuple(tensor.shape)}, not {shape}")
         if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
             raise ModelError(
-                f"{self._path}: {stored} holds NaN or infinity. Nothing can be built from it; "
+                f"{self._path}: {stored.key} holds NaN or infinity. Nothing can be built from it; "
                 f"fetch the model again, or fit the teacher at a lower learning rate"
             )
         return tensor

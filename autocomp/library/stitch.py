@@ -9,10 +9,12 @@ from torch import nn
 
 from autocomp.core.candidate import Candidate, Option
 from autocomp.core.errors import InternalError
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import Unit
 from autocomp.library.store import Library
 from autocomp.models.surgery import copy_for_surgery, install
-from autocomp.operators import option_formats
+from autocomp.models.tokens import install_tokens
+from autocomp.operators import option_formats, token_reduction, weight_option
 from autocomp.operators.protocol import UnitState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,10 +42,16 @@ def stitch(
         InternalError: if an item is missing, and there is no `rebuild` or it did not help.
     """
     model = copy_for_surgery(teacher)
+    reductions: dict[str, TokenReduction] = {}
     for unit in units:
         option = candidate.by_unit.get(unit.name, Option())
-        if not option.dense:
+        if not weight_option(option).dense:
             install(model, unit, _state(unit, option, library, keys, rebuild))
+        reduction = token_reduction(unit, option)
+        if reduction is not None:
+            reductions[unit.name] = reduction
+    if reductions:
+        install_tokens(model, units, reductions)
     return model
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import time
@@ -21,6 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -34,7 +36,7 @@ from autocomp.operators import OPERATORS
 from autocomp.operators.protocol import SiteState, UnitState
 from autocomp.operators.quantize.grid import dequantise
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the layout of an item changes: older items are then built again."""
 
 STALE_SECONDS = 3600.0
@@ -69,7 +71,15 @@ class _Recent:
         self._tensors = [
             tensor
             for site in state.values()
-            for tensor in (site.weight, site.bias, site.codes, site.scales)
+            for tensor in (
+                site.weight,
+                site.bias,
+                site.codes,
+                site.scales,
+                site.row_of,
+                site.input_scale,
+                site.mask,
+            )
             if tensor is not None
         ]
         self._versions = [tensor._version for tensor in self._tensors]
@@ -272,12 +282,26 @@ class Library:
 
 
 def _pack(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A quantised site is stored as codes and scales, from which its weight follows exactly."""
+    """A quantised site is stored as codes and scales, from which its weight follows exactly.
+
+    A sparse one as a bit per weight and, float, the weights that the mask lets be; what it was
+    before sparsity is only needed while it is built. The ends of a static range are float32 values,
+    so nothing of them is lost either.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, site in state.items():
-        parts = {"bias": site.bias, "kept_columns": site.kept_columns}
+        parts = {
+            "bias": site.bias,
+            "kept_columns": site.kept_columns,
+            "input_scale": site.input_scale,
+            "input_range": None if site.input_range is None else torch.tensor(site.input_range),
+            "kept_rows": site.kept_rows,
+            "row_of": site.row_of,
+        }
+        if site.mask is not None:
+            parts["bits"] = pack_mask(site.mask)
         if site.codes is None:
-            parts["weight"] = site.weight
+            parts["weight"] = site.weight if site.mask is None else site.weight[site.mask]
         else:
             parts |= {"codes": site.codes, "scales": site.scales}
         for part, tensor in parts.items():
@@ -291,10 +315,15 @@ def _unpack(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Un
     for name, fields in sites.items():
         form = SiteFormat(**fields)
         codes, scales = tensors.get(f"{name}|codes"), tensors.get(f"{name}|scales")
+        bits = tensors.get(f"{name}|bits")
+        mask = None if bits is None else unpack_mask(bits, (form.rows, form.columns))
         if codes is None or scales is None:
             weight = tensors[f"{name}|weight"]
+            if mask is not None:
+                weight = torch.zeros(mask.shape).masked_scatter_(mask, weight)
         else:
             weight = dequantise(codes, scales, form)
+        ends = tensors.get(f"{name}|input_range")
         state[name] = SiteState(
             weight=weight,
             bias=tensors.get(f"{name}|bias"),
@@ -302,8 +331,25 @@ def _unpack(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Un
             codes=codes,
             scales=scales,
             kept_columns=tensors.get(f"{name}|kept_columns"),
+            input_scale=tensors.get(f"{name}|input_scale"),
+            input_range=None if ends is None else (float(ends[0]), float(ends[1])),
+            kept_rows=tensors.get(f"{name}|kept_rows"),
+            row_of=tensors.get(f"{name}|row_of"),
+            mask=mask,
         )
     return state
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A bit per entry of a bool tensor, the first in the lowest: uint8 `(ceil(entries / 8),)`."""
+    return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+
+
+def unpack_mask(bits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Inverse of `pack_mask`, bool of this shape."""
+    count = math.prod(shape)
+    flat = np.unpackbits(bits.numpy(), count=count, bitorder="little")
+    return torch.from_numpy(flat.view(np.bool_)).reshape(shape)
 
 
 def _digest_at(data: bytes | bytearray | mmap.mmap) -> int | None:

@@ -6,9 +6,11 @@ task model's prefix or not (a headless base model), and may be those of older tr
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,11 +36,7 @@ def find_units(
     """
     layout = layout_of(str(config.get("model_type")), describe_parts(shapes))
     config = {**layout.defaults, **config}
-    for key, value in layout.unsupported.items():
-        if config.get(key) == value:
-            raise ModelError(
-                f"the layout {layout.model_type!r} does not describe models with {key}={value}"
-            )
+    _check_supported(layout, config)
     if task not in layout.heads:
         raise ModelError(
             f"a {layout.model_type} model has no head for task {task!r}; "
@@ -64,6 +62,7 @@ def find_units(
                 kv_heads=kv_heads,
                 head_dim=head_dim,
                 skippable=True,
+                protected_tokens=layout.leading_tokens or None,
             )
         )
         units.append(
@@ -76,7 +75,7 @@ def find_units(
                 skippable=True,
             )
         )
-    tied = layout.tied is not None and bool(config.get(layout.tied))
+    tied = task == "language-modeling" and layout.tied is not None and bool(config.get(layout.tied))
     units.append(
         Unit(
             "head",
@@ -95,24 +94,97 @@ def match_units(units: Iterable[Unit], pattern: str) -> list[Unit]:
     return [unit for unit in units if fnmatchcase(unit.name, pattern)]
 
 
-def tensor_keys(config: Mapping[str, Any], unit: Unit, shapes: Shapes) -> dict[str, str]:
-    """Parameter of the task model (`SITE.weight`, `SITE.bias`) → its name in the checkpoint.
+@dataclass(frozen=True)
+class Stored:
+    """Where a checkpoint keeps a parameter: the whole of a tensor, or a part of its outputs.
+
+    Attributes:
+        key: the tensor's name.
+        transposed: whether the tensor is `(columns, rows)`.
+        rows: first and one past the last output in a tensor that holds those of several sites.
+    """
+
+    key: str
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+
+    def read(self, tensor: Any) -> Any:
+        """The parameter, `(rows, columns)` or `(rows,)`, from an array or a safetensors slice."""
+        start, stop = (None, None) if self.rows is None else self.rows
+        part = tensor[:, start:stop] if self.transposed else tensor[start:stop]
+        return part.T if self.transposed else part
+
+
+def stored_tensors(config: Mapping[str, Any], unit: Unit, shapes: Shapes) -> dict[str, Stored]:
+    """Parameter of the task model (`SITE.weight`, `SITE.bias`) → where the checkpoint keeps it.
 
     A parameter the checkpoint does not hold (a new head) is left out; a tied head's weight is the
     table's.
     """
     layout = layout_of(str(config.get("model_type")), describe_parts(shapes))
-    found: dict[str, str] = {}
+    found: dict[str, Stored] = {}
     for site in unit.sites:
         for parameter in ("weight", "bias") if site.bias else ("weight",):
             name = f"{site.name}.{parameter}"
-            key = checkpoint_key(layout, name, shapes)
-            if key is None and unit.tied_to is not None and parameter == "weight":
+            stored = _stored(layout, unit, name, shapes)
+            if stored is None and unit.tied_to is not None and parameter == "weight":
                 table = f"{layout.prefix}.{layout.embeddings[0].path}.weight"
-                key = checkpoint_key(layout, table, shapes)
-            if key is not None:
-                found[name] = key
+                stored = _stored(layout, unit, table, shapes)
+            if stored is not None:
+                found[name] = stored
     return found
+
+
+def tensor_keys(config: Mapping[str, Any], unit: Unit, shapes: Shapes) -> dict[str, str]:
+    """Parameter of the task model → name of the tensor that holds it; see `stored_tensors`."""
+    return {name: stored.key for name, stored in stored_tensors(config, unit, shapes).items()}
+
+
+def _stored(layout: Layout, unit: Unit, name: str, shapes: Shapes) -> Stored | None:
+    site, _, parameter = name.rpartition(".")
+    parts = _fused_sites(layout, unit, site)
+    holder = site.rpartition(".")[0] if parts else site
+    key = checkpoint_key(layout, f"{holder}.{parameter}", shapes)
+    if key is None:
+        return None
+    transposed = parameter == "weight" and _path(layout, unit, holder) in layout.transposed
+    if not parts:
+        return Stored(key, transposed)
+    before = list(itertools.takewhile(lambda part: part.name != site, parts))
+    start = sum(part.rows for part in before)
+    return Stored(key, transposed, (start, start + parts[len(before)].rows))
+
+
+def _fused_sites(layout: Layout, unit: Unit, site: str) -> list[Site]:
+    """The sites, in order, whose parameters share a tensor with those of `site`; else none."""
+    holder, _, child = _path(layout, unit, site).rpartition(".")
+    names = layout.fused.get(holder, ())
+    if unit.layer is None or child not in names:
+        return []
+    return [
+        other
+        for name in names
+        for other in unit.sites
+        if other.name == f"{site.removesuffix(child)}{name}"
+    ]
+
+
+def _path(layout: Layout, unit: Unit, site: str) -> str:
+    """A module's path inside the block of the unit."""
+    return site if unit.layer is None else site.removeprefix(f"{layout.block_path(unit.layer)}.")
+
+
+def rest_parameters(
+    config: Mapping[str, Any], units: Iterable[Unit], shapes: Shapes
+) -> dict[str, tuple[int, ...]]:
+    """Tensors of a checkpoint that belong to no unit and are parameters: norms, a patch conv."""
+    layout = layout_of(str(config.get("model_type")), describe_parts(shapes))
+    inside = {key for unit in units for key in tensor_keys(config, unit, shapes).values()}
+    return {
+        name: tuple(shape)
+        for name, shape in shapes.items()
+        if name not in inside and not name.endswith(layout.buffers)
+    }
 
 
 def checkpoint_key(layout: Layout, name: str, shapes: Shapes) -> str | None:
@@ -148,6 +220,17 @@ def describe_parts(shapes: Shapes, limit: int = 12) -> str:
     return f" Parts not recognised: {'; '.join(parts)}" + (f"; and {more} more" if more else "")
 
 
+def _check_supported(layout: Layout, config: Mapping[str, Any]) -> None:
+    """Raises ModelError for a config with a value the layout does not describe."""
+    for key, values in layout.unsupported.items():
+        found = config.get(key)
+        for value in found if isinstance(found, list | tuple) else (found,):
+            if value in values:
+                raise ModelError(
+                    f"the layout {layout.model_type!r} does not describe models with {key}={value}"
+                )
+
+
 def _dimensions(
     layout: Layout, config: Mapping[str, Any], num_labels: int | None
 ) -> dict[Dimension, int]:
@@ -159,10 +242,12 @@ def _dimensions(
         kv_heads = _integer(config, keys.kv_heads)
     if heads % kv_heads:
         raise ModelError(f"config.json: {heads} heads cannot share {kv_heads} key-value heads")
-    if keys.width_ratio is None:
-        width = _integer(config, keys.width)
-    else:
+    if keys.width_ratio is not None:
         width = int(hidden * float(config[keys.width_ratio]))
+    elif keys.width_times is not None and config.get(keys.width) is None:
+        width = hidden * keys.width_times
+    else:
+        width = _integer(config, keys.width)
     sizes: dict[Dimension, int] = {
         "hidden": hidden,
         "queries": heads * head_dim,
@@ -225,18 +310,20 @@ def _check_shapes(
     missing = []
     for unit in units:
         for site in unit.sites:
-            key = checkpoint_key(layout, f"{site.name}.weight", shapes)
-            if key is None:
+            stored = _stored(layout, unit, f"{site.name}.weight", shapes)
+            if stored is None:
                 if unit.kind != "head":
                     missing.append(f"{site.name}.weight")
                 continue
-            expected, found = (site.rows, site.columns), tuple(shapes[key])
+            found = tuple(shapes[stored.key])
+            rows = sum(part.rows for part in _fused_sites(layout, unit, site.name)) or site.rows
+            expected = (site.columns, rows) if stored.transposed else (rows, site.columns)
             if site.role == "head" and new_labels and unit.tied_to is None:
                 expected = (found[0], site.columns)
             if found != expected:
                 raise ModelError(
-                    f"the checkpoint disagrees with its config: {key} is {found}, the config "
-                    f"says {expected}"
+                    f"the checkpoint disagrees with its config: {stored.key} is {found}, the "
+                    f"config says {expected}"
                 )
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

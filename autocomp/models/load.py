@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from autocomp.core.errors import ModelError
+from autocomp.models.conversion import to_linear
 from autocomp.models.discover import find_units
 from autocomp.models.sources import read_config, read_tensor_shapes
 
@@ -35,8 +36,9 @@ def load_model(
     """The task model in `path`: float32, evaluation mode, scaled-dot-product attention, no cache.
 
     A head the checkpoint does not hold, or holds for another number of labels, is initialised anew,
-    the same on every machine. `config.use_cache` is switched off: autocomp evaluates whole
-    sequences.
+    the same on every machine. Linear layers that transformers stores otherwise (GPT-2) are plain
+    ones here: save such a model by `save_model`. `config.use_cache` is switched off: autocomp
+    evaluates whole sequences.
 
     Raises:
         ModelError: when files are missing or damaged, the layout is unknown, the task does not
@@ -77,6 +79,7 @@ def load_model(
     if absent:
         logger.info("%s: new head (%s)", path, ", ".join(sorted(absent)))
     model.config.use_cache = False
+    to_linear(model)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -93,6 +96,20 @@ def load_tokenizer(path: Path) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"{path}: transformers cannot load the tokenizer: {reason}") from error
+
+
+def load_tokenizer_files(path: Path) -> Any:
+    """The tokenizer that `tokenizer.json` in `path` describes, whatever model it was made for.
+
+    Raises:
+        ModelError: when it cannot be loaded.
+    """
+    with quiet():
+        try:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{path}: transformers cannot load the tokenizer: {reason}") from error
 

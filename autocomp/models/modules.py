@@ -1,10 +1,10 @@
 """The modules a compressed model is made of: quantised linear layers and tables, skipped sublayers.
 
-Weights are symmetric: `codes = clamp(round(weight / scale))` with −127…127 at 8 bits and −8…7 at 4,
-one scale per row, or per `group` consecutive columns of a row (the last group may be shorter). The
-float `weight` stays trainable: the forward pass rounds it, the backward pass goes straight through
-(Bengio et al., 2013, arXiv:1308.3432), clipped outside the range. Activations are quantised as the
-runtime does it, so that what is evaluated here is what is shipped.
+Weights are symmetric: `codes = clamp(round(weight / scale))` with −127…127 at 8 bits, −8…7 at 4,
+−4…3 at 3 and −2…1 at 2; one scale per row, or per `group` consecutive columns of a row (the last
+group may be shorter). The float `weight` stays trainable: the forward pass rounds it, the backward
+pass goes straight through (Bengio et al., 2013, arXiv:1308.3432), clipped outside the range.
+Activations are quantised as the runtime does it, so that what is evaluated here is what is shipped.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autocomp.core.activation_grid import float32, static_grid
 from autocomp.core.unit import SiteFormat
 from autocomp.models.rounding import (
     Integers,
     fake_quantise_per_tensor,
+    fake_quantise_static,
     integer_linear,
     integer_products,
     straight_through,
 )
+from autocomp.models.sparse import check_mask
 
-CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7)}
+CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}
 """Weight bits → smallest and largest code."""
 
 
@@ -64,9 +67,15 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, format: SiteFormat) ->
 
 
 def _fake_quantise_weight(
-    weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    format: SiteFormat,
+    held: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`weight` `(..., columns)` rounded to its codes and back; gradient clipped to the range."""
+    """`weight` `(..., columns)` rounded to its codes and back; gradient clipped to the range.
+
+    Where the mask `held` is false there is no gradient: a weight that is zero there stays zero.
+    """
     with torch.no_grad():
         rounded = dequantise(quantise(weight, scales, format), scales, format)
         mask = None
@@ -74,12 +83,17 @@ def _fake_quantise_weight(
             low, high = CODE_RANGE[format.weight_bits]
             steps = expand_scales(scales, weight.shape[-1], group_size(format))
             mask = (weight >= (low - 0.5) * steps) & (weight <= (high + 0.5) * steps)
+            if held is not None:
+                mask &= held
     return straight_through(weight, rounded, mask)
 
 
 def _check(weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> None:
     if format.weight_bits not in CODE_RANGE:
-        raise ValueError(f"weight_bits is {format.weight_bits}; a quantised module takes 8 or 4")
+        raise ValueError(
+            f"weight_bits is {format.weight_bits}; a quantised module takes "
+            f"{', '.join(map(str, CODE_RANGE))}"
+        )
     expected = (format.rows, format.columns), (format.rows, group_count(format))
     found = tuple(weight.shape), tuple(scales.shape)
     if found != expected:
@@ -89,6 +103,31 @@ def _check(weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> No
         )
     if weight.dtype != torch.float32 or scales.dtype != torch.float32:
         raise ValueError(f"weight {weight.dtype} and scales {scales.dtype} must both be float32")
+
+
+def _check_inputs(
+    format: SiteFormat,
+    input_scale: torch.Tensor | None,
+    input_range: tuple[float, float] | None,
+) -> None:
+    if format.static and format.activation_bits != 8:
+        raise ValueError(f"a static range needs 8-bit activations: {format}")
+    if (input_range is not None) != format.static or (input_scale is not None) != format.scaled:
+        raise ValueError(
+            f"input_range {input_range} and input_scale "
+            f"{None if input_scale is None else 'given'} do not fit the format: {format}"
+        )
+    if input_range is not None:
+        static_grid(*input_range)
+        if any(float32(end) != end for end in input_range):
+            raise ValueError(f"input_range {input_range} must be of float32 values")
+    if input_scale is not None and (
+        tuple(input_scale.shape) != (format.columns,) or input_scale.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"input_scale {input_scale.dtype} {tuple(input_scale.shape)} must be float32 "
+            f"({format.columns},)"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +151,7 @@ class _Quantised(nn.Module):
 
     weight: nn.Parameter
     scales: torch.Tensor
+    mask: torch.Tensor | None
 
     def __init__(
         self,
@@ -119,12 +159,15 @@ class _Quantised(nn.Module):
         scales: torch.Tensor,
         format: SiteFormat,
         codes: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         _check(weight, scales, format)
+        check_mask(weight, mask, format)
         self.format = format
         self.weight = nn.Parameter(weight.detach())
         self.register_buffer("scales", scales.detach())
+        self.register_buffer("mask", mask)
         self._rounded: _Rounded | None = None
         if codes is not None:
             if codes.shape != weight.shape or codes.dtype != torch.int8:
@@ -212,13 +255,17 @@ class _Quantised(nn.Module):
 class QuantLinear(_Quantised):
     """A linear layer `(..., columns) → (..., rows)` with quantised weight and, if asked, input.
 
-    Inputs at `activation_bits == 8` are quantised per tensor, asymmetric, at run time
-    (`fake_quantise_per_tensor`), whatever the weight's grouping. Without gradients, and where the
-    CPU is fast at it, such a layer multiplies integers as the runtime does: a weight with grouped
-    scales is widened to 8 bits with a scale per row.
+    Inputs are first multiplied by `input_scale` `(columns,)` where the format is `scaled`. At
+    `activation_bits == 8` they are then quantised per tensor, asymmetric, whatever the weight's
+    grouping: to their range at run time (`fake_quantise_per_tensor`), or where the format is
+    `static` to `input_range` (`fake_quantise_static`); neither is trained. Without gradients, and
+    where the CPU is fast at it, such a layer multiplies integers as the runtime does: a weight with
+    grouped scales is widened to 8 bits with a scale per row.
     """
 
     bias: nn.Parameter | None
+    input_scale: torch.Tensor | None
+    range_ends: torch.Tensor | None
 
     def __init__(
         self,
@@ -227,22 +274,32 @@ class QuantLinear(_Quantised):
         scales: torch.Tensor,
         format: SiteFormat,
         codes: torch.Tensor | None = None,
+        *,
+        input_scale: torch.Tensor | None = None,
+        input_range: tuple[float, float] | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         """Latent `weight` `(rows, columns)`, `bias` `(rows,)`, `scales` `(rows, groups)`; float32.
 
         The tensors are used as they are, not copied. With `codes`, int8 `(rows, columns)`, the
-        weight is taken to be exactly `codes * scale`: nothing is rounded until it changes.
+        weight is taken to be exactly `codes * scale`: nothing is rounded until it changes. A sparse
+        layer has a bool `mask` `(rows, columns)`: a weight that is zero where it is false is not
+        trained.
 
         Raises:
             ValueError: if shapes or bits do not fit `format`.
         """
-        super().__init__(weight, scales, format, codes)
+        super().__init__(weight, scales, format, codes, mask)
         if (bias is not None) != format.bias or (
             bias is not None and tuple(bias.shape) != (format.rows,)
         ):
             found = None if bias is None else tuple(bias.shape)
             raise ValueError(f"bias {found} does not fit the format: {format}")
+        _check_inputs(format, input_scale, input_range)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
+        self.register_buffer("input_scale", input_scale)
+        ends = None if input_range is None else torch.tensor(input_range, dtype=torch.float32)
+        self.register_buffer("range_ends", ends)
         self.in_features, self.out_features = format.columns, format.rows
 
     @classmethod
@@ -256,14 +313,28 @@ class QuantLinear(_Quantised):
         """From int8 `codes` `(rows, columns)`; `codes()` gives them back exactly."""
         return cls(dequantise(codes, scales, format), bias, scales, format, codes)
 
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        """Smallest and largest input of static activations."""
+        if self.range_ends is None:
+            return None
+        low, high = self.range_ends.tolist()
+        return low, high
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., columns)` → `(..., rows)`."""
+        if self.input_scale is not None:
+            x = x * self.input_scale
+        ends = self.input_range
+        grid = None if ends is None else static_grid(*ends)
         if self._in_integers(x):
-            return integer_linear(x, self.integers(), self.bias)
-        if self.format.activation_bits == 8:
+            return integer_linear(x, self.integers(), self.bias, grid)
+        if grid is not None:
+            x = fake_quantise_static(x, *grid)
+        elif self.format.activation_bits == 8:
             x = fake_quantise_per_tensor(x)
         if self._wants_gradient():
-            weight = _fake_quantise_weight(self.weight, self.scales, self.format)
+            weight = _fake_quantise_weight(self.weight, self.scales, self.format, self.mask)
         else:
             weight = self.dequantised()
         return F.linear(x, weight, self.bias)

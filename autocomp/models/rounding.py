@@ -1,7 +1,7 @@
 """Rounding of activations, with gradients that go straight through, and products of integers.
 
-Activations are quantised as the runtime does it (ONNX's DynamicQuantizeLinear), so that what is
-evaluated here is what is shipped.
+Activations are quantised as the runtime does it (ONNX's DynamicQuantizeLinear, or QuantizeLinear
+where the range was fixed at calibration), so that what is evaluated here is what is shipped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,19 @@ def fake_quantise_per_tensor(x: torch.Tensor) -> torch.Tensor:
         scale, zero_point, _ = _dynamic_range(x)
         rounded = (x / scale).round_().clamp_(-zero_point, 255 - zero_point).mul_(scale)
     return straight_through(x, rounded)
+
+
+def fake_quantise_static(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """`x` through uint8 and back on a fixed grid (`static_grid`): ONNX's QuantizeLinear.
+
+    Straight-through inside the range; no gradient where `x` was clipped.
+    """
+    low, high = -zero_point, 255 - zero_point
+    with torch.no_grad():
+        steps = x / scale
+        rounded = steps.round().clamp_(low, high).mul_(scale)
+        mask = (steps >= low - 0.5) & (steps <= high + 0.5) if x.requires_grad else None
+    return straight_through(x, rounded, mask)
 
 
 def _dynamic_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,15 +77,25 @@ class Integers:
 
 
 def integer_linear(
-    x: torch.Tensor, weight: Integers, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: Integers,
+    bias: torch.Tensor | None = None,
+    grid: tuple[float, int] | None = None,
 ) -> torch.Tensor:
     """`linear(fake_quantise_per_tensor(x), codes * scales, bias)`, accumulated in integers.
+
+    With `grid`, scale and zero point, it is `fake_quantise_static` instead.
 
     What the runtime computes, and several times faster than emulating it in float32. `x` is float32
     `(..., columns)`, `bias` `(rows,)`; gives float32 `(..., rows)`, not a number if `x` is not
     finite. No gradient.
     """
-    scale, zero_point, span = _dynamic_range(x)
+    scale: torch.Tensor | float
+    zero_point: torch.Tensor | int
+    if grid is None:
+        scale, zero_point, span = _dynamic_range(x)
+    else:
+        (scale, zero_point), span = grid, x.sum()
     shift = zero_point - 128.0  # uint8 - 128 is int8
     inputs = (x / scale).round_().add_(shift).clamp_(-128, 127).to(torch.int8)
     products = torch._int_mm(inputs.reshape(-1, x.shape[-1]), weight.codes.t())

@@ -15,9 +15,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from autocomp.core.factors import first_of, second_of, site_of
 from autocomp.core.unit import SiteFormat, Unit
+from autocomp.models.factors import LowRank
 from autocomp.models.layouts import Layout, SublayerSpec, layout_of
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
+from autocomp.models.pruned_table import PrunedTable
+from autocomp.models.sparse import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,6 +34,11 @@ class SiteStateLike(Protocol):
     format: SiteFormat
     codes: torch.Tensor | None
     scales: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    input_range: tuple[float, float] | None
+    mask: torch.Tensor | None
+    kept_rows: torch.Tensor | None
+    row_of: torch.Tensor | None
 
 
 def copy_for_surgery(model: Model) -> Model:
@@ -49,9 +58,11 @@ def copy_for_surgery(model: Model) -> Model:
 def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) -> None:
     """Put what operators made of `unit` in its place; an empty `state` skips the unit.
 
-    A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, else a plain layer of its
-    new shape. The tensors of `state` are used as they are. A table and a head that shared their
-    weight no longer do once either is installed: each then has its own.
+    A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, a `SparseLinear` if it has
+    a mask alone, else a plain layer of its new shape; `LowRank` where the state holds its two
+    factors, `PrunedTable` around a table that lost rows. The tensors of `state` are used as they
+    are. A table and a head that shared their weight no longer do once either is installed: each
+    then has its own.
 
     Raises:
         ValueError: if `state` does not hold exactly the sites of the unit, or the unit was skipped.
@@ -60,28 +71,49 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
         skip(model, unit)
         return
     names = [site.name for site in unit.sites]
-    if sorted(names) != sorted(state):
+    if sorted(names) != sorted({site_of(name) for name in state}):
         raise ValueError(f"{unit.name} has sites {names}, but the state holds {sorted(state)}")
     modules = unit_modules(model, unit)
     if not modules:
         raise ValueError(f"{unit.name} was skipped in this model: nothing can be installed there")
     for name in names:
-        old = modules[name]
-        site = state[name]
-        if site.format.embedding:
-            padding_idx = getattr(old, "padding_idx", None)
-            new: nn.Module = _embedding(site, padding_idx)
+        padding_idx = getattr(modules[name], "padding_idx", None)
+        if name in state:
+            new = _layer(state[name], padding_idx)
         else:
-            new = _linear(site)
+            first, second = state[first_of(name)], state[second_of(name)]
+            new = LowRank(_layer(first, padding_idx), _layer(second, None))
         replace_module(model, name, new)
     if unit.kind in ("embedding", "head"):
         _untie(model)
 
 
+def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
+    if not site.format.embedding:
+        return _linear(site)
+    if site.kept_rows is None or site.row_of is None:
+        return _embedding(site, padding_idx)
+    padding_row = None if padding_idx is None else int(site.row_of[padding_idx])
+    return PrunedTable(_embedding(site, padding_row), site.row_of, site.kept_rows)
+
+
 def _linear(site: SiteStateLike) -> nn.Module:
     if site.codes is not None:
         assert site.scales is not None
-        return QuantLinear(site.weight, site.bias, site.scales, site.format, site.codes)
+        return QuantLinear(
+            site.weight,
+            site.bias,
+            site.scales,
+            site.format,
+            site.codes,
+            input_scale=site.input_scale,
+            input_range=site.input_range,
+            mask=site.mask,
+        )
+    if site.format.scaled or site.format.static:
+        raise ValueError(f"inputs are scaled or static before weights are quantised: {site.format}")
+    if site.mask is not None:
+        return SparseLinear(site.weight, site.bias, site.mask, site.format)
     return dense_linear(site.weight, site.bias)
 
 

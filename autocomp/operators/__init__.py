@@ -6,7 +6,11 @@ from autocomp.operators.options import (
     apply_step,
     option_formats,
     rule_of,
+    sequence_lengths,
+    token_reduction,
+    tokens_kept,
     unit_options,
+    weight_option,
 )
 
 __all__ = [
@@ -15,5 +19,9 @@ __all__ = [
     "apply_step",
     "option_formats",
     "rule_of",
+    "sequence_lengths",
+    "token_reduction",
+    "tokens_kept",
     "unit_options",
+    "weight_option",
 ]

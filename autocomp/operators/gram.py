@@ -46,7 +46,7 @@ class Factor:
 
     Attributes:
         upper: float32 `(n, n)` upper triangular U with H⁻¹ = Uᵀ U.
-        order: int64 `(n,)`, columns by falling input energy ("activation order").
+        order: int64 `(n,)`, columns by falling input energy ("activation order"), or as they are.
         dead: bool `(n,)`, in the original order: columns that never saw input.
     """
 
@@ -79,8 +79,8 @@ def damped(gram: Tensor, damping: float = MIN_DAMPING) -> Tensor:
     return result
 
 
-def factorise(gram: Tensor, damping: float = MIN_DAMPING) -> Factor:
-    """The factor of `gram (n, n)`.
+def factorise(gram: Tensor, damping: float = MIN_DAMPING, *, reorder: bool = True) -> Factor:
+    """The factor of `gram (n, n)`, columns by falling input energy unless not to `reorder`.
 
     H = R Rᵀ with R upper triangular (a Cholesky factorisation from the last column up) gives
     U = R⁻¹ with one factorisation and one triangular inverse. In float32; should that fail, in
@@ -88,8 +88,11 @@ def factorise(gram: Tensor, damping: float = MIN_DAMPING) -> Factor:
     """
     diagonal = gram.diagonal()
     dead = diagonal <= 0
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    permuted = gram[order][:, order]
+    if reorder:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        permuted = gram[order][:, order]
+    else:
+        order, permuted = torch.arange(len(diagonal)), gram
     precision, attempt = torch.float32, damping
     while True:
         flipped = damped(permuted, attempt).to(precision).flip(0, 1)
@@ -108,12 +111,12 @@ def factorise(gram: Tensor, damping: float = MIN_DAMPING) -> Factor:
         logger.debug("factorising a Gram matrix again, damping %g", attempt)
 
 
-def factor_of(stats: SiteStats, kept: Tensor | None = None) -> Factor:
+def factor_of(stats: SiteStats, kept: Tensor | None = None, *, reorder: bool = True) -> Factor:
     """`factorise` on the kept columns, damped as the number of tokens asks for; remembered."""
     gram = stats.gram
     damping = damping_for(gram.shape[0], stats.count)
-    key = ("factor", damping, None if kept is None else kept.numpy().tobytes())
-    return derived(gram, key, lambda: factorise(_sub(gram, kept), damping))
+    key = ("factor", reorder, damping, None if kept is None else kept.numpy().tobytes())
+    return derived(gram, key, lambda: factorise(_sub(gram, kept), damping, reorder=reorder))
 
 
 def inverse(gram: Tensor) -> Tensor:

@@ -1,21 +1,31 @@
 """From a rule of the spec to the options of a unit, and from an option to formats and weights.
 
-An option takes at most one step per stage (structure, then sparsity, then bits). Within a stage the
-operators named by the rule are alternatives; leaving a stage out is offered when every operator
-that has a choice there allows it. Torch is imported only when an option is applied.
+An option takes at most one step per stage (structure, then tokens, sparsity, bits). Within a
+stage the operators named by the rule are alternatives; leaving a stage out is offered when every
+operator that has a choice there allows it. Torch is imported only when an option is applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
+from autocomp.core.factors import factored_sites
 from autocomp.core.registry import Registry
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, dense_format
-from autocomp.operators.protocol import STAGES, Operator, Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import (
+    STAGES,
+    Operator,
+    Rule,
+    Stage,
+    TokenOperator,
+    UnitState,
+    UnitStats,
+)
 from autocomp.spec.schema import RuleSection
 
 OPERATORS: Registry[Operator] = Registry(
@@ -24,8 +34,19 @@ OPERATORS: Registry[Operator] = Registry(
         "heads": "autocomp.operators.prune.heads:OPERATOR",
         "width": "autocomp.operators.prune.width:OPERATOR",
         "skip": "autocomp.operators.prune.skip:OPERATOR",
+        "rank": "autocomp.operators.factorize.rank:OPERATOR",
+        "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
+        "tome": "autocomp.operators.tokens.tome:OPERATOR",
+        "token_prune": "autocomp.operators.tokens.token_prune:OPERATOR",
+        "sparsegpt": "autocomp.operators.sparsify.sparsegpt:OPERATOR",
+        "wanda": "autocomp.operators.sparsify.wanda:OPERATOR",
+        "magnitude": "autocomp.operators.sparsify.magnitude:OPERATOR",
         "rtn": "autocomp.operators.quantize.rtn:OPERATOR",
         "gptq": "autocomp.operators.quantize.gptq:OPERATOR",
+        "hqq": "autocomp.operators.quantize.hqq:OPERATOR",
+        "awq": "autocomp.operators.quantize.awq:OPERATOR",
+        "awq_gptq": "autocomp.operators.quantize.awq:WITH_GPTQ",
+        "smoothquant": "autocomp.operators.quantize.smoothquant:OPERATOR",
     },
 )
 
@@ -37,7 +58,12 @@ def rule_of(section: RuleSection) -> Rule:
         for name, value in section.structure.model_dump().items()
         if value is not None and value is not False
     }
-    return Rule(structure=structure, bits=section.bits.model_dump())
+    return Rule(
+        structure=structure,
+        bits=section.bits.model_dump(),
+        sparsity=section.sparsity.model_dump(),
+        tokens={} if section.tokens is None else section.tokens.model_dump(),
+    )
 
 
 def unit_options(unit: Unit, rule: Rule) -> list[Option]:
@@ -61,6 +87,44 @@ def option_formats(unit: Unit, option: Option) -> dict[str, SiteFormat]:
     return formats
 
 
+def token_reduction(unit: Unit, option: Option) -> TokenReduction | None:
+    """How `option` shortens the sequence behind `unit`; `None` if it does not."""
+    for step in option.steps:
+        operator = OPERATORS.get(step.operator)
+        if operator.stage == "tokens":
+            return cast(TokenOperator, operator).reduction(unit, step)
+    return None
+
+
+def tokens_kept(unit: Unit, step: Step, tokens: int) -> int:
+    """How many of `tokens` tokens `step` leaves to the units behind `unit`."""
+    reduction = token_reduction(unit, Option((step,)))
+    return tokens if reduction is None else reduction.kept(tokens)
+
+
+def sequence_lengths(
+    units: Iterable[Unit], options: Mapping[str, Option], tokens: int
+) -> dict[str, int]:
+    """Unit name → tokens it sees when the first unit sees `tokens`.
+
+    Args:
+        units: in model order.
+        options: unit name → option; a unit that is not named is dense.
+    """
+    seen: dict[str, int] = {}
+    for unit in units:
+        seen[unit.name] = tokens
+        for step in options.get(unit.name, Option()).steps:
+            tokens = tokens_kept(unit, step, tokens)
+    return seen
+
+
+def weight_option(option: Option) -> Option:
+    """`option` without the steps that change no weight: what the library builds and stores."""
+    steps = [step for step in option.steps if OPERATORS.get(step.operator).stage != "tokens"]
+    return Option(tuple(steps))
+
+
 def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats) -> UnitState:
     """Carry out every step of `option`, in order. Does not modify `state`."""
     for step in option.steps:
@@ -69,7 +133,14 @@ def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats)
 
 
 def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
-    """Carry out one step. Does not modify `state`."""
+    """Carry out one step. Does not modify `state`.
+
+    The factors of a low-rank site have statistics like any other: see `factor_stats`.
+    """
+    if factored_sites(state):
+        from autocomp.operators.factorize.factors import factor_stats
+
+        stats = factor_stats(state, stats)
     return OPERATORS.get(step.operator).apply(unit, state, step, stats)
 
 
@@ -94,9 +165,8 @@ def _named(rule: Rule, stage: Stage) -> list[str]:
     """Names of the operators the rule mentions in this stage."""
     if stage == "structure":
         return list(rule.structure)
-    if stage == "bits":
-        return _as_list(rule.bits.get("method", [])) if rule.bits else []
-    return []
+    axes = {"tokens": rule.tokens, "sparsity": rule.sparsity, "bits": rule.bits}
+    return _as_list(axes.get(stage, {}).get("method", []))
 
 
 def _as_list(value: Any) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from autocomp.calibrate.stats import SiteStats, UnitStats
 from autocomp.core.candidate import Step
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ __all__ = [
     "SiteState",
     "SiteStats",
     "Stage",
+    "TokenOperator",
     "UnitState",
     "UnitStats",
 ]
 
-Stage = Literal["structure", "sparsity", "bits"]
-STAGES: tuple[Stage, ...] = ("structure", "sparsity", "bits")
-"""Steps of an option are applied in this order."""
+Stage = Literal["structure", "tokens", "sparsity", "bits"]
+STAGES: tuple[Stage, ...] = ("structure", "tokens", "sparsity", "bits")
+"""Steps of an option are applied in this order. Those of `tokens` change no weight."""
 
 
 @dataclass
@@ -51,6 +53,8 @@ class SiteState:
         input_scale: float32 `(columns,)`, what inputs are multiplied by; `weight` is already
             divided by it.
         input_range: smallest and largest input, where activations are static.
+        kept_rows: of a table, int64 `(rows,)`, ascending: the original rows that remain.
+        row_of: with it, int64 `(original rows,)`: which row stands for each original one.
     """
 
     weight: torch.Tensor
@@ -63,6 +67,12 @@ class SiteState:
     origin: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_range: tuple[float, float] | None = None
+    kept_rows: torch.Tensor | None = None
+    row_of: torch.Tensor | None = None
+
+    def on_plain_inputs(self) -> torch.Tensor:
+        """The weight as it acts on inputs that are not scaled, `(rows, columns)`."""
+        return self.weight if self.input_scale is None else self.weight * self.input_scale
 
 
 UnitState = dict[str, SiteState]
@@ -74,11 +84,16 @@ class Rule:
     """The part of a spec's space rule that operators read; one entry per axis.
 
     `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
-    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`.
+    `sparsity`: `{"method": "sparsegpt", "levels": [0.0, 0.5, "2:4"]}`.
+    `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`;
+    also `range`, `migration`, `per_site`.
+    `tokens`: `{"method": "tome", "ratios": [0.0, 0.1]}`; empty where none is asked for.
     """
 
     structure: Mapping[str, Any] = field(default_factory=dict)
     bits: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Operator(Protocol):
@@ -121,4 +136,15 @@ class Operator(Protocol):
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Carry `step` out. Does not modify `state`. Same input, same result, bit for bit."""
+        ...
+
+
+class TokenOperator(Operator, Protocol):
+    """An operator of the stage `tokens`: what it does is said by a `TokenReduction`.
+
+    Its `formats` and `apply` change nothing; model and target carry the reduction out.
+    """
+
+    def reduction(self, unit: Unit, step: Step) -> TokenReduction:
+        """What `step` does to the sequence behind `unit`."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from autocomp.core.quantities import format_bytes, format_ms
@@ -34,6 +34,32 @@ def format_quality(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:#.4g}"
+
+
+def quality_name(metrics: Iterable[Mapping[str, Any]], qualities: Iterable[float | None]) -> str:
+    """What a column of qualities is called: `perplexity` where the metric is another figure.
+
+    Both are those of the same trials, in the same order; a trial without a metric says nothing.
+    """
+    names = {
+        str(metric["name"]) if _differs(metric, quality) else "quality"
+        for metric, quality in zip(metrics, qualities, strict=True)
+        if metric
+    }
+    return names.pop() if len(names) == 1 else "quality"
+
+
+def format_metric(quality: float | None, metric: Mapping[str, Any], name: str) -> str:
+    """The figure for a column called `name` by `quality_name`: the metric's own, or the quality."""
+    if name == "quality" or not metric:
+        return format_quality(quality)
+    return f"{metric['value']:.4g}"
+
+
+def _differs(metric: Mapping[str, Any], quality: float | None) -> bool:
+    """Whether a metric in its own sense is another number than the quality made of it."""
+    value = metric.get("value")
+    return isinstance(value, int | float) and value != quality and quality is not None
 
 
 def format_excess(excess: Mapping[str, float]) -> str:

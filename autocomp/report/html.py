@@ -19,12 +19,13 @@ from autocomp.report.figures import (
     COST_NAMES,
     COSTS,
     format_cost,
-    format_quality,
+    format_metric,
     format_share,
+    quality_name,
     summarise_option,
 )
 from autocomp.report.summary import candidate_figures, figures_text
-from autocomp.report.terminal import describe_target
+from autocomp.report.terminal import describe_target, report_line
 
 
 def front_html(view: Mapping[str, Any]) -> str:
@@ -39,17 +40,25 @@ def front_html(view: Mapping[str, Any]) -> str:
 
 def _page_data(view: Mapping[str, Any]) -> dict[str, Any]:
     dense = next((t for t in view["trials"] if t["id"] == view.get("dense")), None)
-    trials = [_trial(trial, dense, view.get("chosen")) for trial in view["trials"]]
+    measure = quality_name(
+        [trial.get("metric") or {} for trial in view["trials"]],
+        [trial["quality"] for trial in view["trials"]],
+    )
+    trials = [_trial(trial, dense, view.get("chosen"), measure) for trial in view["trials"]]
     drawn = [trial for trial in view["trials"] if _drawable(trial)]
     limits = {name: view["budget"].get(name) for name in COSTS}
-    hypervolume = view.get("hypervolume")
+    hypervolume, report = view.get("hypervolume"), view.get("report")
     return {
         "study": str(view["study"]),
         "target": describe_target(view.get("target") or {}),
         "budget": Budget(**limits).describe(),
         "hypervolume": None if hypervolume is None else f"{hypervolume:.4g}",
+        "report": None if report is None else report_line(report),
+        "dense": view.get("dense"),
+        "runtimes": len({trial.get("runtime") for trial in view["trials"]}),
         "failed": sum(trial["state"] == "failed" for trial in view["trials"]),
         "trials": trials,
+        "measure": measure,
         "quality": _quality_axis(drawn),
         "costs": [_cost_axis(name, drawn, limits[name]) for name in COSTS[:2]],
     }
@@ -97,11 +106,11 @@ def _cost_axis(name: str, drawn: list[Mapping[str, Any]], limit: float | None) -
 
 
 def _trial(
-    trial: Mapping[str, Any], dense: Mapping[str, Any] | None, chosen: str | None
+    trial: Mapping[str, Any], dense: Mapping[str, Any] | None, chosen: str | None, measure: str
 ) -> dict[str, Any]:
     """What the script needs of one trial; every figure also as text."""
     predicted = trial.get("estimated") or {}
-    text = {"quality": format_quality(trial["quality"])}
+    text = {"quality": format_metric(trial["quality"], trial.get("metric") or {}, measure)}
     kl = trial.get("teacher_kl")
     text["teacher_kl"] = "–" if kl is None else f"{kl:.3g}"
     for name in COSTS:
@@ -113,6 +122,7 @@ def _trial(
         "id": str(trial["id"]),
         "kind": trial["kind"],
         "by": str(trial["proposed_by"]),
+        "runtime": trial.get("runtime") or "",
         "state": trial["state"],
         "drawn": _drawable(trial),
         "front": trial["on_front"],

@@ -22,8 +22,9 @@ from autocomp.report.figures import (
     COSTS,
     format_cost,
     format_excess,
-    format_quality,
+    format_metric,
     format_share,
+    quality_name,
 )
 from autocomp.report.progress import PHASES, SearchProgress, Silent
 from autocomp.report.scatter import Point, draw_scatter
@@ -230,7 +231,8 @@ class LiveView(SearchState):
             return None
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("", no_wrap=True)
-        for name in ("quality", "latency", "", "size", ""):
+        measure = quality_name([dense.metric], [dense.quality])
+        for name in (measure, "latency", "", "size", ""):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("budget", no_wrap=True, overflow="ellipsis")
         named = (
@@ -240,10 +242,13 @@ class LiveView(SearchState):
         )
         for name, record in named:
             style = "bold" if name == "best found" else ""
+            if record is not None and record.candidate.runtime is not None:
+                name = f"{name}, {record.candidate.runtime}"
             if record is None or record.measured is None:
                 table.add_row(Text(name, style="dim"), "–", "–", "", "–", "", "")
                 continue
-            cells = [Text(name, style=style), Text(format_quality(record.quality), style=style)]
+            quality = format_metric(record.quality, record.metric, measure)
+            cells = [Text(name, style=style), Text(quality, style=style)]
             for cost in COSTS[:2]:
                 value = getattr(record.measured, cost)
                 share = format_share(value, getattr(dense.measured, cost))
@@ -330,11 +335,13 @@ def _bar(phase: PhaseState, now_s: float, width: int, ascii_only: bool) -> Text:
 
 def describe_trial(record: TrialRecord, dense: TrialRecord | None, budget: Budget | None) -> str:
     """One line on a finished trial, for logs."""
-    head = f"trial {record.id} ({record.proposed_by})"
+    runtime = record.candidate.runtime
+    head = f"trial {record.id} ({record.proposed_by}{f', on {runtime}' if runtime else ''})"
     if record.state != "complete" or record.measured is None:
         cause = (record.error or record.state).strip().splitlines()[0]
         return f"{head}: {record.state}: {cause}" if record.error else f"{head}: {cause}"
-    parts = [f"quality {format_quality(record.quality)}"]
+    measure = quality_name([record.metric], [record.quality])
+    parts = [f"{measure} {format_metric(record.quality, record.metric, measure)}"]
     for cost in COSTS[:2]:
         value = getattr(record.measured, cost)
         base = None if dense is None or dense.measured is None else getattr(dense.measured, cost)

@@ -56,7 +56,7 @@ def default_experiment(study: Study) -> str:
         source = source.removeprefix("package:").partition("/")[0]
     elif Path(source).is_absolute():
         source = Path(source).name
-    return f"{source} on {target.runtime}-{target.device}"
+    return f"{source} on {target.label}"
 
 
 def project(
@@ -285,7 +285,7 @@ class _Projection:
         params = {
             "model": spec.model.source,
             "task": spec.task.name,
-            "target": f"{spec.target.runtime}-{spec.target.device}",
+            "target": spec.target.label,
             **{f"workload_{k}": v for k, v in spec.target.workload.model_dump().items() if v},
             **{f"budget_{name}": limit for name, limit in limits.items()},
         }
@@ -310,6 +310,7 @@ class _Projection:
                 "study_key": self._study.id,
                 "kind": record.kind,
                 "proposed_by": record.proposed_by,
+                "runtime": record.candidate.runtime or str(self._study.spec.target.runtime),
                 "state": record.state,
                 "pareto": "false",
                 "feasible": "false",

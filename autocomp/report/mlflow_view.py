@@ -17,7 +17,7 @@ TAG_PREFIX = "mlflow.sharedViewState."
 
 _METRICS = ("quality", "teacher_kl", "latency_ms", "size_bytes")
 _PARAMS = ("mean_bits", "skipped_units", "tokens")
-_TAGS = ("kind", "proposed_by", "feasible")
+_TAGS = ("kind", "proposed_by", "runtime", "feasible")
 
 
 def saved_view(name: str, study_key: str) -> dict[str, Any]:

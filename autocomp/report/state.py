@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from autocomp.core.budget import Budget
 from autocomp.report.progress import FUNNEL
-from autocomp.study.records import TrialRecord
+from autocomp.study.records import TrialRecord, dense_reference
 
 _WINDOW_S = 60.0
 _WINDOW_CHANGES = 8
@@ -180,7 +180,7 @@ class SearchState:
 
     def dense(self) -> TrialRecord | None:
         """The dense reference, once measured."""
-        return next((record for record in self.measured() if record.kind == "dense"), None)
+        return dense_reference(self.measured())
 
     def best(self, kind: str) -> TrialRecord | None:
         """The best measured trial of this kind: feasible before nearest, then by quality."""

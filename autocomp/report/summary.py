@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from autocomp.core.candidate import Option
 from autocomp.core.unit import Unit
+from autocomp.operators import option_formats
 from autocomp.study.records import TrialRecord
 
 _DENSE_BITS = 32
@@ -24,7 +26,8 @@ def candidate_figures(
     Returns:
         `mean_bits` over the units that remain, `skipped_units`; with `units` also `removed_share`
         (of all weights, by structure), `heads_kept`, `width_kept` (shares, a skipped unit keeps 0);
-        `tokens`, and when there are any `lr`, `temperature`, `loss`.
+        `tokens`, and when there are any `lr`, `temperature`, `loss`; `runtime` where the study has
+        a choice.
     """
     known = {unit.name: unit for unit in units or ()}
     bits_sum = weight_sum = removed = total = 0.0
@@ -51,6 +54,8 @@ def candidate_figures(
             if shares:
                 figures[f"{axis}_kept"] = round(sum(shares) / len(shares), 4)
     figures.update(candidate.get("distillation", {}))
+    if candidate.get("runtime") is not None:
+        figures["runtime"] = candidate["runtime"]
     return figures
 
 
@@ -75,7 +80,17 @@ def _kept_share(
         if axis in option and share:
             share = float(option[axis]["keep"]) / full
         kept[axis].append(share)
-    return share
+    return share * _thinned(option, unit) if share else 0.0
+
+
+def _thinned(option: Mapping[str, Mapping[str, Any]], unit: Unit | None) -> float:
+    """The share of the unit's weights that low rank or a pruned vocabulary leaves."""
+    steps = {name: args for name, args in option.items() if name in ("rank", "vocabulary")}
+    if unit is None or not steps:
+        return float(steps.get("rank", {}).get("ratio", 1.0))
+    left = option_formats(unit, Option.from_json(steps)).values()
+    whole = sum(site.rows * site.columns for site in unit.sites)
+    return sum(one.rows * one.columns for one in left) / whole
 
 
 def _whole(unit: Unit) -> dict[str, int | None]:
@@ -102,6 +117,8 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
         )
     elif tokens == 0:
         parts.append("not distilled")
+    if "runtime" in figures:
+        parts.append(f"on {figures['runtime']}")
     return " · ".join(parts)
 
 
@@ -122,5 +139,7 @@ def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
     if record.measured is not None:
         metrics["latency_wall_ms"] = record.measured.latency_wall_ms
         metrics["latency_spread"] = record.measured.latency_spread
+        if record.measured.prefill_ms is not None:
+            metrics["prefill_ms"] = record.measured.prefill_ms
     metrics.update({f"seconds_{phase}": value for phase, value in record.seconds.items()})
     return metrics

@@ -14,8 +14,10 @@ from autocomp.report.figures import (
     COST_NAMES,
     COSTS,
     format_cost,
+    format_metric,
     format_quality,
     format_share,
+    quality_name,
     summarise_option,
 )
 
@@ -36,8 +38,13 @@ def print_picked(
     next_command: str,
 ) -> None:
     """One trial: its measured figures against dense, what is done to each unit, where it went."""
+    runtime = trial["candidate"].get("runtime")
     console.print(
-        Text.assemble((str(trial["id"]), "bold green"), (f"  by {trial['proposed_by']}", "dim"))
+        Text.assemble(
+            (str(trial["id"]), "bold green"),
+            (f"  by {trial['proposed_by']}", "dim"),
+            (f", on {runtime}" if runtime else "", "dim"),
+        )
     )
     table = plain_table("", "measured", "of dense", "predicted", right=("measured", "of dense"))
     predicted = trial.get("estimated") or {}
@@ -45,6 +52,12 @@ def print_picked(
     quality = trial["quality"]
     gap = "" if quality is None or base is None else f"{quality - base:+.3f}"
     table.add_row("quality", format_quality(quality), gap, "")
+    metric = trial.get("metric") or {}
+    measure = quality_name([metric], [quality])
+    if measure != "quality":
+        theirs = {} if dense is None else dense.get("metric") or {}
+        reference = f"dense {format_metric(base, theirs, measure)}" if theirs else ""
+        table.add_row(measure, format_metric(quality, metric, measure), reference, "")
     for name in COSTS:
         value = trial.get(name)
         if value is None:
@@ -98,6 +111,14 @@ def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
             )
         console.print(table)
         console.print()
+    runtimes = report.get("runtimes") or []
+    if len(runtimes) > 1:
+        table = plain_table("runtime", "options", "smallest size", right=("options",))
+        for each in runtimes:
+            smallest = format_bytes(each["smallest_size_bytes"])
+            table.add_row(str(each["runtime"]), str(each["options"]), smallest)
+        console.print(table)
+        console.print()
     facts = plain_table("", "")
     facts.show_header = False
     if report.get("space_log10") is not None:
@@ -108,6 +129,8 @@ def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
         if value is not None:
             facts.add_row(f"budget {name}", str(value))
     console.print(facts)
+    for note in report.get("notes") or []:
+        console.print(Text(f"· {note}", style="dim"), soft_wrap=True)
     problems = report.get("problems") or []
     for problem in problems:
         console.print(Text(f"✗ {problem}", style="red"))

@@ -11,7 +11,14 @@ from rich.text import Text
 
 from autocomp.core.budget import Budget
 from autocomp.core.quantities import format_bytes, format_ms
-from autocomp.report.figures import COSTS, format_cost, format_quality, format_share
+from autocomp.report.figures import (
+    COSTS,
+    format_cost,
+    format_metric,
+    format_quality,
+    format_share,
+    quality_name,
+)
 
 
 def print_front(console: Console, view: Mapping[str, Any], *, estimated: bool = False) -> None:
@@ -96,12 +103,12 @@ _LIMITS = ("latency_ms", "size_bytes", "peak_memory_bytes", "quality")
 def describe_target(target: Mapping[str, Any]) -> str:
     """`onnxruntime-cpu, batch 1, sequence 32, threads 1`; parts that are not there are left out.
 
-    Images have no sequence.
+    Images have no sequence; that of a model that generates is not what is measured.
     """
     parts = [str(target["name"])] if target.get("name") else []
     workload = target.get("workload")
     if isinstance(workload, Mapping):
-        unused = "sequence" if workload.get("image") else None
+        unused = "sequence" if workload.get("image") or workload.get("generate") else None
         parts += [f"{k} {v}" for k, v in workload.items() if v is not None and k != unused]
     return ", ".join(parts)
 
@@ -111,17 +118,24 @@ def _measured(
 ) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     memory = any(trial["peak_memory_bytes"] is not None for trial in trials)
+    several = len({trial.get("runtime") for trial in trials}) > 1
     table.add_column("", no_wrap=True)
     table.add_column("id", no_wrap=True)
     table.add_column("by", no_wrap=True)
-    for name in ("quality", "latency", "", "size", "", *(("memory",) if memory else ())):
+    metrics = [trial.get("metric") or {} for trial in trials]
+    measure = quality_name(metrics, [trial["quality"] for trial in trials])
+    if several:
+        table.add_column("runtime", no_wrap=True)
+    for name in (measure, "latency", "", "size", "", *(("memory",) if memory else ())):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("budget", no_wrap=True)
-    for trial in trials:
+    for trial, metric in zip(trials, metrics, strict=True):
         chosen = trial["id"] == view.get("chosen")
         mark = "▸" if chosen else "●" if trial["on_front"] else ""
         cells = [mark, str(trial["id"]), str(trial["proposed_by"])]
-        cells.append(format_quality(trial["quality"]))
+        if several:
+            cells.append(str(trial.get("runtime") or ""))
+        cells.append(format_metric(trial["quality"], metric, measure))
         for name in COSTS[:2]:
             cells.append(format_cost(name, trial[name]))
             cells.append(format_share(trial[name], None if dense is None else dense[name]))

@@ -25,7 +25,7 @@ _SOLVED = 6
 
 
 class Architectures:
-    """Vectors with their screening KL.
+    """Vectors with their screening KL, the same on every runtime.
 
     Args:
         space: what may be done to each unit.
@@ -55,7 +55,11 @@ class Architectures:
         if not found:
             self._make(costs, limits, rng)
             found = self._untried(costs, limits, tried)
-        return sorted(found, key=lambda vector: (self._kl[vector], vector))
+        return sorted(found, key=self.rank)
+
+    def rank(self, vector: Vector) -> tuple[float, Vector]:
+        """What vectors are sorted by: screening KL, then the vector itself."""
+        return self._kl[vector], vector
 
     def finalist(
         self,

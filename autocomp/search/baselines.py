@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from autocomp.core.candidate import Candidate, Distillation, Option
+from autocomp.core.candidate import Candidate, Distillation, Option, Runtime
 from autocomp.core.unit import Unit
 from autocomp.search.space import Space
-from autocomp.study.records import TrialKind
+from autocomp.study.records import DENSE, TrialKind
 
 Baseline = tuple[str, TrialKind, Candidate]
 """Trial id, kind, candidate."""
@@ -20,7 +20,12 @@ _STRUCTURE = ("heads", "width")
 
 
 def baselines(
-    space: Space, units: Sequence[Unit], distillation: Distillation | None = None
+    space: Space,
+    units: Sequence[Unit],
+    distillation: Distillation | None = None,
+    runtime: Runtime = None,
+    possible: Callable[[str, Option], bool] | None = None,
+    suffix: str = "",
 ) -> list[Baseline]:
     """Dense, `uniform-int8`, `uniform-int4`, and `uniform-width-{fraction}` for each fraction.
 
@@ -32,10 +37,17 @@ def baselines(
         units: the units to compress, normally all of `space.units`.
         distillation: settings of the baselines that change structure, untrained by default. Dense
             and uniform bits are untrained: that is what they are to a user.
+        runtime: what they are lowered to, where there is a choice.
+        possible: (unit name, option) → whether the runtime can carry it out; by default it can.
+        suffix: of every id, to tell the baselines of one runtime from those of another.
     """
     names = {unit.name for unit in units}
-    dense = Candidate.of({name: Option() for name in space.names})
-    found: list[Baseline] = [("dense", "dense", dense)]
+    dense = Candidate.of({name: Option() for name in space.names}, runtime=runtime)
+    found: list[Baseline] = [(f"{DENSE}{suffix}", "dense", dense)]
+    offered = {
+        name: [o for o in space.options[name] if possible is None or possible(name, o)]
+        for name in space.names
+    }
     seen = {dense.stitch_key}
 
     def add(
@@ -44,14 +56,14 @@ def baselines(
         settings: Distillation | None = None,
     ) -> None:
         chosen = {
-            unit.name: (choose(unit, space.options[unit.name]) if unit.name in names else None)
+            unit.name: (choose(unit, offered[unit.name]) if unit.name in names else None)
             or Option()
             for unit in space.units
         }
-        candidate = Candidate.of(chosen, settings)
+        candidate = Candidate.of(chosen, settings, runtime)
         if candidate.stitch_key not in seen:
             seen.add(candidate.stitch_key)
-            found.append((id, "uniform", candidate))
+            found.append((f"{id}{suffix}", "uniform", candidate))
 
     add("uniform-int8", lambda unit, options: _bits(options, 8))
     add("uniform-int4", lambda unit, options: _bits(options, 4) or _bits(options, 8))

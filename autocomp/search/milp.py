@@ -17,12 +17,15 @@ from scipy.sparse import csr_array
 from autocomp.core.errors import InfeasibleError
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.search.costs import Costs, Limits
-from autocomp.search.space import Vector
+from autocomp.search.space import Vector, hamming
 
 logger = logging.getLogger(__name__)
 
 Weights = Sequence[NDArray[np.float64]]
 """One array of option scores per unit; `inf` forbids an option."""
+
+_EXPANSIONS = 12
+"""How often costs that are not linear are expanded around the last solution."""
 
 _NAMES = {"latency_ms": "latency", "size_bytes": "size", "peak_memory_bytes": "peak memory"}
 
@@ -38,14 +41,111 @@ def solve(
     """The vector of least summed weight within the limits, or `None` if there is none.
 
     Args:
-        weights: scores; `inf` forbids an option.
+        weights: scores; `inf` forbids an option. What costs `inf` is forbidden too.
         costs: linear cost terms.
         limits: upper limit per metric.
         avoid: (vector, distance) pairs: the result differs from each in at least that many units.
         seconds: time limit; the best solution found by then is returned.
+
+    Where the costs are not linear, see `_solve_expanded`.
+    """
+    if not costs.linear:
+        return _solve_expanded(weights, costs, limits, avoid, seconds)
+    base, terms = costs.base["latency_ms"], costs.terms["latency_ms"]
+    vector = _solve_linear(weights, costs, limits, base, terms, avoid, seconds)
+    if vector is not None and not costs.fits(vector, limits):  # known to happen: scipy#24141
+        logger.warning("the solver returned a solution outside the limits; it is dropped")
+        return None
+    return vector
+
+
+def _solve_expanded(
+    weights: Weights,
+    costs: Costs,
+    limits: Limits,
+    avoid: Sequence[tuple[Vector, int]],
+    seconds: float,
+) -> Vector | None:
+    """A good vector within limits that are not linear, or `None` if none was found.
+
+    Latency is expanded around the last solution and solved for again, until one is within the
+    limits or they come round again; then around the best one, in a neighbourhood that shrinks
+    when it holds nothing better.
+    """
+    best: tuple[float, Vector] | None = None
+    base, terms = costs.base["latency_ms"], costs.terms["latency_ms"]
+    reach = len(weights)
+    seen: set[Vector] = set()
+    for _ in range(_EXPANSIONS):
+        near = None if best is None else (best[1], reach)
+        vector = _solve_linear(weights, costs, limits, base, terms, avoid, seconds, near)
+        if best is None:
+            if vector is None:  # out of reach, as it seems from here: look from the cheapest
+                vector = tuple(
+                    int(np.argmin(np.where(np.isfinite(row), cost, np.inf)))
+                    for row, cost in zip(weights, terms, strict=True)
+                )
+            if vector in seen:
+                vector = _cheapened(vector, weights, costs, limits)
+            if vector is None:
+                return None
+            seen.add(vector)
+        better = False
+        if vector is not None and costs.fits(vector, limits) and _apart(vector, avoid):
+            value = float(sum(row[o] for row, o in zip(weights, vector, strict=True)))
+            better = best is None or value < best[0]
+            if better:
+                best, reach = (value, vector), len(weights)
+        if best is None:
+            assert vector is not None
+            base, terms = costs.around(vector)
+            continue
+        if not better:
+            reach = (reach + 1) // 2 if reach > 1 else 0
+            if vector == best[1] or not reach:
+                break
+        base, terms = costs.around(best[1])
+    return None if best is None else best[1]
+
+
+def _apart(vector: Vector, avoid: Sequence[tuple[Vector, int]]) -> bool:
+    return all(hamming(vector, other) >= distance for other, distance in avoid)
+
+
+def _cheapened(vector: Vector, weights: Weights, costs: Costs, limits: Limits) -> Vector | None:
+    """`vector` after the switches of single units that save most latency, until it fits."""
+    others = {metric: limit for metric, limit in limits.items() if metric != "latency_ms"}
+    while not costs.fits(vector, limits):
+        _, switched = costs.around(vector)
+        moves = sorted(
+            (float(change[option]), unit, option)
+            for unit, change in enumerate(switched)
+            for option in np.flatnonzero(np.isfinite(weights[unit]) & (change < 0)).tolist()
+        )
+        moved = ((*vector[:unit], option, *vector[unit + 1 :]) for _, unit, option in moves)
+        found = next((one for one in moved if costs.fits(one, others)), None)
+        if found is None:
+            return None
+        vector = found
+    return vector
+
+
+def _solve_linear(
+    weights: Weights,
+    costs: Costs,
+    limits: Limits,
+    base_ms: float,
+    terms_ms: Sequence[NDArray[np.float64]],
+    avoid: Sequence[tuple[Vector, int]],
+    seconds: float,
+    near: tuple[Vector, int] | None = None,
+) -> Vector | None:
+    """`solve` with these terms of latency; the other metrics' are those of `costs`.
+
+    `near`: (vector, distance); the result differs from it in at most that many units.
     """
     counts = [len(row) for row in weights]
-    flat = np.concatenate(list(weights))
+    flat = np.concatenate(costs.forbid(weights))
     allowed = np.isfinite(flat)
     starts = np.concatenate(([0], np.cumsum(counts)))
     columns = int(starts[-1])
@@ -55,13 +155,20 @@ def solve(
     )
     constraints = [LinearConstraint(choose, 1, 1)]
     for metric, limit in limits.items():
-        row = np.concatenate(costs.terms[metric]) / limit  # relative: well scaled for the solver
-        room = 1.0 - costs.base[metric] / limit
+        latency = metric == "latency_ms"
+        terms = np.concatenate(list(terms_ms if latency else costs.terms[metric]))
+        # relative: well scaled for the solver
+        row = np.where(np.isfinite(terms), terms, 0.0) / limit
+        room = 1.0 - (base_ms if latency else costs.base[metric]) / limit
         constraints.append(LinearConstraint(row[None, :], -np.inf, room))
     for vector, distance in avoid:
         same = np.zeros((1, columns))
         same[0, starts[:-1] + np.array(vector)] = 1.0
         constraints.append(LinearConstraint(same, -np.inf, len(counts) - distance))
+    if near is not None:
+        same = np.zeros((1, columns))
+        same[0, starts[:-1] + np.array(near[0])] = 1.0
+        constraints.append(LinearConstraint(same, len(counts) - near[1], np.inf))
     scale = float(flat[allowed].max()) or 1.0
     result = milp(
         np.where(allowed, flat, 0.0) / scale,
@@ -74,11 +181,7 @@ def solve(
     if result.x is None:
         return None
     chosen = [int(np.argmax(result.x[starts[u] : starts[u + 1]])) for u in range(len(counts))]
-    vector = tuple(chosen)
-    if not costs.fits(vector, limits):  # known to happen: scipy#24141
-        logger.warning("the solver returned a solution outside the limits; it is dropped")
-        return None
-    return vector
+    return tuple(chosen)
 
 
 def seeds(
@@ -140,7 +243,7 @@ def check_reachable(weights: Weights, costs: Costs, limits: Limits) -> None:
 
 def why_infeasible(weights: Weights, costs: Costs, limits: Limits) -> str:
     """Why nothing meets the limits: what is reachable, which unit holds most of it, what to do."""
-    usable = [np.isfinite(row) for row in weights]
+    usable = [np.isfinite(row) for row in costs.forbid(weights)]
     reasons, advice = [], []
     for metric, limit in limits.items():
         shares = [

@@ -8,13 +8,19 @@ How it chooses, in order:
 1. baselines, as given;
 2. until three feasible trials are measured: the best of the screened at the whole limits and, in
    turn, at nine and eight tenths of them (insurance against an optimistic estimate, and points for
-   the front), each a tenth of the units or more away from all earlier ones; settings are spread;
-3. then: one in three repeats the best architecture under settings near its own; the others take
-   the architecture of highest utility — its rank in screening, lowered near trials that turned
-   out worse than the median, and near what was tried or is pending.
+   the front), each a tenth of the units or more away from all earlier ones; settings are spread.
+   Runtimes take turns, beginning with the one on which the best of the screened fits: insurance
+   against an estimate that flatters one of them;
+3. then: one in three repeats the best architecture under settings near its own, on its runtime; the
+   others take the architecture of highest utility — its rank in screening, lowered near trials that
+   turned out worse than the median, and near what was tried or is pending — on the runtime where it
+   leaves most of the budget. So a runtime is chosen for what fits on it.
 
-Every proposal is predicted within the budget less a margin; the margin grows to what measured
-trials that missed the budget exceeded their prediction by.
+An architecture is tried on one runtime: what it computes is the same on another, what it costs
+there the table knows.
+
+Every proposal is predicted within the budget less a margin; the margin of a runtime grows to what
+measured trials that missed the budget on it exceeded their prediction by.
 """
 
 from __future__ import annotations
@@ -22,25 +28,25 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from autocomp.core.budget import Budget
-from autocomp.core.candidate import Candidate, Distillation
+from autocomp.core.candidate import Candidate, Distillation, Runtime
 from autocomp.core.errors import InternalError
 from autocomp.core.measurement import Measurement
 from autocomp.front.pick import OBJECTIVES, Objective, feasible, objective, rankable
 from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
-from autocomp.search.costs import Costs, PeakMemory, Predictor
+from autocomp.search.costs import Costs, Limits, PeakMemory, Predictor, Predictors
 from autocomp.search.evolution import ORIGIN, distributions, to_params
+from autocomp.search.proposal import Proposal, trial_id
 from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened, new_study
 from autocomp.search.settings import Settings
@@ -54,39 +60,13 @@ _ADAPT_AFTER = 3
 _LARGEST_MARGIN = 0.4
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """A trial to run. `id` is readable for baselines, else the first digits of the key."""
-
-    id: str
-    kind: TrialKind
-    candidate: Candidate
-    proposed_by: str
-    estimated: Measurement | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain mapping, the payload of a worker."""
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "candidate": self.candidate.to_json(),
-            "proposed_by": self.proposed_by,
-            "estimated": None if self.estimated is None else self.estimated.to_json(),
-        }
-
-
-def trial_id(candidate: Candidate) -> str:
-    """The id of a proposal of the search."""
-    return candidate.key[:10]
-
-
 class TrialProposer:
     """Proposes trials within the budget. Thread-safe; parallel asks never give the same trial.
 
     Args:
         space: what may be done to each unit, and the ranges of the distillation settings.
         screened: candidates with their screening KL.
-        predictor: linear cost model.
+        predictors: a linear cost model for each runtime.
         budget: absolute limits.
         scores: replace-one scores, to make new candidates where the screened ones do not fit.
         trials: proposals of the search in all, those of `finished` included.
@@ -94,7 +74,7 @@ class TrialProposer:
         finished: records of earlier runs (from the ledger); never proposed again.
         baselines: proposed first, not counted as `trials`.
         margin: share of each predicted limit that is always left unused.
-        peak_memory: how peak memory follows from size, if it is limited.
+        peak_memory: how peak memory follows from size on each runtime, if it is limited.
         objectives: the values told to the Optuna study.
     """
 
@@ -102,7 +82,7 @@ class TrialProposer:
         self,
         space: Space,
         screened: Sequence[Screened],
-        predictor: Predictor,
+        predictors: Predictors,
         budget: Budget,
         *,
         scores: Scores,
@@ -111,11 +91,11 @@ class TrialProposer:
         finished: Sequence[TrialRecord] = (),
         baselines: Sequence[Baseline] = (),
         margin: float = 0.01,
-        peak_memory: PeakMemory | None = None,
+        peak_memory: Mapping[Runtime, PeakMemory | None] | None = None,
         objectives: Sequence[Objective] = OBJECTIVES,
     ) -> None:
         self._space, self._budget, self._objectives = space, budget, tuple(objectives)
-        self._peak_memory, self._least_margin = peak_memory, margin
+        self._peak_memory, self._least_margin = dict(peak_memory or {}), margin
         self._architectures = Architectures(space, screened, scores)
         self._settings = Settings(space.distill)
         self._rng = np.random.default_rng([seed, len(finished)])
@@ -126,7 +106,10 @@ class TrialProposer:
         self._records: dict[str, TrialRecord] = {}
         self._pending: dict[str, tuple[Proposal, optuna.Trial | None]] = {}
         self._failed: set[str] = set()
-        self.correct(predictor)
+        self._predictors: dict[Runtime, Predictor] = {}
+        self._costs: dict[Runtime, Costs] = {}
+        for runtime, predictor in predictors.items():
+            self.correct(predictor, runtime)
         for record in finished:
             self._replay(record)
         self._baselines = deque(b for b in baselines if b[0] not in self._records)
@@ -137,26 +120,28 @@ class TrialProposer:
         with self._lock:
             return [proposal for proposal, _ in self._pending.values()]
 
-    def correct(self, predictor: Predictor) -> None:
-        """Take a refitted cost model; later proposals are within its prediction."""
+    def correct(self, predictor: Predictor, runtime: Runtime = None) -> None:
+        """Take a refitted cost model of a runtime; later proposals are within its prediction."""
         with self._lock:
-            self._predictor = predictor
-            self._costs = Costs(self._space, predictor, self._peak_memory)
+            self._predictors[runtime] = predictor
+            self._costs[runtime] = Costs(self._space, predictor, self._peak_memory.get(runtime))
 
     def extend(self, trials: int) -> None:
         """Allow this many more proposals (the budget was missed; search on)."""
         with self._lock:
             self._trials += trials
 
-    def margins(self) -> dict[str, float]:
-        """Share of each limit left unused now."""
+    def margins(self, runtime: Runtime = None) -> dict[str, float]:
+        """Share of each limit left unused now on a runtime."""
         margins: dict[str, float] = {}
-        for metric in self._costs.limits(self._budget):
+        costs = self._costs[runtime]
+        for metric in costs.limits(self._budget):
             ratios = [
                 getattr(record.measured, metric)
-                / max(self._costs.total(metric, self._space.encode(record.candidate)), 1e-12)
+                / max(costs.total(metric, self._space.encode(record.candidate)), 1e-12)
                 for record in self._records.values()
                 if record.candidate in self._space
+                and record.candidate.runtime == runtime
                 and rankable(record)
                 and record.measured is not None
                 and self._budget.excess(record.measured).get(metric, 0.0) > 0
@@ -214,7 +199,9 @@ class TrialProposer:
     # -- the Optuna study, a projection of the records
 
     def _begin(self, id: str, kind: TrialKind, candidate: Candidate, origin: str) -> Proposal:
-        estimated = self._predictor.predict(candidate.by_unit) if candidate in self._space else None
+        estimated = None
+        if self._offered(candidate):
+            estimated = self._predictors[candidate.runtime].predict(candidate.by_unit)
         proposal = Proposal(id, kind, candidate, origin, estimated)
         trial = None
         if kind == "search":
@@ -229,13 +216,17 @@ class TrialProposer:
     ) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
         """Parameters and distributions; none for what lies outside the space."""
         settings = candidate.distillation
-        if candidate not in self._space or not self._settings.holds(settings):
+        if not self._offered(candidate) or not self._settings.holds(settings):
             return {}, {}
-        params = {
+        params: dict[str, Any] = {
             **to_params(self._space, self._space.encode(candidate)),
             **self._settings.to_params(settings),
         }
-        return params, {**distributions(self._space), **self._settings.distributions(settings)}
+        dimensions = {**distributions(self._space), **self._settings.distributions(settings)}
+        if candidate.runtime is not None:
+            params["runtime"] = candidate.runtime
+            dimensions["runtime"] = CategoricalDistribution(list(self._costs))
+        return params, dimensions
 
     def _replay(self, record: TrialRecord) -> None:
         if record.id not in self._records:
@@ -273,36 +264,49 @@ class TrialProposer:
     # -- choosing
 
     def _asked(self) -> int:
-        pending = sum(proposal.kind == "search" for proposal, _ in self._pending.values())
-        return pending + sum(record.kind == "search" for record in self._records.values())
+        return sum(kind == "search" for _, kind in self._candidates())
 
     def _tried(self) -> dict[str, Candidate]:
         """Candidate key → candidate of everything asked or finished."""
-        candidates = [record.candidate for record in self._records.values()]
-        candidates += [proposal.candidate for proposal, _ in self._pending.values()]
-        return {candidate.key: candidate for candidate in candidates}
+        return {candidate.key: candidate for candidate, _ in self._candidates()}
+
+    def _candidates(self) -> list[tuple[Candidate, TrialKind]]:
+        """Finished, then pending ones."""
+        finished = [(record.candidate, record.kind) for record in self._records.values()]
+        return finished + [(p.candidate, p.kind) for p, _ in self._pending.values()]
 
     def _choose(self) -> tuple[Candidate, str] | None:
         tried = self._tried()
         vectors = {self._space.encode(c) for c in tried.values() if c in self._space}
-        limits = self._costs.limits(self._budget, self.margins())
-        pool = self._architectures.fitting(self._costs, limits, vectors, self._rng)
+        limits = {
+            runtime: costs.limits(self._budget, self.margins(runtime))
+            for runtime, costs in self._costs.items()
+        }
+        pools = {
+            runtime: self._architectures.fitting(costs, limits[runtime], vectors, self._rng)
+            for runtime, costs in self._costs.items()
+        }
         good = [r for r in self._records.values() if r.kind == "search" and self._good(r)]
         best = max(good, key=lambda record: record.quality or 0.0) if good else None
         index = self._asked()
         if best is None or len(good) < _ADAPT_AFTER:
-            slack = _SLACK[index % len(_SLACK)]
-            vector = self._architectures.finalist(pool, vectors, self._costs, limits, slack)
-            if vector is not None:
-                return self._named(vector, self._settings.spread(index), tried)
-        elif index % 3 == 0 and self._costs.fits(self._space.encode(best.candidate), limits):
+            slack = _SLACK[index // len(pools) % len(_SLACK)]
+            for runtime in self._turns(pools):
+                vector = self._architectures.finalist(
+                    pools[runtime], vectors, self._costs[runtime], limits[runtime], slack
+                )
+                if vector is not None:
+                    return self._named(runtime, vector, self._settings.spread(index), tried)
+        elif index % 3 == 0 and self._fits(best.candidate, limits):
             again = self._named(
+                best.candidate.runtime,
                 self._space.encode(best.candidate),
                 self._near(best.candidate.distillation, index),
                 tried,
             )
             if again is not None:
                 return again
+        pool = sorted({v for its in pools.values() for v in its}, key=self._architectures.rank)
         if best is not None and pool:
             measured = [
                 (self._space.encode(record.candidate), record.quality or 0.0)
@@ -310,11 +314,38 @@ class TrialProposer:
                 if record.kind == "search" and rankable(record) and record.candidate in self._space
             ]
             vector = self._architectures.of_highest_utility(pool, vectors, measured)
-            return self._named(vector, self._near(best.candidate.distillation, index), tried)
+            settings = self._near(best.candidate.distillation, index)
+            return self._named(self._roomiest(vector, limits), vector, settings, tried)
         return self._repeat(tried, limits, index)
 
+    def _turns(self, pools: Mapping[Runtime, Sequence[Vector]]) -> list[Runtime]:
+        """The runtimes on which anything fits: the least proposed first, then by their best."""
+        proposed = Counter(c.runtime for c, kind in self._candidates() if kind == "search")
+        return sorted(
+            (runtime for runtime, pool in pools.items() if pool),
+            key=lambda runtime: (proposed[runtime], self._architectures.rank(pools[runtime][0])),
+        )
+
+    def _roomiest(self, vector: Vector, limits: Mapping[Runtime, Limits]) -> Runtime:
+        """The runtime on which a vector that fits leaves most of the budget, else is fastest."""
+        return min(
+            (its for its, costs in self._costs.items() if costs.fits(vector, limits[its])),
+            key=lambda its: (
+                self._costs[its].share(vector, limits[its]),
+                self._costs[its].total("latency_ms", vector),
+            ),
+        )
+
+    def _offered(self, candidate: Candidate) -> bool:
+        """Whether it could be proposed: a point of the space, on a runtime that is searched."""
+        return candidate.runtime in self._costs and candidate in self._space
+
+    def _fits(self, candidate: Candidate, limits: Mapping[Runtime, Limits]) -> bool:
+        vector = self._space.encode(candidate)
+        return self._costs[candidate.runtime].fits(vector, limits[candidate.runtime])
+
     def _good(self, record: TrialRecord) -> bool:
-        return record.candidate in self._space and feasible(record, self._budget)
+        return self._offered(record.candidate) and feasible(record, self._budget)
 
     def _near(self, settings: Distillation, index: int) -> Distillation:
         if settings.tokens == 0 or not self._settings.holds(settings):
@@ -322,26 +353,31 @@ class TrialProposer:
         return self._settings.near(settings, self._rng)
 
     def _named(
-        self, vector: Vector, settings: Distillation, tried: dict[str, Candidate]
+        self,
+        runtime: Runtime,
+        vector: Vector,
+        settings: Distillation,
+        tried: dict[str, Candidate],
     ) -> tuple[Candidate, str] | None:
         """The candidate, under other settings if exactly this one was tried."""
         for attempt in range(16):
-            candidate = self._space.decode(vector, settings)
+            candidate = self._space.decode(vector, settings, runtime)
             if candidate.key not in tried:
                 return candidate, self._architectures.origin(vector)
             settings = self._settings.spread(attempt)
         return None
 
     def _repeat(
-        self, tried: dict[str, Candidate], limits: dict[str, float], index: int
+        self, tried: dict[str, Candidate], limits: Mapping[Runtime, Limits], index: int
     ) -> tuple[Candidate, str] | None:
         """No new architecture fits: old ones that fit, under new settings."""
         for candidate in tried.values():
-            if candidate in self._space and candidate.distillation.tokens:
+            trained = candidate.distillation.tokens > 0
+            if trained and self._offered(candidate) and self._fits(candidate, limits):
                 vector = self._space.encode(candidate)
-                if self._costs.fits(vector, limits):
-                    named = self._named(vector, self._settings.spread(index), tried)
-                    if named is not None:
-                        return named
+                settings = self._settings.spread(index)
+                named = self._named(candidate.runtime, vector, settings, tried)
+                if named is not None:
+                    return named
         logger.info("no candidate is left to propose within the predicted budget")
         return None

@@ -20,19 +20,22 @@ from autocomp.search.space import Vector
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 _SLACK = 1e-12
+_MOST_MOVES = 2000
+"""A repair gives up after this many moves."""
 
 
 class Repair:
     """Moves between vectors under fixed limits.
 
     Args:
-        weights: replace-one scores per unit; `inf` forbids an option.
+        weights: replace-one scores per unit; `inf` forbids an option, as an infinite cost does.
         costs: linear cost terms.
         limits: upper limit per metric; may be empty.
         choices: a move is drawn among this many best ones.
     """
 
     def __init__(self, weights: Weights, costs: Costs, limits: Limits, choices: int = 3) -> None:
+        weights = costs.forbid(weights)
         counts = [len(row) for row in weights]
         self._starts = np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.int64)
         self._unit = np.repeat(np.arange(len(counts)), counts)
@@ -41,13 +44,17 @@ class Repair:
         self._choices = choices
         self._costs = costs
         metrics = list(limits) or ["latency_ms", "size_bytes"]
+        self._missed: Floats = np.zeros(len(metrics))  # 1 / limit where the terms may miss a part
+        if not costs.linear and "latency_ms" in limits:
+            self._missed[metrics.index("latency_ms")] = 1.0 / limits["latency_ms"]
         norms = [limits.get(metric) or max(costs.smallest(metric), 1e-9) for metric in metrics]
-        self._cost: Floats = np.stack(  # (metrics, options), in units of the limit
+        cost = np.stack(  # (metrics, options), in units of the limit
             [
                 np.concatenate(costs.terms[metric]) / norm
                 for metric, norm in zip(metrics, norms, strict=True)
             ]
         )
+        self._cost: Floats = np.where(np.isfinite(cost), cost, 0.0)
         self._base: Floats = np.array(
             [costs.base[m] / n for m, n in zip(metrics, norms, strict=True)]
         )
@@ -58,7 +65,7 @@ class Repair:
     def within(self, vector: Sequence[int]) -> bool:
         """Whether the vector meets the limits and uses no forbidden option."""
         current = self._starts + np.array(vector)
-        used = self._base + self._cost[:, current].sum(axis=1)
+        used = self._used(np.array(vector))
         return bool((used <= self._room + TOLERANCE).all() and self._allowed[current].all())
 
     def mutate(self, parent: Vector, rng: np.random.Generator) -> Vector | None:
@@ -109,10 +116,17 @@ class Repair:
                 return tuple(int(value) for value in moved)
         return None
 
+    def _used(self, vector: NDArray[np.int64]) -> Floats:
+        """Used budget `(metrics,)`."""
+        used: Floats = self._base + self._cost[:, self._starts + vector].sum(axis=1)
+        if self._missed.any():
+            used = used + self._missed * self._costs.interaction(vector.tolist())
+        return used
+
     def _deltas(self, vector: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
         """Used budget `(metrics,)`, change per move `(metrics, options)`, change of score."""
         current = self._starts + vector
-        used = self._base + self._cost[:, current].sum(axis=1)
+        used = self._used(vector)
         change = self._cost - self._cost[:, current][:, self._unit]
         score = self._score - self._score[current][self._unit]
         return used, change, score
@@ -125,7 +139,7 @@ class Repair:
         scored: bool,
     ) -> bool:
         """Switch until the limits hold; False if no switch brings them nearer."""
-        while True:
+        for _ in range(_MOST_MOVES):
             used, change, score = self._deltas(vector)
             over = np.maximum(used - self._room, 0.0)
             if (over <= _SLACK).all():
@@ -140,6 +154,7 @@ class Repair:
             else:
                 worth = rng.random(len(moves))
             self._move(vector, moves, worth, rng)
+        return False
 
     def _fill(
         self,
@@ -161,7 +176,11 @@ class Repair:
                 worth = score[moves] / np.maximum(spent[moves], 1e-4)
             else:
                 worth = rng.random(len(moves))
+            before = vector.copy()
             self._move(vector, moves, worth, rng)
+            if self._missed.any() and not self.within(vector.tolist()):
+                mask[self._starts + vector] &= vector == before  # costs more than its terms say
+                vector[:] = before
 
     def _move(
         self,

@@ -16,10 +16,10 @@ import optuna
 from optuna.trial import TrialState, create_trial
 
 from autocomp.core.budget import Budget
-from autocomp.core.candidate import Candidate
+from autocomp.core.candidate import Candidate, Runtime
 from autocomp.core.errors import InternalError
 from autocomp.core.measurement import Measurement
-from autocomp.search.costs import Costs, PeakMemory, Predictor
+from autocomp.search.costs import Costs, PeakMemory, Predictor, Predictors
 from autocomp.search.evolution import (
     ORIGIN,
     SwapRepairSampler,
@@ -54,7 +54,7 @@ class Screened:
 
     @property
     def key(self) -> str:
-        """The stitched model's key, under which the ledger keeps it."""
+        """The stitched model's key, under which the ledger keeps it: the same on every runtime."""
         return self.candidate.stitch_key
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +92,7 @@ def screen(
     starts: int = 8,
     margin: float = 0.0,
     peak_memory: PeakMemory | None = None,
+    runtime: Runtime = None,
     on_batch: Callable[[list[Screened]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Screened]:
@@ -110,6 +111,7 @@ def screen(
         starts: how many MILP seeds; as many random budget-tight ones follow.
         margin: share of each limit that is left unused.
         peak_memory: how peak memory follows from size, if it is limited.
+        runtime: whose costs the predictor tells; noted in the candidates proposed.
         on_batch: called with each batch of new records as soon as it is known (ledger).
         progress: called with (known, n).
 
@@ -157,7 +159,7 @@ def screen(
             trial.set_user_attr(ORIGIN, sampler.origin(vector))
             for metric, excess in costs.excess(vector, limits).items():
                 trial.set_constraint(metric, excess)
-            candidate = space.decode(vector)
+            candidate = space.decode(vector, runtime=runtime)
             if candidate.stitch_key in seen:  # nothing new could be proposed
                 study.tell(trial, state=TrialState.PRUNED)
                 break
@@ -178,6 +180,52 @@ def screen(
             on_batch(fresh)
         if progress is not None:
             progress(len(results), n)
+    return results
+
+
+def screen_on_each(
+    space: Space,
+    predictors: Predictors,
+    evaluate: Callable[[list[Candidate]], Sequence[float]],
+    budget: Budget,
+    n: int,
+    seed: int,
+    known: Sequence[Screened] = (),
+    *,
+    peak_memory: Mapping[Runtime, PeakMemory | None] | None = None,
+    **settings: Any,
+) -> list[Screened]:
+    """`screen` for each runtime in turn, an equal share of `n` proposed within its costs.
+
+    What was screened for one runtime counts for all: its divergence is known to the next, which
+    goes on from the best of it. With one runtime this is `screen`.
+
+    Args:
+        predictors: a cost model for each runtime, each able to meet the budget.
+        peak_memory: how peak memory follows from size on each runtime, if it is limited.
+        settings: as for `screen`.
+
+    Raises:
+        InfeasibleError: if nothing meets the limits on one of the runtimes.
+    """
+    results = list({item.key: item for item in known if item.candidate in space}.values())
+    left = n - sum(item.candidate.runtime not in predictors for item in results)
+    for done, (runtime, predictor) in enumerate(predictors.items()):
+        own = sum(item.candidate.runtime == runtime for item in results)
+        share = max(own, left // (len(predictors) - done))
+        results = screen(
+            space,
+            predictor,
+            evaluate,
+            budget,
+            len(results) - own + share,
+            seed,
+            results,
+            peak_memory=(peak_memory or {}).get(runtime),
+            runtime=runtime,
+            **settings,
+        )
+        left -= sum(item.candidate.runtime == runtime for item in results)
     return results
 
 

@@ -1,7 +1,7 @@
 """The space of candidates: per unit its options, encoded as a vector of option indices.
 
-A *vector* is a tuple with one option index per unit, in model order. Distillation settings are
-apart: they matter to a trial, not to a stitched model.
+A *vector* is a tuple with one option index per unit, in model order. Distillation settings and the
+runtime are apart: they matter to a trial, not to a stitched model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from autocomp.core.candidate import Candidate, Distillation, Option
+from autocomp.core.candidate import Candidate, Distillation, Option, Runtime
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import Unit
 from autocomp.spec.schema import DistilSection
@@ -98,10 +98,16 @@ class Space:
             vector.append(index)
         return tuple(vector)
 
-    def decode(self, vector: Sequence[int], distillation: Distillation | None = None) -> Candidate:
+    def decode(
+        self,
+        vector: Sequence[int],
+        distillation: Distillation | None = None,
+        runtime: Runtime = None,
+    ) -> Candidate:
         """The candidate of a vector. Inverse of `encode`."""
         pairs = zip(self.names, vector, strict=True)
-        return Candidate.of({name: self.options[name][i] for name, i in pairs}, distillation)
+        options = {name: self.options[name][i] for name, i in pairs}
+        return Candidate.of(options, distillation, runtime)
 
     def random(self, rng: np.random.Generator) -> Vector:
         """A vector drawn uniformly; seldom within a budget."""

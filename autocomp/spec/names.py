@@ -50,6 +50,8 @@ def _find(data: Any, words: Sequence[str], above: Parts) -> list[tuple[Parts, An
         return [f for i, x in enumerate(data) for f in _find(x, words[1:], (*above, i))]
     if not words:
         return [(above, data)]
+    if data is None:  # a section that was left out
+        return []
     return _find(data[words[0]], words[1:], (*above, words[0]))
 
 

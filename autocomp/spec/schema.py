@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from autocomp.core.budget import RelativeBudget
 from autocomp.core.errors import UserError
@@ -12,6 +20,8 @@ from autocomp.core.hashing import content_key
 from autocomp.core.quantities import Dimension, parse_limit
 
 TASKS = ("text-classification", "image-classification", "language-modeling")
+AUTO = "auto"
+"""As `target.runtime`: every installed runtime of the device."""
 
 
 class _Section(BaseModel):
@@ -94,27 +104,91 @@ class TaskSection(_Section):
 
 
 class WorkloadSection(_Section):
-    """The shape latency is measured at."""
+    """The shape latency is measured at: one run, or with `prompt` and `generate` one token."""
 
     batch: int = Field(1, gt=0, description="Examples per run.")
-    sequence: int = Field(128, gt=0, description="Tokens per example (text).")
+    sequence: int = Field(
+        128,
+        gt=0,
+        description="Tokens per example (text). Of a model that generates, the chunks it is "
+        "trained and evaluated on; its latency has nothing to do with it.",
+    )
     image: int | None = Field(None, gt=0, description="Image side in pixels (vision).")
+    prompt: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens read before the first is generated (language modelling).",
+    )
+    generate: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens generated after the prompt. Latency is then that of one of them, the "
+        "one in the middle, with all before it in the cache; that of the prompt is recorded too.",
+    )
     threads: int = Field(1, gt=0, description="Intra-op threads of the runtime.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> WorkloadSection:
+        if (self.prompt is None) != (self.generate is None):
+            given, missing = ("prompt", "generate") if self.prompt else ("generate", "prompt")
+            raise ValueError(
+                f"{given} needs {missing}: write both, {{prompt: 128, generate: 32}}, to measure "
+                f"a generated token, or neither, to measure one run of `sequence` tokens"
+            )
+        if self.image is not None and self.prompt is not None:
+            raise ValueError("images are not generated from a prompt: leave out one of the two")
+        return self
+
+    @property
+    def decodes(self) -> bool:
+        """Whether latency is that of a generated token."""
+        return self.generate is not None
 
 
 class TargetSection(_Section):
     """Device, runtime, workload."""
 
     device: str = Field("cpu", description="What the model runs on.")
-    runtime: str = Field("onnxruntime", description="What runs the model.")
+    runtime: str | list[str] = Field(
+        "onnxruntime",
+        description="What runs the model. A list, or auto for every installed runtime of the "
+        "device: the search chooses; limits relative to dense refer to the first one.",
+    )
     workload: WorkloadSection = WorkloadSection()
+
+    @field_validator("runtime")
+    @classmethod
+    def _worth_choosing(cls, runtime: str | list[str]) -> str | list[str]:
+        if isinstance(runtime, list):
+            if len(set(runtime)) < max(len(runtime), 1):
+                raise ValueError("needs at least one runtime, each at most once")
+            if AUTO in runtime:
+                raise ValueError(f"{AUTO} stands alone: runtime: {AUTO}")
+        return runtime
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the search chooses the runtime: then every candidate names its own."""
+        return self.runtime == AUTO or not isinstance(self.runtime, str)
+
+    @property
+    def label(self) -> str:
+        """`onnxruntime-cpu`, `auto-cpu`, `onnxruntime+openvino-cpu`."""
+        runtime = self.runtime if isinstance(self.runtime, str) else "+".join(self.runtime)
+        return f"{runtime}-{self.device}"
+
+    def on(self, runtime: str | None) -> TargetSection:
+        """This target with its runtime chosen; `None` where there is no choice."""
+        return self if runtime is None else self.model_copy(update={"runtime": runtime})
 
 
 class BudgetSection(_Section):
     """Hard upper limits, absolute ("4 ms") or relative to dense ("25%")."""
 
     latency: Annotated[str | None, _limit("latency")] = Field(
-        None, description="Of one run of the workload: 4 ms, 800 us, 25%."
+        None,
+        description="Of one run of the workload, or of one token where it generates: 4 ms, "
+        "800 us, 25%.",
     )
     size: Annotated[str | None, _limit("size")] = Field(
         None, description="Of the exported model on disk: 12 MB, 8 MiB, 25%."
@@ -147,7 +221,55 @@ class StructureSection(_Section):
     width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, min_length=1, description="Fractions of the feed-forward width kept."
     )
+    rank: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Fractions of the rank at which two factors hold as many weights as the layer.",
+    )
+    vocabulary: bool = Field(
+        False, description="Also offer keeping the embeddings of the task's own tokens alone."
+    )
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
+
+
+class TokensSection(_Section):
+    """Shortening the sequence of patch tokens behind an attention sublayer (vision)."""
+
+    method: str | list[str] = Field("tome", description="Token operator(s): tome, token_prune.")
+    ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Shares of the patch tokens then present that are merged or dropped; 0.0 "
+        "leaves all.",
+    )
+
+
+def _level(value: float | str) -> float | str:
+    if isinstance(value, str):
+        kept, colon, group = value.partition(":")
+        counts = kept.isascii() and kept.isdecimal() and group.isascii() and group.isdecimal()
+        if not (colon and counts and 0 < int(kept) < int(group) <= 64):
+            raise ValueError(
+                f"must be a fraction like 0.5, or N:M like 2:4 (N of every M weights kept, "
+                f"M at most 64), got {value!r}"
+            )
+    elif not 0 <= value < 1:
+        raise ValueError(f"must be a fraction of zeros in [0, 1), or N:M like 2:4, got {value:g}")
+    return value
+
+
+class SparsitySection(_Section):
+    """Which weights become zero. Bytes, not speed: the runtimes multiply by zeros all the same."""
+
+    method: str | list[str] = Field(
+        "sparsegpt", description="Sparsity operator(s): sparsegpt, wanda, magnitude."
+    )
+    levels: list[Annotated[float | str, AfterValidator(_level)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Fractions of zeros, 0.0 for none; or N:M like 2:4, N of every M weights of a "
+        "row kept.",
+    )
 
 
 class BitsSection(_Section):
@@ -157,11 +279,27 @@ class BitsSection(_Section):
     weights: list[Literal["dense"] | int] = Field(
         ["dense"], min_length=1, description="Weight bits; dense is the target's own."
     )
-    activations: list[Literal["dense"] | int] = Field(
-        ["dense"], min_length=1, description="Activation bits; dense is the target's own."
+    activations: list[Literal["dense", "static"] | int] = Field(
+        ["dense"],
+        min_length=1,
+        description="Activation bits; dense is the target's own. 8 finds the range of each tensor "
+        "at run time; static is 8 bits with the range fixed at calibration.",
+    )
+    range: Literal["minmax", "percentile", "mse"] = Field(
+        "mse", description="How the range of static activations is fixed."
+    )
+    migration: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.5],
+        min_length=1,
+        description="smoothquant: how much of the inputs' spread the weights take over.",
+    )
+    per_site: bool = Field(
+        False,
+        description="Also offer each number of bits with one group of sites (the values, the "
+        "output, ...) left at the next higher number.",
     )
     group: int = Field(
-        32, ge=0, description="Columns that share a scale, where weights are 4-bit. 0: a whole row."
+        32, ge=0, description="Columns that share a scale, below 8-bit weights. 0: a whole row."
     )
 
 
@@ -170,6 +308,8 @@ class RuleSection(_Section):
 
     match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
     structure: StructureSection = StructureSection()
+    tokens: TokensSection | None = None
+    sparsity: SparsitySection = SparsitySection()
     bits: BitsSection = BitsSection()
 
 

@@ -6,7 +6,8 @@
         ledger.jsonl     the truth: trials, scores, screenings (study/ledger.py)
         lease            held by the one controller
         gate             measuring excludes working (core/gate.py)
-        cost_table.json  artifacts/  companions/  work/  ray/  log.txt  mlflow.db  front.html
+        cost_table.json  (cost_table.RUNTIME.json where the study has a choice of runtimes)
+        artifacts/  companions/  work/  ray/  log.txt  mlflow.db  front.html
 
 Call sequence of a controller: `Study.create_or_open(path, spec)`, then `with study.lease():`
 everything that writes. Anyone else: `Study.open(path)`, reading only. Workers get `study.ledger`.
@@ -26,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from autocomp.core.candidate import Runtime
 from autocomp.core.errors import StudyError, did_you_mean
 from autocomp.core.files import storage_error, sweep_temporaries, write_text_atomic
 from autocomp.spec.difference import dump_spec, spec_diff
@@ -34,7 +36,7 @@ from autocomp.spec.schema import Spec
 from autocomp.study import lease
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
-from autocomp.study.records import TrialRecord
+from autocomp.study.records import TrialRecord, dense_reference
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,11 @@ class Study:
         """Fingerprints of the devices it was measured on, first one first."""
         return list(self._about["devices"])
 
+    def runtime_of(self, device: str) -> Runtime:
+        """The runtime a device's fingerprint is of; `None` in a study without a choice."""
+        runtime: Runtime = self._about.get("runtimes", {}).get(device)
+        return runtime
+
     @cached_property
     def ledger(self) -> Ledger:
         """The study's ledger; picklable, so workers append to it themselves."""
@@ -136,24 +143,28 @@ class Study:
         with lease.hold(self.paths.lease, f"the study {self.paths.root}"):
             yield
 
-    def record_device(self, fingerprint: str) -> None:
+    def record_device(self, fingerprint: str, runtime: Runtime = None) -> None:
         """Note the device this study is measured on; call under the lease.
 
-        Figures of different devices do not compare: a second one is noted and warned about.
+        Figures of different devices do not compare: a second one is noted and warned about. A
+        fingerprint is of device and runtime: one for each runtime is no second device.
         """
         if self.read_only:
             raise ValueError(f"{self.paths.root} was opened for reading only")
         devices = self.devices
         if fingerprint in devices:
             return
-        if devices:
+        earlier = [device for device in devices if self.runtime_of(device) == runtime]
+        if earlier:
             logger.warning(
                 "study %s was measured on %s, now on %s: latencies of the two do not compare",
                 self.name,
-                devices[-1],
+                earlier[-1],
                 fingerprint,
             )
         self._about["devices"] = [*devices, fingerprint]
+        if runtime is not None:
+            self._about["runtimes"] = {**self._about.get("runtimes", {}), fingerprint: runtime}
         write_text_atomic(self.paths.about, _json(self._about))
 
     def add_trial(self, record: TrialRecord) -> bool:
@@ -175,8 +186,11 @@ class Study:
         return list(by_id.values())
 
     def dense(self) -> TrialRecord | None:
-        """The complete trial of the dense model, which relative budgets refer to."""
-        return next((t for t in self.trials() if t.kind == "dense" and t.state == "complete"), None)
+        """The complete trial of the dense model, which relative budgets refer to.
+
+        That of the first runtime where there are several.
+        """
+        return dense_reference(trial for trial in self.trials() if trial.state == "complete")
 
     def reference(self, device: str) -> dict[str, Any] | None:
         """What was recorded once for a device (the anchor's latency): first measurement wins."""

@@ -37,10 +37,10 @@ def fork_study(source: Study, path: Path | str, spec: Spec) -> Study:
         if not _agree(source.spec, spec, "model", "target"):
             return study
         for device in source.devices:
-            study.record_device(device)
+            study.record_device(device, source.runtime_of(device))
         study.ledger.append_many("reference", source.ledger.read().of("reference").items())
-        if old.cost_table.exists():
-            _link(old.cost_table, new.cost_table)
+        for table in old.root.glob("cost_table*.json"):
+            _link(table, new.root / table.name)
         if _agree(source.spec, spec, "task") and source.spec.search.seed == spec.search.seed:
             study.ledger.append_many("score", source.ledger.read().of("score").items())
             same_space = _agree(source.spec, spec, "space", "distill")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from autocomp.core.candidate import Runtime
+
 
 @dataclass(frozen=True)
 class StudyPaths:
@@ -37,10 +39,9 @@ class StudyPaths:
         """For `core.gate.Gate`."""
         return self.root / "gate"
 
-    @property
-    def cost_table(self) -> Path:
-        """The target's sublayer costs."""
-        return self.root / "cost_table.json"
+    def cost_table(self, runtime: Runtime = None) -> Path:
+        """The sublayer costs on a runtime, named where the study has a choice of them."""
+        return self.root / ("cost_table.json" if runtime is None else f"cost_table.{runtime}.json")
 
     @property
     def artifacts(self) -> Path:

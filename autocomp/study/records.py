@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ class TrialRecord:
 
     Attributes:
         id: stable, readable: `dense`, `uniform-int8`, or the first 10 digits of the candidate key.
+            Baselines on further runtimes add the runtime's name: `dense-openvino`.
         kind: dense reference, uniform baseline or proposal of the search.
         proposed_by: `baseline`, `milp`, `evolution`, `random`.
         quality: task metric of the exported artifact on the search split, higher is better.
@@ -61,3 +62,13 @@ class TrialRecord:
             if fields.get(name) is not None:
                 fields[name] = Measurement.from_json(fields[name])
         return cls(**fields)
+
+
+DENSE = "dense"
+"""Id of the dense trial that relative limits refer to."""
+
+
+def dense_reference(records: Iterable[TrialRecord]) -> TrialRecord | None:
+    """The dense trial that relative limits refer to: the one on the first runtime."""
+    dense = [record for record in records if record.kind == "dense"]
+    return min(dense, key=lambda record: record.id != DENSE, default=None)

@@ -23,18 +23,13 @@ TARGETS: Registry[Callable[..., Target]] = Registry(
 """Runtime-device name → a callable `(workload, device=..., gate=..., reference=...) -> Target`."""
 
 
-def target_name(section: TargetSection) -> str:
-    """The registry's name of a spec's target."""
-    return f"{section.runtime}-{section.device}"
-
-
 def make_target(
     section: TargetSection, gate: Gate | None = None, reference: Mapping[str, Any] | None = None
 ) -> Target:
     """The target of a spec.
 
     Args:
-        section: device, runtime, workload.
+        section: device, runtime, workload; where the spec leaves a choice of runtimes, `on` one.
         gate: held alone while measuring.
         reference: the anchor's latency a study recorded first, as JSON; makes figures comparable.
 
@@ -43,7 +38,7 @@ def make_target(
     """
     from autocomp.targets.timing import Reference
 
-    return TARGETS.get(target_name(section))(
+    return TARGETS.get(section.label)(
         section.workload,
         device=section.device,
         gate=gate,

@@ -32,8 +32,19 @@ class Graph:
         self.initializers: dict[str, onnx.TensorProto] = {
             tensor.name: tensor for tensor in model.graph.initializer
         }
-        self.outputs = [value.name for value in model.graph.output]
-        self.inputs = [value.name for value in model.graph.input]
+        self.input_infos = list(model.graph.input)
+        self.output_infos = list(model.graph.output)
+        self.values: list[onnx.ValueInfoProto] = []
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return [value.name for value in self.input_infos]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs."""
+        return [value.name for value in self.output_infos]
 
     def producer(self, tensor: str) -> onnx.NodeProto | None:
         """The node that computes `tensor`; `None` for inputs and initializers."""
@@ -89,6 +100,22 @@ class Graph:
         source = self.producer(reshape.input[0])
         return reshape.input[0] if source is not None and source.op_type == "Linear" else None
 
+    def joined_heads(self, tensor: str) -> str | None:
+        """`(B, T, H·D)` from `tensor` `(B, H, T, D)` if that is `Transpose(x, 0 2 1 3)`."""
+        transpose = self.producer(tensor)
+        if transpose is None or transpose.op_type != "Transpose":
+            return None
+        if list(attribute(transpose, "perm", [])) != [0, 2, 1, 3]:
+            return None
+        output, shape = f"{transpose.input[0]}.joined", "heads.joined"
+        if self.producer(output) is None:
+            self.initializers[shape] = numpy_helper.from_array(
+                np.array([0, 0, -1], np.int64), shape
+            )
+            node = helper.make_node("Reshape", [transpose.input[0], shape], [output])
+            self.nodes.insert(self.nodes.index(transpose), node)
+        return output
+
     def expanded_to_batch(self, tensor: str) -> str:
         """`tensor` `(1, …)` repeated to `(B, …)`, B being the first axis of the first input."""
         output, shape = f"{tensor}.expanded", f"{self.inputs[0]}.batch"
@@ -130,12 +157,13 @@ class Graph:
         self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
 
     def to_model(self, opset: Iterable[onnx.OperatorSetIdProto] | None = None) -> onnx.ModelProto:
-        """The model with the present nodes and initializers; intermediate types are dropped."""
+        """The model with the present nodes and initializers; of inner types only `values`."""
         graph = onnx.GraphProto(name=self.model.graph.name or "model")
         graph.node.extend(self.nodes)
         graph.initializer.extend(self.initializers.values())
-        graph.input.extend(self.model.graph.input)
-        graph.output.extend(self.model.graph.output)
+        graph.input.extend(self.input_infos)
+        graph.output.extend(self.output_infos)
+        graph.value_info.extend(self.values)
         model = onnx.ModelProto(ir_version=10, producer_name="autocomp")
         model.opset_import.extend(self.model.opset_import if opset is None else opset)
         model.graph.CopyFrom(graph)

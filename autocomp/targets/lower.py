@@ -14,11 +14,16 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autocomp.core.errors import InternalError
+from autocomp.core.factors import second_of
 from autocomp.core.unit import SiteFormat
 from autocomp.targets import recipes as onnxruntime_recipes
+from autocomp.targets.cache import drop_dead_caches, settle_cache
+from autocomp.targets.factors import split_factors
+from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
-from autocomp.targets.piece import Piece
 from autocomp.targets.skeleton_format import DOMAIN
+from autocomp.targets.storage import Piece
+from autocomp.targets.token_nodes import Reductions, resolve_tokens
 from autocomp.targets.weights import Array, Provider, SiteWeights
 
 
@@ -35,7 +40,7 @@ class Recipes(Protocol):
 
     OPSETS: Mapping[str, int]
 
-    def unsupported(self, format: SiteFormat) -> str | None:
+    def unsupported(self, format: SiteFormat, tokens: int) -> str | None:
         """Why a format cannot be lowered or would gain nothing, or `None`."""
         ...
 
@@ -90,21 +95,27 @@ def lower(
     *,
     tokens: int,
     parameters: Mapping[str, Array] | None = None,
+    reductions: Reductions | None = None,
     recipes: Recipes = onnxruntime_recipes,
 ) -> onnx.ModelProto:
     """The runtime's graph of a candidate. `skeleton` is not modified.
 
     Args:
         skeleton: from `export_skeleton`.
-        weights: site name → weights, `None` where skipped.
+        weights: site name → weights, `None` where skipped. A site X that is there as the factors
+            `X.first` and `X.second` is not asked for.
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
+        reductions: attention unit → what is done to the sequence behind it.
         recipes: how the runtime writes what markers stand for.
 
     Raises:
         InternalError: if shapes do not fit, or every way to the output is skipped.
     """
     graph = Graph(skeleton)
+    graph.nodes, constants = resolve_tokens(graph.nodes, reductions or {})
+    graph.initializers.update(constants)
+    split_factors(graph, weights)
     sites = {
         node.output[0]: str(attribute(node, "site"))
         for node in graph.nodes
@@ -112,11 +123,17 @@ def lower(
     }
     values = {site: weights(site) for site in sites.values()}
     zeros = [tensor for tensor, site in sites.items() if values[site] is None]
-    graph.nodes = _live(graph, fold_zeros(graph.nodes, zeros), set(zeros))
+    graph.nodes = fold_zeros(graph.nodes, zeros)
+    drop_dead_caches(graph)
+    graph.nodes = _live(graph, graph.nodes, set(zeros))
     present: dict[str, SiteWeights] = {k: v for k, v in values.items() if v is not None}
-
+    settle_cache(
+        graph,
+        lambda node: _heads(node, "key_site", int(attribute(node, "head_dim")), present),
+    )
     _refresh(graph, parameters or {})
     _fill(graph, present, tokens, recipes)
+    fold_scales(graph)
     graph.prune()
     return graph.to_model(helper.make_opsetid(*item) for item in recipes.OPSETS.items())
 
@@ -150,41 +167,44 @@ def _refresh(graph: Graph, parameters: Mapping[str, Array]) -> None:
 def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int, recipes: Recipes) -> None:
     """Replace every marker by nodes of the runtime."""
     linears = [node for node in graph.nodes if node.domain == DOMAIN and node.op_type == "Linear"]
-    readers = ((node.input[0], present[str(attribute(node, "site"))]) for node in linears)
+    readers = [(node.input[0], present[str(attribute(node, "site"))]) for node in linears]
     inputs = recipes.inputs(readers, tokens)
     tables: dict[int, str] = {}
     nodes: list[onnx.NodeProto] = []
-
-    def add(piece: Piece) -> None:
-        nodes.extend(piece.nodes)
-        graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
-
     for node in graph.nodes:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        if node.op_type == "Attention":
-            head_dim = int(attribute(node, "head_dim"))
-            heads = _heads(node, "query_site", head_dim, present)
-            add(recipes.lower_attention(node, heads, _heads(node, "key_site", head_dim, present)))
-            continue
-        if node.op_type == "RotaryEmbedding":
-            head_dim = int(attribute(node, "head_dim"))
-            add(recipes.lower_rotary(node, _heads(node, "heads_of", head_dim, present)))
-            continue
-        site = str(attribute(node, "site"))
-        weights, x, output = present[site], node.input[0], node.output[0]
-        if node.op_type == "Embedding":
-            add(recipes.lower_embedding(site, weights, x, output))
-            if weights.weight is not None:
-                tables[_address(weights.weight)] = f"{site}.weight"
-        elif weights.weight is not None and _address(weights.weight) in tables:
-            add(_tied(site, weights, x, output, tables[_address(weights.weight)]))
+        if node.op_type in ("Attention", "RotaryEmbedding"):
+            piece = _heads_piece(node, present, recipes)
         else:
-            piece = recipes.lower_linear(site, weights, x, output, tokens, inputs)
-            add(Piece(*inputs.take()))
-            add(piece)
+            site = str(attribute(node, "site"))
+            weights, x, output = present[site], node.input[0], node.output[0]
+            if node.op_type == "Embedding":
+                piece = recipes.lower_embedding(site, weights, x, output)
+                if weights.weight is not None:
+                    tables[_address(weights.weight)] = f"{site}.weight"
+            elif weights.weight is not None and _address(weights.weight) in tables:
+                piece = _tied(site, weights, x, output, tables[_address(weights.weight)])
+            else:
+                piece = recipes.lower_linear(site, weights, x, output, tokens, inputs)
+                made, constants = inputs.take()
+                nodes += made
+                graph.initializers.update({tensor.name: tensor for tensor in constants})
+        nodes += piece.nodes
+        graph.values += piece.values
+        graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
     graph.nodes = nodes
+
+
+def _heads_piece(
+    node: onnx.NodeProto, present: Mapping[str, SiteWeights], recipes: Recipes
+) -> Piece:
+    head_dim = int(attribute(node, "head_dim"))
+    if node.op_type == "RotaryEmbedding":
+        return recipes.lower_rotary(node, _heads(node, "heads_of", head_dim, present))
+    heads = [_heads(node, site, head_dim, present) for site in ("query_site", "key_site")]
+    return recipes.lower_attention(node, heads[0], heads[1])
 
 
 def _address(array: Array) -> int:
@@ -211,7 +231,7 @@ def _heads(
     node: onnx.NodeProto, which: str, head_dim: int, present: Mapping[str, SiteWeights]
 ) -> int:
     site = str(attribute(node, which))
-    rows = present[site].format.rows
+    rows = present[site if site in present else second_of(site)].format.rows
     if rows % head_dim:
         raise InternalError(f"{site}: {rows} rows are no whole number of {head_dim}-wide heads")
     return rows // head_dim

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnxruntime
 
 from autocomp.core.errors import StorageError
 from autocomp.core.files import write_atomic
 from autocomp.targets.protocol import Artifact
-from autocomp.targets.runtime import Array, CpuTarget
+from autocomp.targets.runtime import Array, CpuTarget, Session
 
 if TYPE_CHECKING:
     import onnx
@@ -24,36 +22,14 @@ if TYPE_CHECKING:
 _PROTOBUF_LIMIT = 2_000_000_000
 
 
-class OnnxRuntimeSession:
-    """An ONNX Runtime session."""
-
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._session = session
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Session.run`."""
-        names = [value.name for value in self._session.get_outputs()]
-        values = self._session.run(names, self._feed(inputs))
-        return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
-
-    def bind(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
-        """See `Session.bind`."""
-        return partial(self._session.run, None, self._feed(inputs))
-
-    def _feed(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return {value.name: inputs[value.name] for value in self._session.get_inputs()}
-
-
-def open_session(model: Path | bytes, threads: int) -> OnnxRuntimeSession:
+def open_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
     """A session as a deployment opens it: default optimisations, `threads` intra-op threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     source = model if isinstance(model, bytes) else str(model)
-    return OnnxRuntimeSession(
-        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    )
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxRuntimeTarget(CpuTarget):
@@ -61,7 +37,7 @@ class OnnxRuntimeTarget(CpuTarget):
 
     name = "onnxruntime-cpu"
     summary = "ONNX Runtime on the CPU: float32, int8, 8-bit and 4-bit weights in one graph"
-    lowering_version = 1
+    lowering_version = 2
 
     @property
     def recipes(self) -> Recipes:
@@ -74,10 +50,11 @@ class OnnxRuntimeTarget(CpuTarget):
         """Name and version."""
         return f"onnxruntime {onnxruntime.__version__}"
 
-    def open(self, model: Path | onnx.ModelProto) -> OnnxRuntimeSession:
+    def open(self, model: Path | onnx.ModelProto) -> Session:
         """See `open_session`."""
         source = model if isinstance(model, Path) else model.SerializeToString()
-        return open_session(source, self.workload.threads)
+        session: Session = open_session(source, self.workload.threads)
+        return session
 
     def anchor(self) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
         """See `anchor`."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from autocomp.core.errors import StorageError, UserError
 from autocomp.targets.protocol import Artifact
-from autocomp.targets.runtime import Array, CpuTarget
+from autocomp.targets.runtime import Array, CpuTarget, Session
 
 if TYPE_CHECKING:
     import onnx
@@ -42,32 +44,45 @@ finally:
 _PROTOBUF_LIMIT = 2_000_000_000
 
 
+@dataclass(frozen=True)
+class _Input:
+    """An input as a session tells of it; dimensions that vary are `None`."""
+
+    name: str
+    shape: tuple[int | None, ...]
+
+
 class OpenVinoSession:
-    """A compiled model."""
+    """A compiled model, in the terms of ONNX Runtime's sessions."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self._request = compiled.create_infer_request()
+        self._outputs = {name: port for port in compiled.outputs for name in port.names}
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def get_inputs(self) -> list[_Input]:
+        """See `Session.get_inputs`."""
+        return [
+            _Input(
+                port.any_name,
+                tuple(
+                    None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()
+                ),
+            )
+            for port in self._compiled.inputs
+        ]
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Array]:
         """See `Session.run`."""
-        values = self._request.infer(self._feed(inputs))
-        return {
-            name: np.array(values[output])
-            for output in self._compiled.outputs
-            for name in output.names
-        }
+        values = self._request.infer(dict(feed))
+        return [np.array(values[self._outputs[name]]) for name in names or self._outputs]
 
-    def bind(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
-        """See `Session.bind`."""
+    def bind(self, feed: Mapping[str, Array]) -> Callable[[], object]:
+        """See `CpuTarget.bound`: a request of its own, whose inputs are set once."""
         request = self._compiled.create_infer_request()
-        for name, array in self._feed(inputs).items():
+        for name, array in feed.items():
             request.set_tensor(name, openvino.Tensor(np.ascontiguousarray(array)))
-        return lambda: request.infer(share_outputs=True)
-
-    def _feed(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        names = (port.any_name for port in self._compiled.inputs)
-        return {name: inputs[name] for name in names}
+        return partial(request.infer, share_outputs=True)
 
 
 def open_session(model: Path | openvino.Model, threads: int) -> OpenVinoSession:
@@ -105,6 +120,11 @@ class OpenVinoTarget(CpuTarget):
         """See `open_session`."""
         source = model if isinstance(model, Path) else self._read(model)
         return open_session(source, self.workload.threads)
+
+    def bound(self, session: Session, feed: Mapping[str, Array]) -> Callable[[], object]:
+        """See `OpenVinoSession.bind`."""
+        assert isinstance(session, OpenVinoSession)
+        return session.bind(feed)
 
     def anchor(self) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
         """The anchor in this runtime's operators."""

@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from autocomp.core.activation_grid import static_grid
 from autocomp.core.errors import InternalError
-from autocomp.targets.piece import Piece, pack_nibbles
+from autocomp.targets.storage import Piece, pack_nibbles
 from autocomp.targets.weights import Array, SiteWeights
 
 OPENVINO = "org.openvinotoolkit"
@@ -54,12 +55,6 @@ class Writer:
         return name
 
 
-def input_scale(weights: SiteWeights) -> Array | None:
-    """float32 `(columns,)` that inputs are multiplied by, the weight having been divided."""
-    vector: Array | None = getattr(weights, "input_scale", None)
-    return vector
-
-
 class OpenVinoInputs:
     """Scaled tensors and tensors rounded to a fixed range, each computed once."""
 
@@ -73,16 +68,15 @@ class OpenVinoInputs:
         Raises:
             InternalError: for a static site without a range.
         """
-        vector = input_scale(weights)
+        vector = weights.input_scale
         if vector is not None:
             x = self._once((x, vector.tobytes(), None), lambda w: _scale(w, x, vector))
         if not weights.format.static:
             return x
-        limits = getattr(weights, "input_range", None)
+        limits = weights.input_range
         if limits is None:
             raise InternalError(f"a site that reads {x} is static but has no range")
-        low, high = map(float, limits)
-        return self._once((x, b"", (low, high)), lambda w: _round(w, x, low, high))
+        return self._once((x, b"", limits), lambda w: _round(w, x, *limits))
 
     def take(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
         """Nodes and initializers made since the last call."""
@@ -105,10 +99,8 @@ def _scale(writer: Writer, x: str, vector: Array) -> str:
 
 
 def _round(writer: Writer, x: str, low: float, high: float) -> str:
-    """`x` rounded to the 256 levels of a range that is widened to hold zero, exactly."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255 or 1.0
-    zero = round(-low / scale)
+    """`x` rounded to the 256 levels of a range, zero among them."""
+    scale, zero = static_grid(low, high)
     ends = [
         writer.constant("low", np.float32(-zero * scale)),
         writer.constant("high", np.float32((255 - zero) * scale)),

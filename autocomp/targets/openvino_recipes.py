@@ -36,9 +36,9 @@ from autocomp.core.unit import SiteFormat
 from autocomp.targets.attention_recipes import lower_attention as _attention_operator
 from autocomp.targets.attention_recipes import lower_rotary as lower_rotary
 from autocomp.targets.graph import attribute
-from autocomp.targets.openvino_pieces import OPENVINO, OpenVinoInputs, Writer, input_scale
-from autocomp.targets.piece import Piece
+from autocomp.targets.openvino_pieces import OPENVINO, OpenVinoInputs, Writer
 from autocomp.targets.skeleton_format import OPSET
+from autocomp.targets.storage import Piece
 from autocomp.targets.weights import Array, SiteWeights
 
 Recipe = Literal["float", "dynamic", "static", "unpacked", "nbits", "gather", "gather-integers"]
@@ -99,7 +99,7 @@ def kernel_class(format: SiteFormat, tokens: int) -> str:
     return {"unpacked": "float", "gather": "table", "gather-integers": "table"}.get(kind, kind)
 
 
-def unsupported(format: SiteFormat) -> str | None:
+def unsupported(format: SiteFormat, tokens: int) -> str | None:
     """Why a format cannot be lowered or would gain nothing, or `None`."""
     if format.weight_bits not in (32, 8, 4):
         return (
@@ -258,7 +258,7 @@ def _unpacked(writer: Writer, weights: SiteWeights) -> str:
         else:
             rows = _divided(writer, weights, (largest / scales).astype(np.float16))
             rows = writer.node("Div", [rows, writer.constant("scales", 1 / largest)])
-        vector = input_scale(weights)
+        vector = weights.input_scale
         if vector is None:
             return rows
         return writer.node("Div", [rows, writer.constant("channels", 1 / vector)])
@@ -299,7 +299,7 @@ def _joined(writer: Writer, spec: SiteFormat, matrix: str) -> str:
 
 def lower_attention(node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
     """The attention product, written out unless heads are grouped or masked causally."""
-    if heads != kv_heads or attribute(node, "causal"):
+    if heads != kv_heads or attribute(node, "causal") or len(node.output) > 1:
         return _attention_operator(node, heads, kv_heads)
     head_dim, output = int(attribute(node, "head_dim")), node.output[0]
     writer = Writer(output)

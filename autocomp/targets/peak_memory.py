@@ -1,7 +1,8 @@
 """Child process: load an artifact, run it once, print the peak resident memory in bytes.
 
-`python -m autocomp.targets.peak_memory MODULE MODEL INPUTS.npz THREADS`; MODULE has the target's
-`open_session`. Imports the runtime and numpy alone, so that the figure is that of a deployment.
+`python -m autocomp.targets.peak_memory MODULE MODEL INPUTS.npz THREADS GENERATE`. MODULE has the
+target's `open_session`. With GENERATE above zero the inputs are prompts, and so many tokens are
+generated after them. Imports the runtime and numpy alone: the figure is that of a deployment.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
+from autocomp.targets.generation import generate
 
 
 def peak_bytes() -> int:
@@ -25,11 +28,15 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(module: str, model: str, inputs: str, threads: str) -> None:
+def main(module: str, model: str, inputs: str, threads: str, tokens: str) -> None:
     """Run and print."""
     session = importlib.import_module(module).open_session(Path(model), int(threads))
     with np.load(inputs, allow_pickle=False) as arrays:
-        session.run({name: arrays[name] for name in arrays.files})
+        feed = {name: arrays[name] for name in arrays.files}
+        if int(tokens):
+            generate(session, feed, int(tokens))
+        else:
+            session.run(None, feed)
     sys.stdout.write(f"{peak_bytes()}\n")
 
 

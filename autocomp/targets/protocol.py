@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autocomp.core.measurement import Measurement
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
+from autocomp.models.vocabulary import load_vocabulary
 from autocomp.targets.cost_table import CostTable
 from autocomp.targets.timing import Reference
 
@@ -37,6 +39,16 @@ class Workload(Protocol):
         ...
 
     @property
+    def prompt(self) -> int | None:
+        """Tokens in the cache before the first is generated; `None` without generation."""
+        ...
+
+    @property
+    def generate(self) -> int | None:
+        """Tokens generated after the prompt; `None` where one run is the workload."""
+        ...
+
+    @property
     def threads(self) -> int:
         """Intra-op threads of the runtime."""
         ...
@@ -58,10 +70,19 @@ class ExportTask(Protocol):
 @dataclass(frozen=True)
 class Artifact:
     """A model as shipped: `path` is the file a runtime opens, `size_bytes` what it takes on disk
-    (external weight files included)."""
+    (external weight files included). `own_ids`: token ids given to it are its tokenizer's, not the
+    original's, as they are within a study."""
 
     path: Path
     size_bytes: int
+    own_ids: bool = False
+
+    def feeds(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`inputs` as this model takes them: of a pruned vocabulary, ids are renumbered."""
+        vocabulary = None if self.own_ids else load_vocabulary(self.path.parent)
+        if vocabulary is None or "input_ids" not in inputs:
+            return dict(inputs)
+        return {**inputs, "input_ids": vocabulary.row_of[inputs["input_ids"]]}
 
 
 class Target(Protocol):
@@ -80,6 +101,10 @@ class Target(Protocol):
 
     def formats_supported(self, format: SiteFormat) -> str | None:
         """Why this format cannot be lowered, or `None` if it can."""
+        ...
+
+    def tokens_supported(self, reduction: TokenReduction) -> str | None:
+        """Why this token reduction cannot be lowered, or `None` if it can."""
         ...
 
     def size_bytes(self, format: SiteFormat) -> int:
@@ -125,10 +150,11 @@ class Target(Protocol):
         unit_formats: Mapping[str, Mapping[str, UnitFormat]],
         inputs: Mapping[str, np.ndarray],
         *,
+        reductions: Mapping[str, Mapping[str, TokenReduction]] | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> CostTable:
-        """The cost table of a model: unit → option key → format."""
+        """The cost table of a model: unit → option key → format, and → token reduction if any."""
         ...
 
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> int:

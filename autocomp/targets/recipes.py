@@ -5,12 +5,24 @@ A *recipe* is chosen from the format and the number of tokens of a run. Measured
 115, 8-bit with float activations 290. Hence:
 
     float      fp32 weights, MatMul + Add
-    int8       8-bit activations: DynamicQuantizeLinear shared by the sites that read one tensor,
-               MatMulIntegerToFloat; a scale per row. 4-bit weights with 8-bit activations are
-               stored as int4 and widened to int8 rows when the session is made
-    unpacked   float activations: integer weights stored, made float when the session is made
-               (Cast and Mul of constants are folded): small on disk, as fast as float
-    nbits      few tokens (decoding): MatMulNBits, which reads the small weights from memory
+    int8       8-bit activations: DynamicQuantizeLinear (QuantizeLinear where the range is fixed)
+               shared by the sites that read one tensor, MatMulIntegerToFloat; a scale per row.
+               Fewer bits are stored as such and widened to int8 rows when the session is made
+    unpacked   float activations: integer weights stored, made float when the session is made:
+               small on disk, as fast as float
+    nbits      a single token (decoding): MatMulNBits, which reads the small weights from memory
+
+One token, a chain of layers of 192 / 768 / 2048 columns, µs a layer: float 3.2 / 36 / 592; 8 bits,
+8-bit activations: int8 3.3 / 14 / 139, nbits 2.9 / 12 / 92; 4 bits, likewise: widened to int8
+3.9 / 17 / 136, nbits by groups of 32 4.2 / 20 / 133, of 128 3.2 / 12 / 78; 4 bits, float
+activations: nbits 5.0 / 46 / 364; 8 bits, float activations: nbits 47 / 1280 / 10500, therefore
+unpacked. From two tokens on nbits is no faster than int8 and, with float activations, three times
+slower than unpacked. In a prompt of 128 tokens, 768 columns, nbits takes 1000 µs, int8 470.
+
+Scaled inputs are multiplied by their vector first, once for the sites that share it; `unpacked`
+multiplies the weight instead, as the session is made.
+
+How fewer than 8 bits, and sparse weights, are stored and unpacked at load is in `storage`.
 
 `int8` on 4-bit codes rounds code × scale to 1/127 of the row's largest weight: an error some 16
 times smaller than that of the 4-bit codes themselves.
@@ -18,40 +30,67 @@ times smaller than that of the 4-bit codes themselves.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
-from autocomp.targets.attention_recipes import lower_attention as lower_attention
-from autocomp.targets.attention_recipes import lower_rotary as lower_rotary
-from autocomp.targets.piece import Piece, pack_nibbles
+from autocomp.targets.attention_recipes import lower_attention, lower_rotary
+from autocomp.targets.inputs import Inputs
 from autocomp.targets.skeleton_format import OPSET
-from autocomp.targets.weights import Array, SiteWeights
+from autocomp.targets.storage import (
+    NARROW_BITS,
+    Builder,
+    Piece,
+    grouped_shape,
+    not_smaller,
+    pack_nibbles,
+    storage_bytes,
+)
+from autocomp.targets.weights import SiteWeights
+
+__all__ = [
+    "FEW_TOKENS",
+    "MICROSOFT",
+    "OPSETS",
+    "Piece",
+    "Recipe",
+    "inputs",
+    "kernel",
+    "kernel_class",
+    "lower_attention",
+    "lower_embedding",
+    "lower_linear",
+    "lower_rotary",
+    "recipe",
+    "size_bytes",
+    "unsupported",
+]
 
 Recipe = Literal["float", "int8", "unpacked", "nbits", "gather", "gather-blocks"]
 
 MICROSOFT = "com.microsoft"
 OPSETS: Mapping[str, int] = {"": OPSET, MICROSOFT: 1}
 """Operator domain → version, of every lowered graph."""
-FEW_TOKENS = 8
+FEW_TOKENS = 2
 """Below it a linear layer is bound by reading weights: MatMulNBits."""
 
 _BLOCKS = (16, 32, 64, 128, 256)
 _NODE_BYTES = {
-    "float": 360,
-    "int8": 390,
-    "unpacked": 920,
-    "widened": 1500,
+    "float": 215,
+    "int8": 245,
+    "unpacked": 380,
     "nbits": 460,
     "gather": 140,
     "gather-blocks": 340,
 }
-"""Names, shapes and attributes of a lowered site in the file, about; `widened` is from 4 bits."""
+"""Names, shapes and attributes of a lowered site in the file, about, unpacking aside."""
+
+_GROUPED_BYTES = {"int8": 350, "unpacked": 450}
+_SCALED_BYTES, _STATIC_BYTES = 150, 200
+"""Of the nodes and constants that scale inputs, that quantise them to a fixed range; about."""
 
 
 def recipe(format: SiteFormat, tokens: int) -> Recipe:
@@ -60,7 +99,9 @@ def recipe(format: SiteFormat, tokens: int) -> Recipe:
         return "gather" if format.weight_bits == 32 else "gather-blocks"
     if format.weight_bits == 32:
         return "float"
-    if tokens < FEW_TOKENS and _block(format) is not None:
+    packed = format.weight_bits in (8, 4) and format.nonzeros is None and not format.static
+    slow = format.weight_bits == 8 and format.activation_bits == 32
+    if tokens < FEW_TOKENS and packed and not slow and _block(format) is not None:
         return "nbits"
     return "int8" if format.activation_bits == 8 else "unpacked"
 
@@ -69,7 +110,9 @@ def kernel(format: SiteFormat, tokens: int) -> Hashable:
     """Equal for formats of one shape that run the same kernels: they are timed once."""
     kind = recipe(format, tokens)
     if kind in ("nbits", "gather-blocks"):
-        return (kind, format.weight_bits, format.group, format.activation_bits)
+        return (kind, format.weight_bits, format.group, format.activation_bits, format.scaled)
+    if kind == "int8":
+        return (kind, format.static, format.scaled)
     return "float" if kind == "unpacked" else kind
 
 
@@ -79,18 +122,46 @@ def kernel_class(format: SiteFormat, tokens: int) -> str:
     return {"unpacked": "float", "gather": "table", "gather-blocks": "table"}.get(kind, kind)
 
 
-def unsupported(format: SiteFormat) -> str | None:
-    """Why a format cannot be lowered, or `None`."""
-    if format.weight_bits not in (32, 8, 4):
-        return f"{format.weight_bits}-bit weights have no kernel; available: dense, 8, 4"
+def inputs(readers: Iterable[tuple[str, SiteWeights]], tokens: int) -> Inputs:
+    """What integer sites share of the tensors they read."""
+    return Inputs((x, w) for x, w in readers if recipe(w.format, tokens) == "int8")
+
+
+def unsupported(format: SiteFormat, tokens: int = FEW_TOKENS) -> str | None:
+    """Why a format cannot be lowered for runs of `tokens` tokens, or `None`."""
+    bits = format.weight_bits
+    if bits not in (32, 8, *NARROW_BITS):
+        return f"{bits}-bit weights have no kernel; available: dense, 8, 4, 3, 2"
     if format.activation_bits not in (32, 8):
         return f"{format.activation_bits}-bit activations have no kernel; available: dense, 8"
-    if format.weight_bits == 32:
-        if format.activation_bits == 8:
-            return "8-bit activations need 8-bit or 4-bit weights"
-        return None
+    if format.static and format.activation_bits != 8:
+        return "a static range needs 8-bit activations"
+    if bits == 32 and format.scaled:
+        return "scaled inputs need quantised weights"
+    if bits == 32 and format.activation_bits == 8:
+        return f"8-bit activations need weights of {', '.join(map(str, (8, *NARROW_BITS)))} bits"
+    if format.embedding:
+        return _unsupported_table(format)
+    if tokens < FEW_TOKENS and bits != 32 and (bits < 4 or format.nonzeros is not None):
+        what = f"{bits}-bit" if bits < 4 else "sparse"
+        return (
+            f"reads weights packed as they are stored at fewer than {FEW_TOKENS} tokens a run, and "
+            f"has no kernel for {what} ones; available there: dense, 8, 4"
+        )
+    return not_smaller(format)
+
+
+def _unsupported_table(format: SiteFormat) -> str | None:
+    if format.nonzeros is not None:
+        return "looks rows of a table up as they are stored; sparse tables have no kernel"
+    if format.weight_bits < 4:
+        return (
+            f"looks rows of a table up as they are stored; {format.weight_bits}-bit ones have no "
+            f"kernel; available: dense, 8, 4"
+        )
     group = format.group or format.columns
-    if format.embedding and group < format.columns and (group < 16 or group & (group - 1)):
+    grouped = format.weight_bits != 32 and group < format.columns
+    if grouped and (group < 16 or group & (group - 1)):
         return f"an embedding's group must be a power of two of at least 16, not {group}"
     return None
 
@@ -115,36 +186,37 @@ def _groups(format: SiteFormat) -> int:
 
 
 def size_bytes(format: SiteFormat, tokens: int) -> int:
-    """Bytes on disk of a site in this format."""
+    """Bytes on disk of a site in this format.
+
+    A vector that scales inputs counts at every site that reads them, though sites share it and
+    norms take it over: the file may be that much smaller.
+    """
     rows, columns = format.rows, format.columns
     bias = 4 * rows if format.bias else 0
-    weights = -(-rows * columns * format.weight_bits // 8)
-    kind: str = recipe(format, tokens)
-    nodes = _NODE_BYTES[kind]
+    kind = recipe(format, tokens)
+    size = bias + _NODE_BYTES[kind]
+    if format.scaled:
+        size += 4 * columns + _SCALED_BYTES
+    if format.static:
+        size += _STATIC_BYTES
+    groups = _groups(format)
     match kind:
-        case "float" | "gather":
-            scales = 0
+        case "float":
+            size += storage_bytes(format)
+        case "gather":
+            size += 4 * rows * columns
         case "gather-blocks":
-            scales = 4 * rows * _groups(format)
-        case "int8":
-            scales = 4 * rows
-            if format.weight_bits == 4:
-                scales += 2 * rows * _groups(format)
-                nodes = _NODE_BYTES["widened"]
-        case "unpacked":
-            scales = 4 * rows
-            if _groups(format) > 1:
-                scales += 2 * rows * _groups(format)
-                nodes = _NODE_BYTES["widened"]
+            size += -(-rows * columns * format.weight_bits // 8) + 4 * rows * groups
+        case "int8" | "unpacked":
+            size += storage_bytes(format) + 4 * rows
+            if groups > 1 and (kind == "unpacked" or format.weight_bits in NARROW_BITS):
+                size += 2 * rows * groups + _GROUPED_BYTES[kind]
         case "nbits":
             block = _block(format)
             assert block is not None
             blocks = -(-columns // block)
-            weights = rows * blocks * block * format.weight_bits // 8
-            scales = 4 * rows * blocks
-        case _:
-            raise AssertionError(kind)
-    return weights + scales + bias + nodes
+            size += rows * blocks * block * format.weight_bits // 8 + 4 * rows * blocks
+    return size
 
 
 def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
@@ -181,48 +253,26 @@ def lower_embedding(site: str, weights: SiteWeights, ids: str, output: str) -> P
     )
 
 
-class Inputs:
-    """Codes, scale and zero point of tensors at run time; a single reader computes its own."""
-
-    def __init__(self, integer_readers: Iterable[tuple[str, SiteWeights]]) -> None:
-        self._uses = Counter(x for x, _ in integer_readers)
-        self._codes: dict[str, tuple[str, str, str]] = {}
-        self._nodes: list[onnx.NodeProto] = []
-
-    def codes(self, x: str) -> tuple[str, str, str] | None:
-        """Their names, or `None` where the layer shall quantise by itself."""
-        if self._uses[x] > 1 and x not in self._codes:
-            self._codes[x] = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
-            self._nodes.append(helper.make_node("DynamicQuantizeLinear", [x], self._codes[x]))
-        return self._codes.get(x)
-
-    def take(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-        """Nodes made since the last call."""
-        made, self._nodes = self._nodes, []
-        return made, []
-
-
-def inputs(readers: Iterable[tuple[str, SiteWeights]], tokens: int) -> Inputs:
-    """All `int8` sites that read one tensor share its codes."""
-    return Inputs((x, w) for x, w in readers if recipe(w.format, tokens) == "int8")
-
-
 def lower_linear(
-    site: str, weights: SiteWeights, x: str, output: str, tokens: int, inputs: Inputs
+    site: str,
+    weights: SiteWeights,
+    x: str,
+    output: str,
+    tokens: int,
+    inputs: Inputs,
 ) -> Piece:
     """A linear layer `(…, columns)` → `(…, rows)`; `inputs` makes what it reads of `x`."""
     kind = recipe(weights.format, tokens)
     if kind == "int8":
-        return _int8(site, weights, x, output, inputs.codes(x))
+        codes = inputs.codes(x, weights)
+        return _int8(site, weights, inputs.scaled(x, weights), output, codes)
     if kind == "nbits":
-        return _nbits(site, weights, x, output)
+        return _nbits(site, weights, inputs.scaled(x, weights), output)
     piece = Piece()
     if kind == "float":
         assert weights.weight is not None
-        matrix = f"{site}.weight"
-        piece.initializers.append(
-            numpy_helper.from_array(np.ascontiguousarray(weights.weight.T), matrix)
-        )
+        mask = None if weights.mask is None else weights.mask.T
+        matrix = Builder(piece, site).weight(weights.weight.T, mask)
     else:
         matrix = _unpacked(piece, site, weights)
     product = f"{site}.product" if weights.bias is not None else output
@@ -238,35 +288,41 @@ def _int8(
     weights: SiteWeights,
     x: str,
     output: str,
-    quantised: Sequence[str] | None,
+    quantised_input: Sequence[str] | None,
 ) -> Piece:
-    codes, scales = weights.codes, weights.scales
+    codes, scales, bits = weights.codes, weights.scales, weights.format.weight_bits
     assert codes is not None
     assert scales is not None
     piece = Piece()
-    if scales.shape[1] > 1 or weights.format.weight_bits == 4:
-        row_scales = np.abs(weights.dequantised()).max(axis=1) / np.float32(127)
-        row_scales = np.where(row_scales > 0, row_scales, np.float32(1)).astype(np.float32)
-        if weights.format.weight_bits == 8:
-            codes = np.rint(weights.dequantised() / row_scales[:, None]).astype(np.int8)
-            matrix = _matrix(piece, site, codes)
-        else:
-            ratios = (scales / row_scales[:, None]).astype(np.float16)
-            matrix = _widened(piece, site, weights, ratios, TensorProto.INT8)
-    else:
+    build = Builder(piece, site)
+    mask = None if weights.mask is None else weights.mask.T
+    if scales.shape[1] == 1:
         row_scales = np.ascontiguousarray(scales[:, 0])
-        matrix = _matrix(piece, site, codes)
+        matrix = build.matrix(codes.T, mask, bits, TensorProto.INT8)
+    else:
+        whole = weights.dequantised()
+        row_scales = np.abs(whole).max(axis=1) / np.float32(127)
+        row_scales = np.where(row_scales > 0, row_scales, np.float32(1)).astype(np.float32)
+        if bits == 8:
+            codes = np.rint(whole / row_scales[:, None]).astype(np.int8)
+            matrix = build.matrix(codes.T, mask, bits, TensorProto.INT8)
+        else:
+            # Beyond float16's range are groups that vanish beside the row's largest weight.
+            with np.errstate(divide="ignore", over="ignore"):
+                divisors = (row_scales[:, None] / scales).astype(np.float16).T
+            wide = build.matrix(codes.T, mask, bits, TensorProto.FLOAT)
+            matrix = build.narrowed(wide, divisors, grouped_shape(weights.format)[1])
     piece.initializers.append(numpy_helper.from_array(row_scales, f"{site}.scales"))
     bias = ""
     if weights.bias is not None:
         bias = f"{site}.bias"
         piece.initializers.append(numpy_helper.from_array(weights.bias, bias))
-    if quantised is None:
+    if quantised_input is None:
         inputs = [x, matrix, f"{site}.scales", "", bias]
         operator = "DynamicQuantizeMatMul"
     else:
-        shared, scale, zero = quantised
-        inputs = [shared, matrix, scale, f"{site}.scales", zero, "", bias]
+        quantised, scale, zero = quantised_input
+        inputs = [quantised, matrix, scale, f"{site}.scales", zero, "", bias]
         operator = "MatMulIntegerToFloat"
     while not inputs[-1]:
         inputs.pop()
@@ -274,79 +330,43 @@ def _int8(
     return piece
 
 
-def _matrix(piece: Piece, site: str, codes: Array) -> str:
-    """int8 codes as `(columns, rows)`."""
-    name = f"{site}.codes"
-    piece.initializers.append(numpy_helper.from_array(np.ascontiguousarray(codes.T), name))
-    return name
-
-
 def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     """A float `(columns, rows)` matrix that the runtime makes from stored integers at load."""
-    scales = weights.scales
+    codes, scales, spec = weights.codes, weights.scales, weights.format
+    assert codes is not None
     assert scales is not None
+    build = Builder(piece, site)
+    codes, mask = codes.T, None if weights.mask is None else weights.mask.T
+    rows, columns = spec.rows, spec.columns
     if scales.shape[1] == 1:
-        return _widened(piece, site, weights, scales, TensorProto.FLOAT)
+        wide = build.matrix(codes, mask, spec.weight_bits, TensorProto.FLOAT)
+        matrix = build.node("Mul", [wide, build.constant(scales[:, 0], "scales")])
+        return _on_plain_inputs(build, weights, matrix)
+    groups, width = grouped_shape(spec)
+    padding = ((0, groups * width - columns), (0, 0))
+    shape = (groups, width, rows)
+    codes = np.pad(codes, padding).reshape(shape)
+    mask = None if mask is None else np.pad(mask, padding).reshape(shape)
     # float16 in proportion to the row's largest scale: no scale is too small for it.
     largest = scales.max(axis=1)
     largest = np.where(largest > 0, largest, np.float32(1)).astype(np.float32)
-    factors = (scales / largest[:, None]).astype(np.float16)
-    matrix = _widened(piece, site, weights, factors, TensorProto.FLOAT)
-    piece.initializers.append(numpy_helper.from_array(largest, f"{site}.scales"))
-    piece.nodes.append(helper.make_node("Mul", [matrix, f"{site}.scales"], [f"{site}.weight"]))
-    return f"{site}.weight"
+    shares = (scales / largest[:, None]).astype(np.float16).T.reshape(groups, 1, rows)
+    share = build.node("Cast", [build.constant(shares, "shares")], to=TensorProto.FLOAT)
+    factor = build.node("Mul", [share, build.constant(largest, "scales")])
+    wide = build.matrix(codes, mask, spec.weight_bits, TensorProto.FLOAT)
+    scaled = build.node("Mul", [wide, factor])
+    matrix = build.node("Reshape", [scaled, build.shape((groups * width, rows), "matrix")])
+    if groups * width != columns:
+        ends = [build.shape((0,), "start"), build.shape((columns,), "stop")]
+        matrix = build.node("Slice", [matrix, *ends])
+    return _on_plain_inputs(build, weights, matrix)
 
 
-def _widened(piece: Piece, site: str, weights: SiteWeights, factors: Array, to: int) -> str:
-    """Stored codes × `factors` `(rows, groups)`, as float or rounded to int8, `(columns, rows)`.
-
-    All of it is constant: the runtime computes it once, when the session is made.
-    """
-    spec, codes = weights.format, weights.codes
-    assert codes is not None
-    rows, columns, groups = spec.rows, spec.columns, factors.shape[1]
-    width = -(-columns // groups) if spec.group is None else min(spec.group, columns)
-    padded = groups * width
-    transposed = np.zeros((padded, rows), np.int8)
-    transposed[:columns] = codes.T
-    if spec.weight_bits == 4:
-        stored = TensorProto(name=f"{site}.codes", data_type=TensorProto.INT4)
-        stored.dims.extend(transposed.shape)
-        stored.raw_data = pack_nibbles((transposed.reshape(1, -1) & 15).view(np.uint8)).tobytes()
-    else:
-        stored = numpy_helper.from_array(transposed, f"{site}.codes")
-    factor = np.ascontiguousarray(factors.T.reshape(groups, 1, rows))
-    piece.initializers += [stored, numpy_helper.from_array(factor, f"{site}.factors")]
-    name = f"{site}.codes"
-
-    def node(operator: str, inputs: list[str], **attributes: Any) -> str:
-        output = f"{site}.{operator.lower()}{len(piece.nodes)}"
-        piece.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
-        return output
-
-    def shape(dims: Sequence[int], label: str) -> str:
-        piece.initializers.append(
-            numpy_helper.from_array(np.array(dims, np.int64), f"{site}.{label}")
-        )
-        return f"{site}.{label}"
-
-    name = node("Cast", [name], to=TensorProto.FLOAT)
-    factor_name = f"{site}.factors"
-    if factor.dtype == np.float16:
-        factor_name = node("Cast", [factor_name], to=TensorProto.FLOAT)
-    if groups > 1:
-        grouped = shape((groups, width, rows), "grouped")
-        name = node("Reshape", [name, grouped])
-    name = node("Mul", [name, factor_name])
-    if to == TensorProto.INT8:
-        name = node("Round", [name])
-        name = node("Cast", [name], to=TensorProto.INT8)
-    name = node("Reshape", [name, shape((padded, rows), "matrix")])
-    if padded == columns:
-        return name
-    return node(
-        "Slice", [name, shape((0,), "start"), shape((columns,), "stop"), shape((0,), "axis")]
-    )
+def _on_plain_inputs(build: Builder, weights: SiteWeights, matrix: str) -> str:
+    """`matrix (columns, rows)` with the vector of scaled inputs multiplied in, also at load."""
+    if weights.input_scale is None:
+        return matrix
+    return build.node("Mul", [matrix, build.constant(weights.input_scale[:, None], "channels")])
 
 
 def _nbits(site: str, weights: SiteWeights, x: str, output: str) -> Piece:

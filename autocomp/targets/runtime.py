@@ -12,6 +12,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -21,8 +22,10 @@ from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.targets.fingerprint import describe_cpu
+from autocomp.targets.generation import feeds, first_tokens
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
 from autocomp.targets.timing import (
     Reference,
@@ -44,14 +47,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Session(Protocol):
-    """A model that is loaded and can be run."""
+    """A model that is loaded and can be run, in the terms of ONNX Runtime."""
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name. `inputs` may hold more than the model reads."""
+    def get_inputs(self) -> Sequence[Any]:
+        """Inputs, each with `name` and `shape`; dimensions that vary are no integers."""
         ...
 
-    def bind(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
-        """A function that runs the model on these inputs, with as little around it as can be."""
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Array]:
+        """The outputs of these names, all of them without."""
         ...
 
 
@@ -61,6 +64,10 @@ class CpuTarget(ABC):
     Latency is in reference milliseconds: the model's time over the anchor's, times what the
     anchor took when `reference` was recorded. Without a `reference` the first measurement
     records one; pass it on to every process whose figures shall be comparable.
+
+    Where the workload generates, latency is that of the token in the middle of the generation,
+    which stands for all: the cost of attending is affine in the tokens in the cache. Kernels are
+    chosen for it; `run` reads whole sequences, with an empty cache, through the same graph.
     """
 
     name: ClassVar[str]
@@ -106,19 +113,39 @@ class CpuTarget(ABC):
     def write(self, lowered: onnx.ModelProto, directory: Path) -> Artifact:
         """See `Target.write`."""
 
+    def bound(self, session: Session, feed: Mapping[str, Array]) -> Callable[[], object]:
+        """A function that runs a session on `feed`, with as little around it as can be."""
+        return partial(session.run, None, feed)
+
+    def lowered_bytes(self, lowered: onnx.ModelProto) -> int:
+        """Bytes on disk of a lowered model."""
+        return int(lowered.ByteSize())
+
     # -- what follows from it
 
     @property
     def tokens(self) -> int:
-        """Tokens per run; an image is taken for at least 64 patches."""
+        """Tokens per timed run; an image is taken for at least 64 patches."""
+        if self.decodes:
+            return self.workload.batch
         image = getattr(self.workload, "image", None)
         return self.workload.batch * max(self.workload.sequence, 64 if image else 1)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the workload generates: graphs then have a key-value cache."""
+        return self.workload.generate is not None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache of a timed run."""
+        return (self.workload.prompt or 0) + (self.workload.generate or 0) // 2
 
     def describe(self) -> dict[str, Any]:
         """Device, runtime, version, workload."""
         workload = {
             name: getattr(self.workload, name)
-            for name in ("batch", "sequence", "image", "threads")
+            for name in ("batch", "sequence", "image", "prompt", "generate", "threads")
             if getattr(self.workload, name, None) is not None
         }
         return {
@@ -134,7 +161,11 @@ class CpuTarget(ABC):
 
     def formats_supported(self, format: SiteFormat) -> str | None:
         """Why this format cannot be lowered, or `None` if it can."""
-        return self.recipes.unsupported(format)
+        return self.recipes.unsupported(format, self.tokens)
+
+    def tokens_supported(self, reduction: TokenReduction) -> str | None:
+        """Why this token reduction cannot be lowered, or `None` if it can: all can."""
+        return None
 
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format."""
@@ -144,36 +175,43 @@ class CpuTarget(ABC):
         """The skeleton of a dense model (seconds); see `skeleton.cached_skeleton` to keep it."""
         from autocomp.targets.skeleton import export_skeleton
 
-        return export_skeleton(model, units, task)
+        return export_skeleton(model, units, task, decode=self.decodes)
 
     def lower(
         self, skeleton: onnx.ModelProto, model: nn.Module, units: Sequence[Unit]
     ) -> onnx.ModelProto:
         """The graph of a stitched model; units that were skipped in it leave no node."""
+        from autocomp.models.tokens import model_reductions
         from autocomp.targets.weights import model_parameters, model_weights
 
-        return self.lower_weights(skeleton, model_weights(model), model_parameters(model))
+        return self.lower_weights(
+            skeleton, model_weights(model), model_parameters(model), model_reductions(model)
+        )
 
     def lower_weights(
         self,
         skeleton: onnx.ModelProto,
         weights: Provider,
         parameters: Mapping[str, Array] | None = None,
+        reductions: Mapping[str, TokenReduction] | None = None,
     ) -> onnx.ModelProto:
         """`lower` from a provider of weights instead of a torch model."""
         from autocomp.targets.lower import lower
 
         return lower(
-            skeleton, weights, tokens=self.tokens, parameters=parameters, recipes=self.recipes
+            skeleton,
+            weights,
+            tokens=self.tokens,
+            parameters=parameters,
+            reductions=reductions,
+            recipes=self.recipes,
         )
 
-    def lowered_bytes(self, lowered: onnx.ModelProto) -> int:
-        """Bytes on disk of a lowered model, without writing it where that can be told."""
-        return int(lowered.ByteSize())
-
     def run(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Array:
-        """Logits for a batch; the last artifact's session is kept open."""
-        return self._session(artifact.path).run(inputs)["logits"]
+        """Logits for a batch of whole sequences; the last artifact's session is kept open."""
+        session = self._session(artifact.path)
+        (logits,) = session.run(["logits"], feeds(session, artifact.feeds(inputs)))
+        return np.asarray(logits)
 
     def verify(self, artifact: Artifact, model: nn.Module, inputs: Mapping[str, Array]) -> float:
         """Largest absolute difference between the artifact's logits and torch's, at real tokens."""
@@ -192,7 +230,13 @@ class CpuTarget(ABC):
 
     def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
         """Latency at the workload, alone on the machine while the gate is held; and size."""
-        timing = self.time_session(self.open(artifact.path), inputs, rounds=10, seconds=1.0)
+        session = self.open(artifact.path)
+        inputs = artifact.feeds(inputs)
+        timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
+        prefill = None
+        if self.workload.prompt is not None:
+            feed = feeds(session, first_tokens(inputs, self.workload.prompt))
+            prefill = self.to_ms(self._time(self.bound(session, feed)))
         return Measurement(
             provenance="measured",
             latency_ms=self.to_ms(timing),
@@ -200,29 +244,46 @@ class CpuTarget(ABC):
             latency_wall_ms=timing.wall_ms,
             latency_spread=timing.spread,
             device=self.fingerprint(),
+            prefill_ms=prefill,
         )
 
     def time_graph(
         self, model: onnx.ModelProto, inputs: Mapping[str, Array], **settings: Any
     ) -> Timing:
         """Time a graph in memory; `settings` go to `time_interleaved`."""
-        return self.time_session(self.open(model), inputs, **settings)
+        session = self.open(model)
+        return self.time_session(session, inputs, **settings)
 
     def time_session(
         self, session: Session, inputs: Mapping[str, Array], **settings: Any
     ) -> Timing:
-        """Time an open session against the anchor."""
-        run, anchor = session.bind(inputs), self._anchor_run()
+        """Time an open session against the anchor, a token's run where the workload generates."""
+        return self._time(self.bound(session, self._timed_feed(session, inputs)), **settings)
+
+    def _time(self, run: Callable[[], object], **settings: Any) -> Timing:
+        anchor = self._anchor_run()
         with nullcontext() if self.gate is None else self.gate.measuring():
             return time_interleaved(
                 run, anchor, single_threaded=self.workload.threads == 1, **settings
             )
 
+    def _timed_feed(self, session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One token per example and a filled cache, where the workload generates."""
+        if not self.decodes:
+            return feeds(session, inputs)
+        batch = self.workload.batch
+        if "input_ids" in inputs:
+            inputs, batch = first_tokens(inputs, 1), len(inputs["input_ids"])
+        return feeds(session, inputs, batch, self.cached_tokens)
+
     def time_pieces(
         self, pieces: Sequence[tuple[onnx.ModelProto, Mapping[str, Array]]], **settings: Any
     ) -> list[Timing]:
         """Time many small graphs against each other and the anchor, each with its inputs."""
-        runs = [self.open(model).bind(inputs) for model, inputs in pieces]
+        runs = []
+        for model, inputs in pieces:
+            session = self.open(model)
+            runs.append(self.bound(session, self._timed_feed(session, inputs)))
         anchor = self._anchor_run()
         with nullcontext() if self.gate is None else self.gate.measuring():
             return time_round_robin(
@@ -247,9 +308,10 @@ class CpuTarget(ABC):
     def run_graph(
         self, model: onnx.ModelProto, inputs: Mapping[str, Array], outputs: Sequence[str]
     ) -> dict[str, Array]:
-        """Values of some tensors of a graph in memory."""
-        values = self.open(model).run(inputs)
-        return {name: values[name] for name in outputs}
+        """Values of some tensors of a graph in memory, in a run as it is timed."""
+        session = self.open(model)
+        values = session.run(list(outputs), self._timed_feed(session, inputs))
+        return dict(zip(outputs, (np.asarray(value) for value in values), strict=True))
 
     def profile(
         self,
@@ -258,29 +320,45 @@ class CpuTarget(ABC):
         unit_formats: Mapping[str, Mapping[str, UnitFormat]],
         inputs: Mapping[str, Array],
         *,
+        reductions: Mapping[str, Mapping[str, TokenReduction]] | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> CostTable:
         """See `profile.profile`."""
         from autocomp.targets.profile import profile
 
-        return profile(self, skeleton, units, unit_formats, inputs, seed=seed, progress=progress)
+        return profile(
+            self,
+            skeleton,
+            units,
+            unit_formats,
+            inputs,
+            reductions=reductions,
+            seed=seed,
+            progress=progress,
+        )
 
     def peak_memory(self, artifact: Artifact, inputs: Mapping[str, Array]) -> int:
         """Peak resident bytes of a fresh process that loads the artifact and runs it once.
+
+        Where the workload generates, the process reads the prompt and generates after it.
 
         Raises:
             InternalError: if that process fails, with the end of what it said.
         """
         with tempfile.TemporaryDirectory() as scratch:
             arrays = Path(scratch) / "inputs.npz"
-            np.savez(arrays, **inputs)  # type: ignore[arg-type]
+            inputs = artifact.feeds(inputs)
+            if self.workload.prompt is not None:
+                inputs = first_tokens(inputs, self.workload.prompt)
+            np.savez(arrays, **inputs)
             root = str(Path(__file__).resolve().parents[2])
             paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             command = [sys.executable, "-m", "autocomp.targets.peak_memory"]
             command += [type(self).__module__, str(artifact.path), str(arrays)]
+            command += [str(self.workload.threads), str(self.workload.generate or 0)]
             done = subprocess.run(
-                [*command, str(self.workload.threads)],
+                command,
                 capture_output=True,
                 text=True,
                 check=False,
@@ -293,7 +371,7 @@ class CpuTarget(ABC):
     def _anchor_run(self) -> Callable[[], object]:
         if self._anchor is None:
             model, inputs = self.anchor()
-            self._anchor = self.open(model).bind(inputs)
+            self._anchor = self.bound(self.open(model), inputs)
         return self._anchor
 
     def _session(self, path: Path) -> Session:

@@ -7,6 +7,10 @@ stand for its linear layers, its embedding sites and its attention products:
     autocomp::Embedding(ids; site)                     (B, T)   → (B, T, width)
     autocomp::Attention(q, k, v[, mask]; …)            (B, H, T, D) × 3 → (B, T, H·D)
 
+and for the places where tokens can be merged or dropped (`token_markers`).
+For a workload that decodes, attentions also read and write a key-value cache (`cache`), and
+positions count from the number of tokens in it.
+
 The graph holds no big weights and no fixed number of heads, so structure and precision of every
 site remain open; `lower` fills them in. Batch and sequence stay dynamic.
 """
@@ -33,9 +37,11 @@ from autocomp.core.errors import InternalError
 from autocomp.core.files import write_atomic
 from autocomp.core.hashing import content_key
 from autocomp.core.unit import Unit
+from autocomp.targets.cache import STAND_IN, add_cache
 from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.protocol import ExportTask
 from autocomp.targets.skeleton_format import DOMAIN, OPSET, VERSION
+from autocomp.targets.token_markers import mark_tokens
 
 _MASKED = -1e9
 """Added to the scores of padding: exp() of it is exactly zero in float32."""
@@ -98,18 +104,22 @@ def _attention_marker(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H·D)` out."""
+    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H, D)` out.
+
+    The model reshapes that to `(B, T, H·D)`, which is what the marker stands for in the graph.
+    """
     batch, heads, length, head_dim = query.shape
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::Attention",
         (query, key, value) if attention_mask is None else (query, key, value, attention_mask),
         attrs={
             "head_dim": int(head_dim),
+            "layer": int(getattr(module, "layer_idx", -1)),
             "causal": int(getattr(module, "is_causal", False)),
             "scale": float(head_dim**-0.5 if scaling is None else scaling),
         },
         dtype=torch.float32,
-        shape=(batch, length, heads * value.shape[-1]),
+        shape=(batch, length, heads, value.shape[-1]),
         version=1,
     )
     return out, None
@@ -147,6 +157,7 @@ class _Logits(nn.Module):
 
     Text without a mask is whole sequences. transformers must be told so: without a mask it looks
     for several sequences packed into one, and attention then depends on the position ids.
+    The second axis of an input `past` says how many tokens come before.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -156,8 +167,12 @@ class _Logits(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         named = dict(zip(self.names, inputs, strict=True))
+        past = named.pop(STAND_IN, None)
         if not _padded(self.names):
             named["attention_mask"] = torch.ones_like(named["input_ids"])
+        if past is not None:
+            positions = torch.arange(named["input_ids"].shape[1]) + past.shape[1]
+            named["position_ids"] = positions[None]
         logits: torch.Tensor = self.m(**named).logits
         return logits
 
@@ -199,19 +214,27 @@ def _marked_attention(model: nn.Module, padded: bool) -> Iterator[None]:
         config._attn_implementation = previous
 
 
-def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
+def export_skeleton(
+    model: nn.Module, units: Sequence[Unit], task: ExportTask, *, decode: bool = False
+) -> onnx.ModelProto:
     """Export the skeleton of a dense `model`, which is not modified. Takes seconds.
+
+    With `decode` it has a key-value cache; the task's inputs must then be `input_ids` alone.
 
     Raises:
         InternalError: if torch cannot export the model, with the first line of its reason.
     """
     sites = {s.name for unit in units if unit.kind == "embedding" for s in unit.sites}
     marked = _marked_copy(model, sites)
+    mark_tokens(marked, units)
     config: Any = marked.config
     if getattr(config, "use_cache", None):
         config.use_cache = False
     inputs = task.example_inputs(2, 16)
-    axes = task.dynamic_axes
+    axes = dict(task.dynamic_axes)
+    if decode:
+        inputs[STAND_IN] = torch.zeros(2, 5)
+        axes[STAND_IN] = {1: STAND_IN}
     dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     names = list(inputs)
     with (
@@ -238,7 +261,7 @@ def export_skeleton(model: nn.Module, units: Sequence[Unit], task: ExportTask) -
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
     assert program is not None
-    return _tidy(program.model_proto, axes)
+    return _tidy(program.model_proto, axes, decode)
 
 
 @contextlib.contextmanager
@@ -254,7 +277,9 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx.ModelProto:
+def _tidy(
+    model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], decode: bool
+) -> onnx.ModelProto:
     """Parameters named as in torch, dynamic axes named, metadata dropped, attention resolved."""
     graph = Graph(model)
     graph.rename_initializers(lambda name: name.removeprefix("m."))
@@ -267,12 +292,14 @@ def _tidy(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> onnx
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.ClearField("dim_param")
-    for node in graph.nodes:
+    for node in list(graph.nodes):  # resolving an attention inserts nodes
         del node.metadata_props[:]
         node.doc_string = ""
         if node.op_type == "Attention" and node.domain == DOMAIN:
             _resolve_attention(graph, node)
     graph.merge_equal()
+    if decode:
+        add_cache(graph)
     graph.prune()
     return graph.to_model()
 
@@ -289,44 +316,64 @@ def _resolve_attention(graph: Graph, node: onnx.NodeProto) -> None:
             raise InternalError(f"no linear layer found that feeds the {name} of {node.name}")
         node.attribute.append(helper.make_attribute(f"{name}_site", site))
     head_dim = int(attribute(node, "head_dim"))
-    found = [_flat(graph, tensor, head_dim) for tensor in node.input[:3]]
-    flat = [tensor for tensor in found if tensor is not None]
-    whole = len(flat) == 3
+    sources = [_before_split(graph, tensor) for tensor in node.input[:3]]
+    whole = None not in sources
     node.attribute.append(helper.make_attribute("flat", int(whole)))
-    if whole:
-        for index, tensor in enumerate(flat):
-            node.input[index] = tensor
-    # The output is (B, T, H·D) already: the model's own reshape to it does nothing.
+    for index, source in enumerate(sources):
+        rotary = _rotary_above(graph, node.input[index])
+        if rotary is not None:
+            for table in (1, 2):  # the runtime wants one a sequence
+                rotary.input[table] = graph.expanded_to_batch(rotary.input[table])
+        if whole and source is not None:
+            if rotary is None:
+                node.input[index] = source
+            else:
+                _rotate_whole(graph, rotary, source, head_dim)
+        elif rotary is not None:  # four axes say how many heads there are; the count would be fixed
+            kept = [item for item in rotary.attribute if item.name != "num_heads"]
+            del rotary.attribute[:]
+            rotary.attribute.extend(kept)
+    # The output is (B, T, H·D) already: the model's own reshape to it is left out.
     for user in graph.users(node.output[0]):
-        if user.op_type == "Reshape":
-            graph.replace_uses(user.output[0], node.output[0])
+        if user.op_type != "Reshape":
+            raise InternalError(
+                f"{user.op_type} after the attention of {attribute(node, 'query_site')}: the heads "
+                "must be joined first. Describe this model in autocomp/targets/skeleton.py"
+            )
+        graph.replace_uses(user.output[0], node.output[0])
 
 
-def _flat(graph: Graph, tensor: str, head_dim: int) -> str | None:
-    """The `(B, T, H·D)` form of a tensor split into heads, if the graph has or allows one.
+def _rotary_above(graph: Graph, tensor: str) -> onnx.NodeProto | None:
+    """The rotary embedding that makes `tensor`, if it is one."""
+    node = graph.producer(tensor)
+    return node if node is not None and node.op_type == "RotaryEmbedding" else None
 
-    A rotary embedding between the split and the attention is moved before the split; its number
-    of heads is then that of the site it rotates.
+
+def _before_split(graph: Graph, tensor: str) -> str | None:
+    """The `(B, T, H·D)` form of a tensor split into heads, a rotary embedding after it left out.
+
+    Where something is done to each head before they change places (Qwen3's norms), its output is
+    joined again.
     """
-    rotary = graph.producer(tensor)
-    if rotary is None or rotary.op_type != "RotaryEmbedding":
-        return graph.before_heads(tensor)
-    source = graph.before_heads(rotary.input[0])
-    site = graph.upstream_site(tensor)
-    if source is None or site is None:
-        return None
+    rotary = _rotary_above(graph, tensor)
+    inner = tensor if rotary is None else rotary.input[0]
+    return graph.before_heads(inner) or graph.joined_heads(inner)
+
+
+def _rotate_whole(graph: Graph, rotary: onnx.NodeProto, source: str, head_dim: int) -> None:
+    """Let a rotary embedding read `source` `(B, T, H·D)`; H is that of the site it rotates."""
+    site = graph.upstream_site(source)
     rotary.input[0] = source
-    for index in (1, 2):
-        rotary.input[index] = graph.expanded_to_batch(rotary.input[index])
     del rotary.attribute[:]
     rotary.attribute.append(helper.make_attribute("interleaved", 0))
     rotary.attribute.append(helper.make_attribute("heads_of", site))
     rotary.attribute.append(helper.make_attribute("head_dim", head_dim))
     rotary.domain = DOMAIN
-    return tensor
 
 
-def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> str:
+def skeleton_key(
+    model: nn.Module, units: Sequence[Unit], task: ExportTask, *, decode: bool = False
+) -> str:
     """Content key of a skeleton: architecture, sites, axes, versions and non-site parameters."""
     config: Any = model.config
     sites = {site.name for unit in units for site in unit.sites}
@@ -340,30 +387,51 @@ def skeleton_key(model: nn.Module, units: Sequence[Unit], task: ExportTask) -> s
             "version": VERSION,
             "config": json.loads(config.to_json_string(use_diff=False)),
             "sites": sorted(sites),
+            "shapes": _fixed_shapes(task),
             "axes": {k: {str(a): n for a, n in v.items()} for k, v in task.dynamic_axes.items()},
             "tensors": digest.hexdigest(),
+            "decode": decode,
             "torch": torch.__version__,
         }
     )
 
 
+def _fixed_shapes(task: ExportTask) -> dict[str, list[int]]:
+    """The sizes an export fixes: those of the axes that are not dynamic (an image's side)."""
+    axes = task.dynamic_axes
+    return {
+        name: [size for axis, size in enumerate(value.shape) if axis not in axes.get(name, {})]
+        for name, value in task.example_inputs(2, 16).items()
+    }
+
+
 def cached_skeleton(
-    model: nn.Module, units: Sequence[Unit], task: ExportTask, directory: Path
+    model: nn.Module,
+    units: Sequence[Unit],
+    task: ExportTask,
+    directory: Path,
+    *,
+    decode: bool = False,
 ) -> onnx.ModelProto:
     """`export_skeleton`, kept in `directory` by content."""
-    path = skeleton_path(model, units, task, directory)
+    path = skeleton_path(model, units, task, directory, decode=decode)
     if path.exists():
         try:
             return onnx.load(path)
         except Exception:
             logging.getLogger(__name__).warning("%s is damaged: exported again", path)
-    skeleton = export_skeleton(model, units, task)
+    skeleton = export_skeleton(model, units, task, decode=decode)
     write_atomic(path, lambda temporary: onnx.save(skeleton, temporary))
     return skeleton
 
 
 def skeleton_path(
-    model: nn.Module, units: Sequence[Unit], task: ExportTask, directory: Path
+    model: nn.Module,
+    units: Sequence[Unit],
+    task: ExportTask,
+    directory: Path,
+    *,
+    decode: bool = False,
 ) -> Path:
     """The file `cached_skeleton` keeps."""
-    return directory / f"skeleton-{skeleton_key(model, units, task)}.onnx"
+    return directory / f"skeleton-{skeleton_key(model, units, task, decode=decode)}.onnx"

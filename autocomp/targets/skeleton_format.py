@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "autocomp"
-"""Operator domain of the markers: `Linear`, `Embedding`, `Attention`, `RotaryEmbedding`."""
+"""Operator domain of the markers: `Linear`, `Embedding`, `Attention`, `RotaryEmbedding`, `Tokens`,
+`AveragedTokens`."""
 
 OPSET = 23
 """The first opset with Attention, RotaryEmbedding and RMSNormalization as operators."""
 
-VERSION = 1
+VERSION = 3
 """Raised when skeletons written earlier must not be used any more."""
 
 

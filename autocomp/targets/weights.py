@@ -31,6 +31,9 @@ class SiteWeights:
         codes: int8 `(rows, columns)` when quantised.
         scales: float32 `(rows, groups)` when quantised.
         bias: float32 `(rows,)` or `None`.
+        input_scale: float32 `(columns,)` where the format is scaled, else `None`.
+        input_range: smallest and largest input where the format is static, else `None`.
+        mask: bool `(rows, columns)` when sparse, true at the weights that are stored.
     """
 
     format: SiteFormat
@@ -38,6 +41,9 @@ class SiteWeights:
     codes: Array | None = None
     scales: Array | None = None
     bias: Array | None = None
+    input_scale: Array | None = None
+    input_range: tuple[float, float] | None = None
+    mask: Array | None = None
 
     def dequantised(self) -> Array:
         """float32 `(rows, columns)`: what the codes stand for."""
@@ -57,7 +63,8 @@ Provider = Callable[[str], SiteWeights | None]
 def model_weights(model: nn.Module) -> Provider:
     """The sites of a torch model, dense or stitched; a site that is not there is skipped.
 
-    Quantised modules are recognised by what they offer: `format`, `codes()` and `scales`.
+    Quantised modules are recognised by what they offer: `format`, `codes()` and `scales`; sparse
+    ones by a `mask`.
     """
 
     def provide(site: str) -> SiteWeights | None:
@@ -65,17 +72,32 @@ def model_weights(model: nn.Module) -> Provider:
             module: Any = model.get_submodule(site)
         except AttributeError:
             return None
+        if hasattr(module, "row_of"):
+            module = module.table  # a pruned vocabulary: the artifact takes its own ids
         if not hasattr(module, "weight"):
             return None
         bias = getattr(module, "bias", None)
         bias = None if bias is None else _array(bias)
         rows, columns = module.weight.shape
+        mask = getattr(module, "mask", None)
+        mask = None if mask is None else _array(mask)
         if not hasattr(module, "codes"):
             embedding = hasattr(module, "num_embeddings")
             dense = SiteFormat(rows, columns, bias is not None, embedding=embedding)
-            return SiteWeights(dense, weight=_array(module.weight), bias=bias)
+            left = dense if mask is None else module.format
+            return SiteWeights(left, weight=_array(module.weight), bias=bias, mask=mask)
         scales = _array(module.scales).reshape(rows, -1)
-        return SiteWeights(module.format, codes=_array(module.codes()), scales=scales, bias=bias)
+        input_scale = getattr(module, "input_scale", None)
+        return SiteWeights(
+            module.format,
+            codes=_array(module.codes()),
+            scales=scales,
+            bias=bias,
+            input_scale=None if input_scale is None else _array(input_scale),
+            input_range=getattr(module, "input_range", None),
+        )
+        codes = _array(module.codes())
+        return SiteWeights(module.format, codes=codes, scales=scales, bias=bias, mask=mask)
 
     return provide
 
@@ -95,7 +117,9 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
     rng = np.random.default_rng(seed)
     noise = (rng.standard_normal(1 << 16) * 0.03).astype(np.float32)
     codes = {8: rng.integers(-127, 128, 1 << 16, dtype=np.int8)}
-    codes[4] = rng.integers(-8, 8, 1 << 16, dtype=np.int8)
+    for bits in (4, 3, 2):
+        half = 1 << (bits - 1)
+        codes[bits] = rng.integers(-half, half, 1 << 16, dtype=np.int8)
 
     def provide(site: str) -> SiteWeights | None:
         spec = formats.get(site)
@@ -103,12 +127,27 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
             return None
         shape = (spec.rows, spec.columns)
         bias = np.zeros(spec.rows, np.float32) if spec.bias else None
+        mask: Array | None = None
+        if spec.nonzeros is not None:
+            flat = np.zeros(spec.rows * spec.columns, np.bool_)
+            flat[np.linspace(0, flat.size - 1, spec.nonzeros).astype(np.int64)] = True
+            mask = flat.reshape(shape)
         if spec.weight_bits == 32:
-            return SiteWeights(spec, weight=np.resize(noise, shape), bias=bias)
+            weight = np.resize(noise, shape)
+            weight = weight if mask is None else weight * mask
+            return SiteWeights(spec, weight=weight, bias=bias, mask=mask)
         groups = -(-spec.columns // (spec.group or spec.columns))
         scales = np.full((spec.rows, groups), 0.06 / 2 ** (spec.weight_bits - 1), np.float32)
         return SiteWeights(
-            spec, codes=np.resize(codes[spec.weight_bits], shape), scales=scales, bias=bias
+            spec,
+            codes=np.resize(codes[spec.weight_bits], shape),
+            scales=scales,
+            bias=bias,
+            input_scale=np.full(spec.columns, 0.5, np.float32) if spec.scaled else None,
+            input_range=(-4.0, 4.0) if spec.static else None,
         )
+        made_up = np.resize(codes[spec.weight_bits], shape)
+        made_up = made_up if mask is None else made_up * mask
+        return SiteWeights(spec, codes=made_up, scales=scales, bias=bias, mask=mask)
 
     return provide

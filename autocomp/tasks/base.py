@@ -11,6 +11,7 @@ import numpy as np
 
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.hashing import content_key
+from autocomp.models.layouts import LAYOUTS, ConfigKeys
 from autocomp.tasks.divergence import kl_per_example
 from autocomp.tasks.protocol import SPLITS, Array, Encoded, Evaluation, Quality, Run, Split
 
@@ -225,13 +226,24 @@ def index_batches(
     return iter(batches)
 
 
+def model_positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens a model has positions for; `None` if its config names no limit."""
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    keys = ConfigKeys() if layout is None else layout.keys
+    positions: int | None = config.get(keys.positions or "max_position_embeddings")
+    if positions is not None and layout is not None and layout.offset is not None:
+        offset = config.get(layout.offset)
+        positions -= 1 + int(layout.defaults[layout.offset] if offset is None else offset)
+    return positions
+
+
 def check_sequence(sequence: int, config: Mapping[str, Any]) -> None:
     """Refuse more tokens than the model has positions for.
 
     Raises:
         UserError: naming the limit.
     """
-    positions = config.get("max_position_embeddings")
+    positions = model_positions(config)
     if positions is not None and sequence > positions:
         raise UserError(
             f"target.workload.sequence: {sequence} tokens, but the model has {positions} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -102,10 +103,11 @@ def classification_head(model: nn.Module) -> nn.Linear:
     Raises:
         ModelError: if there is none under a known name.
     """
-    for name in ("classifier", "score"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
-            return head
+    for name in ("classifier", "score", "classifier.out_proj"):
+        with contextlib.suppress(AttributeError):
+            head = model.get_submodule(name)
+            if isinstance(head, nn.Linear):
+                return head
     raise ModelError(
         f"{type(model).__name__} has no linear 'classifier' or 'score' to fit. "
         f"Use task.teacher.fit: full"

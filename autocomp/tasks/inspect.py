@@ -60,3 +60,10 @@ def inspect_data(spec: Spec) -> DataSummary:
         origin=examples.origin,
     )
     return DataSummary(len(examples), examples.label_names)
+
+
+def sample_texts(spec: Spec, count: int = 32) -> list[str]:
+    """The first labelled texts of the data, to try a shipped tokenizer on; none for other tasks."""
+    if _CONTENT.get(spec.task.name) != "text":
+        return []
+    return [str(text) for text in load_examples(spec.task.data, "text").contents[:count]]

@@ -26,6 +26,7 @@ from torch import nn
 from autocomp.core.errors import ModelError, StorageError, UserError
 from autocomp.core.files import sync_directory, write_atomic
 from autocomp.core.hashing import content_key, file_digest
+from autocomp.models.conversion import save_model
 from autocomp.models.load import load_model, quiet
 from autocomp.models.sources import read_config, read_tensor_shapes
 from autocomp.spec.schema import Spec, TeacherSection
@@ -211,7 +212,7 @@ def _store(model: nn.Module, task: Task, model_path: Path, directory: Path) -> P
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
         with quiet():
-            cast(Any, model).save_pretrained(temporary)
+            save_model(model, temporary)
         for source in _companions(model_path):
             if not (temporary / source.name).exists():
                 shutil.copyfile(source, temporary / source.name)

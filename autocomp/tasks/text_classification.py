@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ class TextClassification(Classification):
 
     name = "text-classification"
     summary = "one label per text; accuracy"
-    input_names = ("input_ids", "attention_mask")
+    input_names: tuple[str, ...] = ("input_ids", "attention_mask")
     dynamic_axes = {  # noqa: RUF012  (class-level constants of the protocol)
         "input_ids": {0: "batch", 1: "sequence"},
         "attention_mask": {0: "batch", 1: "sequence"},
@@ -32,9 +32,20 @@ class TextClassification(Classification):
 
     @classmethod
     def build(
-        cls, section: TaskSection, workload: WorkloadSection, model_path: Path, seed: int = 0
+        cls,
+        section: TaskSection,
+        workload: WorkloadSection,
+        model_path: Path,
+        seed: int = 0,
+        *,
+        tokenizer: Any = None,
+        original: Callable[[Array], Array] | None = None,
     ) -> TextClassification:
-        """See `Task.build`."""
+        """See `Task.build`.
+
+        `tokenizer` reads the texts instead of the model's own; `original` then maps its ids to
+        those of the model's.
+        """
         from autocomp.models.load import load_tokenizer
 
         config = read_config(model_path)
@@ -50,13 +61,14 @@ class TextClassification(Classification):
             label_names=examples.label_names,
             origin=examples.origin,
         )
-        tokenizer = load_tokenizer(model_path)
+        tokenizer = tokenizer or load_tokenizer(model_path)
         splits: dict[Split, Encoded] = {}
         for name, chosen in indices.items():
             texts = [examples.contents[i] for i in chosen]
-            splits[name] = Encoded(
-                encode_texts(tokenizer, texts, workload.sequence), examples.labels[chosen]
-            )
+            inputs = encode_texts(tokenizer, texts, workload.sequence)
+            if original is not None:
+                inputs["input_ids"] = original(inputs["input_ids"])
+            splits[name] = Encoded(inputs, examples.labels[chosen])
         return cls(splits, examples.label_names, len(examples.label_names), workload.batch)
 
     def lengths(self, encoded: Encoded) -> Array:

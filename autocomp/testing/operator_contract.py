@@ -26,8 +26,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from autocomp.core.activation_grid import static_grid
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
+from autocomp.core.factors import first_of, second_of
 from autocomp.core.unit import Site, SiteFormat, Unit, dense_format
 from autocomp.library.store import Library
 from autocomp.models.modules import CODE_RANGE, group_count
@@ -41,6 +43,9 @@ from autocomp.operators.protocol import (
     UnitStats,
 )
 
+USED_ROWS = (0, 3, 4, *range(20, 35))
+"""Rows of a table that the example statistics count: what a pruned vocabulary keeps."""
+
 INNER_ROLES = {
     "attention": (("query", "key", "value"), "output"),
     "ffn": (("gate", "up"), "down"),
@@ -48,8 +53,14 @@ INNER_ROLES = {
 """Unit kind → roles that read the unit's input, role that writes its output."""
 
 
-def attention(name: str = "layers.0.attention", *, kv_heads: int = 4, bias: bool = True) -> Unit:
-    """Four heads of 8 on a width of 24."""
+def attention(
+    name: str = "layers.0.attention",
+    *,
+    kv_heads: int = 4,
+    bias: bool = True,
+    protected_tokens: int | None = None,
+) -> Unit:
+    """Four heads of 8 on a width of 24; of a vision model if it has protected tokens."""
     shapes = {"query": (32, 24), "key": (kv_heads * 8, 24), "value": (kv_heads * 8, 24)}
     return Unit(
         name,
@@ -63,6 +74,7 @@ def attention(name: str = "layers.0.attention", *, kv_heads: int = 4, bias: bool
         kv_heads=kv_heads,
         head_dim=8,
         skippable=True,
+        protected_tokens=protected_tokens,
     )
 
 
@@ -92,7 +104,7 @@ def head() -> Unit:
 def example_units() -> list[Unit]:
     """One of every kind, with and without biases, grouped queries and gates."""
     return [
-        attention(),
+        attention(protected_tokens=1),
         attention("layers.1.attention", kv_heads=2, bias=False),
         ffn(),
         ffn("layers.1.ffn", gated=True, bias=False),
@@ -116,9 +128,16 @@ def example_state(unit: Unit, seed: int = 0) -> UnitState:
 
 
 def example_stats(unit: Unit, tokens: int = 400, seed: int = 1) -> UnitStats:
-    """Statistics of correlated random inputs with a mean; equal inputs are shared."""
+    """Statistics of correlated random inputs with a mean; equal inputs are shared.
+
+    Of a table, `USED_ROWS` are counted, however many the tokens.
+    """
     if unit.kind == "embedding":
-        return {}
+        nothing = torch.empty(0)
+        seen = torch.zeros(unit.sites[0].rows, dtype=torch.int64)
+        seen[list(USED_ROWS)] = torch.arange(1, len(USED_ROWS) + 1)
+        rows = SiteStats(nothing.reshape(0, 0), nothing, int(seen.sum()), seen)
+        return {unit.sites[0].name: rows}
     generator = torch.Generator().manual_seed(seed)
     shared: dict[int, SiteStats] = {}
     stats: dict[str, SiteStats] = {}
@@ -129,7 +148,15 @@ def example_stats(unit: Unit, tokens: int = 400, seed: int = 1) -> UnitStats:
             mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
             inputs = torch.randn(tokens, columns, generator=generator) @ mixing
             inputs = inputs + torch.randn(columns, generator=generator)
-            entry = SiteStats(inputs.t() @ inputs, inputs.mean(dim=0), tokens)
+            low, high = torch.aminmax(inputs, dim=0)
+            entry = SiteStats(
+                inputs.t() @ inputs,
+                inputs.mean(dim=0),
+                tokens,
+                low=low,
+                high=high,
+                sample=inputs[:64].clone(),
+            )
             shared[columns] = entry
         stats[site.name] = entry
     return stats
@@ -147,7 +174,8 @@ class _Case:
 
 
 def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
-    parts = ("weight", "bias", "codes", "scales", "kept_columns")
+    parts: tuple[str, ...] = ("weight", "bias", "codes", "scales", "input_scale", "mask")
+    parts += ("kept_columns", "kept_rows", "row_of")
     return {
         f"{name}.{part}": getattr(site, part)
         for name, site in state.items()
@@ -159,6 +187,8 @@ def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
 def assert_same(one: UnitState, other: UnitState, what: str) -> None:
     """Equal formats and bit-equal tensors."""
     assert {n: s.format for n, s in one.items()} == {n: s.format for n, s in other.items()}, what
+    ranges = [{name: site.input_range for name, site in state.items()} for state in (one, other)]
+    assert ranges[0] == ranges[1], what
     left, right = _tensors(one), _tensors(other)
     assert left.keys() == right.keys(), what
     for name, tensor in left.items():
@@ -261,7 +291,23 @@ class OperatorContract:
             if site.bias is not None:
                 assert tuple(site.bias.shape) == (form.rows,), f"{what}: {name}"
                 assert torch.isfinite(site.bias).all(), f"{what}: {name}"
+            assert (site.mask is None) == (form.nonzeros is None), f"{what}: {name}"
+            if site.mask is not None:
+                assert site.mask.dtype == torch.bool
+                assert int(site.mask.sum()) == form.nonzeros, f"{what}: {name}"
+                assert not site.weight[~site.mask].any(), f"{what}: {name} is not zero off its mask"
             assert (site.codes is None) == (form.weight_bits == 32), f"{what}: {name}"
+            assert (site.input_scale is not None) == form.scaled, f"{what}: {name}"
+            if site.input_scale is not None:
+                assert tuple(site.input_scale.shape) == (form.columns,), f"{what}: {name}"
+                assert site.input_scale.dtype == torch.float32
+                assert torch.isfinite(site.input_scale).all(), f"{what}: {name}"
+                assert (site.input_scale > 0).all(), f"{what}: {name}"
+            assert (site.input_range is not None) == form.static, f"{what}: {name}"
+            if site.input_range is not None:
+                scale, zero_point = static_grid(*site.input_range)
+                assert scale > 0
+                assert 0 <= zero_point <= 255
             if site.codes is not None:
                 assert site.scales is not None
                 low, high = CODE_RANGE[form.weight_bits]
@@ -275,7 +321,10 @@ class OperatorContract:
                 assert torch.equal(site.weight, site.codes.float() * steps), f"{what}: {name}"
 
     def test_boundary_keeps_its_shape(self, operator: Operator) -> None:
-        """What the unit reads and what it writes keep their width, unless it is skipped."""
+        """What the unit reads and what it writes keep their width, unless it is skipped.
+
+        A table may lose rows: `kept_rows` then says which are left.
+        """
         for case in self._cases(operator):
             formats = operator.formats(case.unit, dense_format(case.unit), case.step)
             if not formats:
@@ -283,11 +332,13 @@ class OperatorContract:
                 continue
             readers, writer = INNER_ROLES.get(case.unit.kind, ((), ""))
             for site in case.unit.sites:
-                form = formats[site.name]
+                rows, columns = _shape(formats, site)
                 if site.role in readers or not readers:
-                    assert form.columns == site.columns, f"{case}: {site.name}"
-                if site.role == writer or not readers:
-                    assert form.rows == site.rows, f"{case}: {site.name}"
+                    assert columns == site.columns, f"{case}: {site.name}"
+                if site.table:
+                    assert rows <= site.rows, f"{case}: {site.name}"
+                elif site.role == writer or not readers:
+                    assert rows == site.rows, f"{case}: {site.name}"
 
     def test_saved_and_loaded_it_is_the_same(self, operator: Operator, tmp_path: Path) -> None:
         """The library gives back the bits it was given."""
@@ -311,10 +362,7 @@ class OperatorContract:
                 for name, site in case.state.items()
             }
             one_token = example_stats(case.unit, tokens=1)
-            no_input = {
-                name: SiteStats(torch.zeros_like(s.gram), torch.zeros_like(s.mean), s.count)
-                for name, s in case.stats.items()
-            }
+            no_input = {name: _masked(s, slice(None)) for name, s in case.stats.items()}
             trials = [
                 (case.state, one_token, "one token"),
                 (case.state, no_input, "no input"),
@@ -326,10 +374,28 @@ class OperatorContract:
                 self._assert_sound(after, formats, f"{case}, {what}")
 
 
+def _shape(formats: dict[str, SiteFormat], site: Site) -> tuple[int, int]:
+    """Rows and columns of what stands at a site, one layer or two factors."""
+    if site.name in formats:
+        form = formats[site.name]
+        return form.rows, form.columns
+    first, second = formats[first_of(site.name)], formats[second_of(site.name)]
+    assert second.columns == (first.columns if site.table else first.rows), site.name
+    return (first.rows, second.rows) if site.table else (second.rows, first.columns)
+
+
 def _with_dead_columns(stats: UnitStats) -> UnitStats:
-    dead = {}
-    for name, site in stats.items():
-        gram, mean = site.gram.clone(), site.mean.clone()
-        gram[::3], gram[:, ::3], mean[::3] = 0.0, 0.0, 0.0
-        dead[name] = SiteStats(gram, mean, site.count)
-    return dead
+    return {name: _masked(site, slice(None, None, 3)) for name, site in stats.items()}
+
+
+def _masked(stats: SiteStats, columns: slice) -> SiteStats:
+    """The statistics with these columns of the input zero; every site's tensors are its own."""
+    gram = stats.gram.clone()
+    gram[columns], gram[:, columns] = 0.0, 0.0
+    parts = {}
+    for part in ("mean", "low", "high", "sample"):
+        value = getattr(stats, part)
+        if value is not None:
+            parts[part] = value.clone()
+            parts[part][..., columns] = 0.0
+    return replace(stats, gram=gram, **parts)

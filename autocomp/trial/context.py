@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from autocomp.core.candidate import Runtime
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
 from autocomp.spec.schema import Spec
+from autocomp.targets import make_target
+
+if TYPE_CHECKING:
+    from autocomp.targets.protocol import Target
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class TrialContext:
         items: (unit name, option key) → key of the library item.
         units: the units of the model, in model order.
         gate: the measurement gate of this host.
-        reference: the anchor's latency, recorded once per study.
+        references: runtime → the anchor's latency there, recorded once per study. The one runtime
+            of a study without a choice is `None`.
     """
 
     spec: Spec
@@ -38,4 +44,8 @@ class TrialContext:
     items: Mapping[tuple[str, str], str]
     units: tuple[Unit, ...]
     gate: Gate
-    reference: Mapping[str, Any] | None = None
+    references: Mapping[Runtime, Mapping[str, Any]] = field(default_factory=dict)
+
+    def target(self, runtime: Runtime) -> Target:
+        """The target of a runtime, its figures comparable with the study's others."""
+        return make_target(self.spec.target.on(runtime), self.gate, self.references.get(runtime))

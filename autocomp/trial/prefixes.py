@@ -17,6 +17,7 @@ from torch import nn
 from autocomp.core.candidate import Candidate, Option
 from autocomp.core.unit import Unit
 from autocomp.models.surgery import blocks
+from autocomp.models.tokens import TokenSizes, token_sizes
 
 CAPACITY_BYTES = 256 * 2**20
 
@@ -77,14 +78,15 @@ class Prefixes:
             keep: remember what the first `keep` blocks give; 0 for nothing.
         """
         chain = blocks(model)
+        sizes = token_sizes(model)
         start, stored = self._longest(candidate)
         kept: list[Any] = []
         for index, batch in enumerate(self.batches):
             with ExitStack() as stack:
                 if start:
-                    stack.enter_context(_replayed(chain[:start], stored[index]))
+                    stack.enter_context(_replayed(chain[:start], stored[index], sizes))
                 if keep > start:
-                    stack.enter_context(_recorded(chain[keep - 1], kept))
+                    stack.enter_context(_recorded(chain[keep - 1], kept, sizes))
                 output = run(model, batch)
             yield output
         if keep > start:
@@ -106,14 +108,20 @@ class Prefixes:
             total -= sum(_size(entry) for entry in dropped)
 
 
-def _size(output: Any) -> int:
-    parts = output if isinstance(output, tuple) else (output,)
+def _size(entry: Any) -> int:
+    output, sizes = entry
+    parts = (*(output if isinstance(output, tuple) else (output,)), sizes)
     return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
 @contextmanager
-def _recorded(block: nn.Module, outputs: list[Any]) -> Iterator[None]:
-    handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
+def _recorded(block: nn.Module, entries: list[Any], sizes: TokenSizes | None) -> Iterator[None]:
+    """What `block` gives, and the sizes of its tokens, are appended to `entries`."""
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        entries.append((output, None if sizes is None else sizes.now))
+
+    handle = block.register_forward_hook(keep)
     try:
         yield
     finally:
@@ -121,8 +129,11 @@ def _recorded(block: nn.Module, outputs: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _replayed(chain: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """The blocks of `chain` do nothing; the last gives `output`."""
+def _replayed(chain: Sequence[nn.Module], entry: Any, sizes: TokenSizes | None) -> Iterator[None]:
+    """The blocks of `chain` do nothing; the last gives what was recorded."""
+    output, known = entry
+    if sizes is not None:
+        sizes.now = known
 
     def give(*args: Any, **kwargs: Any) -> Any:
         return output

@@ -23,20 +23,23 @@ import onnx
 import torch
 from torch import nn
 
-from autocomp.core.candidate import Candidate
+from autocomp.core.candidate import Candidate, Runtime
 from autocomp.core.errors import AutocompError
 from autocomp.core.measurement import Measurement
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
 from autocomp.models.load import load_model
+from autocomp.models.pruned_table import model_vocabulary
+from autocomp.models.vocabulary import Vocabulary, load_vocabulary
 from autocomp.study.directory import append_trial
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
 from autocomp.study.records import TrialRecord
-from autocomp.targets import make_target
+from autocomp.targets.protocol import Artifact, Target
 from autocomp.tasks import make_task
 from autocomp.tasks.protocol import Array, Run, Split, Task
 from autocomp.tasks.teacher import teacher_logits
+from autocomp.tasks.vocabulary import retokenised
 from autocomp.trial.agreement import check_agreement
 from autocomp.trial.context import TrialContext
 from autocomp.trial.distil import DivergedError, distil
@@ -68,7 +71,7 @@ def teacher_side(model: nn.Module, task: Task, split: Split, cache: Path) -> Arr
 
 
 class CandidateRunner:
-    """Holds teacher, library, task and target; `run` takes one candidate to a measured artifact.
+    """Holds teacher, library, task and targets; `run` takes one candidate to a measured artifact.
 
     Call sequence: `setup({"trial": TrialContext})` once, then `run(payload)` per trial.
     """
@@ -82,13 +85,19 @@ class CandidateRunner:
         self.ledger = Ledger(self.paths.ledger)
         self.task = make_task(trial.spec, trial.model_path)
         self.teacher = load_model(trial.teacher_path, self.task.name, self.task.num_labels)
+        self._retokenised: tuple[Vocabulary, Task] | None = None
         self.library = Library(trial.library_path)
-        reference = None if trial.reference is None else dict(trial.reference)
-        self.target = make_target(trial.spec.target, trial.gate, reference)
+        self._targets: dict[Runtime, Target] = {}
         self.skeleton = onnx.load(trial.skeleton_path)
         self.expected = teacher_side(
             self.teacher, self.task, "search", self.paths.work / "teacher-search.npy"
         )
+
+    def target(self, runtime: Runtime = None) -> Target:
+        """The target of a runtime, made at first use."""
+        if runtime not in self._targets:
+            self._targets[runtime] = self.context.target(runtime)
+        return self._targets[runtime]
 
     def run(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Run one trial.
@@ -123,7 +132,8 @@ class CandidateRunner:
         return record.to_json()
 
     def _carry_out(self, record: TrialRecord, seconds: dict[str, float]) -> TrialRecord:
-        context, candidate, target = self.context, record.candidate, self.target
+        context, candidate = self.context, record.candidate
+        target = self.target(candidate.runtime)
         workload = context.spec.target.workload
         with _timed(seconds, "stitch"):
             student = stitch(self.teacher, context.units, self.library, context.items, candidate)
@@ -147,9 +157,12 @@ class CandidateRunner:
             shutil.rmtree(directory, ignore_errors=True)
             lowered = target.lower(self.skeleton, student, context.units)
             artifact = target.write(lowered, directory)
-            check_agreement(self.target, artifact, student, self.task, workload.batch)
+            vocabulary = model_vocabulary(student)
+            if vocabulary is not None:
+                vocabulary.save(directory)
+            check_agreement(target, artifact, student, self.task, workload.batch)
         with _timed(seconds, "evaluate"):
-            evaluation = self.task.evaluate(
+            evaluation = self._task_of(artifact).evaluate(
                 partial(target.run, artifact), "search", teacher=self.expected
             )
         with _timed(seconds, "measure"):
@@ -169,6 +182,16 @@ class CandidateRunner:
             measured=measured,
             artifact=str(directory.relative_to(self.paths.root)),
         )
+
+    def _task_of(self, artifact: Artifact) -> Task:
+        """The task as the tokenizer shipped with this artifact reads it."""
+        vocabulary = load_vocabulary(artifact.path.parent)
+        if vocabulary is None:
+            return self.task
+        if self._retokenised is None or self._retokenised[0] != vocabulary:
+            task = retokenised(self.context.spec, self.context.model_path, vocabulary)
+            self._retokenised = (vocabulary, task)
+        return self._retokenised[1]
 
     def _distil_logits(self, candidate: Candidate) -> np.ndarray[Any, Any] | None:
         """The teacher's logits on the distil split where they are small: one row per example."""

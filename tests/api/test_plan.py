@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from autocomp.api.plan import Plan
+from autocomp.api.plan import Plan, check_generation
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.candidate import Option, Step
+from autocomp.core.errors import SpecError
 from autocomp.core.measurement import Measurement
 from autocomp.models.discover import find_units
 from autocomp.models.load import load_model
 from autocomp.models.sources import read_config, read_tensor_shapes
+from autocomp.spec.loader import load_spec
 from autocomp.spec.schema import WorkloadSection
 from autocomp.targets.cost_table import CostTable, Entry
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
@@ -133,3 +135,29 @@ def test_measurements_of_options_the_table_lacks_are_left_out() -> None:
     strange = measured(step(2), Option(), 99.0)
     options = dict(zip(UNITS, CHOICES, strict=False))
     assert predictor.refitted([strange]).predict(options) == predictor.predict(options)
+
+
+GENERATES = """\
+version: 1
+model: {source: some/model}
+task: {name: language-modeling, data: {source: some-text}}
+target:
+  workload:
+    prompt: 100
+    generate: 28
+budget: {latency: 50%}
+space: [{match: "*"}]
+"""
+
+
+def test_a_workload_that_generates_needs_positions_and_a_language_model(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(GENERATES)
+    spec = load_spec(tmp_path / "spec.yaml")
+    check_generation(spec, {"max_position_embeddings": 128})
+    check_generation(spec, {})
+    place = r"spec\.yaml:7 target\.workload\.generate: "
+    with pytest.raises(SpecError, match=f"{place}100 tokens of prompt and 28 generated are more"):
+        check_generation(spec, {"max_position_embeddings": 127})
+    other = load_spec(tmp_path / "spec.yaml", {"task.name": "text-classification"})
+    with pytest.raises(SpecError, match=f"{place}task 'text-classification' generates no tokens"):
+        check_generation(other, {})

@@ -141,3 +141,21 @@ def test_an_operator_twice_is_refused():
 def test_what_is_no_candidate_is_a_user_error(text):
     with pytest.raises(UserError, match="not a candidate"):
         Candidate.from_yaml(text)
+
+
+def test_the_runtime_is_part_of_the_key_and_only_where_there_is_one():
+    plain = Candidate.of(
+        {"a": Option((Step.of("heads", keep=6), Step.of("gptq", weights=8))), "b": Option()},
+        Distillation(tokens=80000, lr=2e-4),
+    )
+    # Of a ledger written before there were runtimes: such studies resume.
+    assert (plain.key, plain.stitch_key) == ("6747ff4fff67f791", "9539f5ff944c729a")
+    assert set(plain.to_json()) == {"units", "distillation"}
+    named = [plain.with_runtime(name) for name in ("onnxruntime", "openvino")]
+    assert len({plain.key, *(each.key for each in named)}) == 3
+    assert {each.stitch_key for each in named} == {plain.stitch_key}
+    for each in named:
+        assert Candidate.from_json(each.to_json()) == each
+        assert Candidate.from_yaml(each.to_yaml()) == each
+        assert each.to_yaml() == plain.to_yaml() + f"runtime: {each.runtime}\n"
+    assert Candidate.from_json(plain.to_json()) == plain

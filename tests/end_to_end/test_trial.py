@@ -47,8 +47,8 @@ def runner(
     teacher = prepare.prepare_teacher(plan, Silent())
     items = prepare.prepare_library(plan, teacher, no_cluster, Silent())
     study = Study.create_or_open(study_path, plan.spec)
-    context = prepare.prepare_context(plan, study, teacher, items)
-    assert context.reference is not None
+    context = replace(prepare.prepare_context(plan, study, teacher), items=items)
+    assert set(context.references) == {None}
     made = CandidateRunner()
     made.setup({"trial": context})
     return made
@@ -108,7 +108,7 @@ def test_a_diverging_trial_fails_with_its_reason_and_the_next_one_runs(
     inputs = next(iter(runner.task.batches("search", 48, trim=False)))
     with torch.no_grad():
         expected = runner.task.logits(student, inputs).numpy()
-    found = runner.target.run(
+    found = runner.target().run(
         artifact, {name: inputs[name].numpy() for name in runner.task.input_names}
     )
     assert np.abs(found - expected).max() < 0.1 * expected.std()

@@ -30,12 +30,19 @@ REPORT = {
 }
 
 
-def _request(companions: Companions, task: str, model: Path, report: Any = None) -> ExportRequest:
+def _request(
+    companions: Companions,
+    task: str,
+    model: Path,
+    report: Any = None,
+    workload: dict[str, int] | None = None,
+) -> ExportRequest:
     spec = Spec.model_validate(
         {
             "version": 1,
             "model": {"source": "m"},
             "task": {"name": task, "data": {"source": "d"}},
+            "target": {"workload": workload or {}},
             "budget": {},
             "space": [{"match": "*"}],
         }
@@ -113,3 +120,60 @@ def test_the_language_model_card_predicts_a_token(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     exec(_code(card), {})
     assert capsys.readouterr().out.strip() == "and"
+
+
+def test_the_card_of_a_model_that_generates_keeps_its_cache(tmp_path, monkeypatch, capsys):
+    """The model's next token is the sum of all so far, modulo six; a cache holds what it read."""
+    words = {word: i for i, word in enumerate(["She", "opened", "the", "door", "and", "[UNK]"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    companions = Companions(tmp_path)
+    companions.write(tmp_path / "none", (), {"input_ids": np.zeros((1, 4), np.int64)})
+    node, past = helper.make_node, "past_key_values.0.key"
+    nodes = [
+        node("Unsqueeze", ["input_ids", "axes"], ["ids"]),
+        node("Cast", ["ids"], ["new"], to=TensorProto.FLOAT),
+        node("Concat", [past, "new"], ["present.0.key"], axis=2),
+        node("ReduceSum", ["present.0.key", "axes_summed"], ["sum"], keepdims=0),
+        node("Mod", ["sum", "six"], ["rest"], fmod=1),
+        node("Cast", ["rest"], ["next"], to=TensorProto.INT64),
+        node("OneHot", ["next", "depth", "values"], ["logits"]),
+    ]
+    constants = [
+        helper.make_tensor("axes", TensorProto.INT64, [2], [1, 3]),
+        helper.make_tensor("axes_summed", TensorProto.INT64, [2], [2, 3]),
+        helper.make_tensor("six", TensorProto.FLOAT, [], [6.0]),
+        helper.make_tensor("depth", TensorProto.INT64, [1], [6]),
+        helper.make_tensor("values", TensorProto.FLOAT, [2], [0.0, 1.0]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "t"]),
+        helper.make_tensor_value_info(past, TensorProto.FLOAT, ["b", 1, "past", 1]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for name in ("logits", "present.0.key")
+    ]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
+    opset = helper.make_opsetid("", 20)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "model.onnx"
+    )
+    request = _request(
+        companions,
+        "language-modeling",
+        tmp_path / "model.onnx",
+        workload={"prompt": 5, "generate": 4},
+    )
+    card = model_card(request, "model.onnx")
+    assert "prompt of 5 tokens, 4 generated, 1 thread(s)" in card
+    assert "| latency of a generated token |" in card
+    assert "| reading the prompt, 5 tokens |" in card
+    monkeypatch.chdir(tmp_path)
+    exec(_code(card), {})
+    ids = [0, 1, 2, 3, 4]
+    for _ in range(4):
+        ids.append(sum(ids) % 6)
+    assert capsys.readouterr().out.strip() == tokenizer.decode(ids)
+    assert len(_code(card).splitlines()) <= 16

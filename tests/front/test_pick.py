@@ -130,11 +130,13 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
     assert list(good) == [
         "id",
         "kind",
+        "runtime",
         "proposed_by",
         "state",
         "on_front",
         "feasible",
         "quality",
+        "metric",
         "teacher_kl",
         "latency_ms",
         "size_bytes",
@@ -180,3 +182,24 @@ def test_the_report_of_the_chosen_trial_is_beside_the_teacher() -> None:
     }
     assert front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD])["report"] is None
     assert front_json("s", {}, Budget(latency_ms=0.1), [DENSE], reports=reports)["report"] is None
+
+
+def test_runtimes_share_a_front_and_the_first_is_the_reference() -> None:
+    def on(runtime: str, made: TrialRecord) -> TrialRecord:
+        return replace(made, candidate=made.candidate.with_runtime(runtime))
+
+    other = on("b", record("dense-b", 0.90, 6.0, 110, kind="dense", proposed_by="baseline"))
+    rows = [other, on("a", DENSE), on("a", GOOD), on("b", SMALL)]
+    view = front_json("s", {"name": "auto-cpu"}, Budget(latency_ms=3.5), rows)
+    assert view["dense"] == "dense"
+    assert view["chosen"] == "small"
+    assert {t["id"]: t["runtime"] for t in view["trials"]} == {
+        "dense-b": "b",
+        "dense": "a",
+        "good": "a",
+        "small": "b",
+    }
+    assert all(t["on_front"] for t in view["trials"])
+    assert view["hypervolume"] == pytest.approx(study_hypervolume(rows, rows[1]))
+    single = front_json("s", {"name": "a-cpu", "runtime": "a"}, Budget(), [DENSE, GOOD])
+    assert {t["runtime"] for t in single["trials"]} == {"a"}

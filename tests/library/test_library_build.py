@@ -29,6 +29,7 @@ from autocomp.library.build import (
 )
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
+from autocomp.models.conversion import save_model
 from autocomp.models.modules import QuantEmbedding, QuantLinear
 from autocomp.operators import apply_option, unit_options
 from autocomp.operators.protocol import Rule
@@ -39,10 +40,12 @@ RULES = {
         {"method": "gptq", "weights": ["dense", 8, 4], "activations": ["dense", 8], "group": 16},
     ),
     "ffn": Rule(
-        {"width": [1.0, 0.5], "skip": True},
+        {"width": [1.0, 0.5], "rank": [1.0, 0.5], "skip": True},
         {"method": ["gptq", "rtn"], "weights": ["dense", 8]},
     ),
-    "embedding": Rule({}, {"method": "rtn", "weights": ["dense", 8, 4], "group": 16}),
+    "embedding": Rule(
+        {"rank": [1.0, 0.5]}, {"method": "rtn", "weights": ["dense", 8, 4], "group": 16}
+    ),
     "head": Rule({}, {"method": "gptq", "weights": ["dense", 8]}),
 }
 
@@ -54,7 +57,7 @@ class Setting:
         self.example, self.root = example, root
         self.model = example.model()
         self.path = root / "teacher"
-        self.model.save_pretrained(self.path)
+        save_model(self.model, self.path)
         self.units: list[Unit] = example.units()
         self.options = {unit.name: unit_options(unit, RULES[unit.kind]) for unit in self.units}
         self.stats: dict[str, Path] = {}
@@ -78,7 +81,7 @@ class Setting:
         return next(unit for unit in self.units if unit.name == name)
 
 
-@pytest.fixture(params=list(EXAMPLES))
+@pytest.fixture(params=["bert", "vit", "dinov2", "llama", "gpt2"])
 def setting(request: pytest.FixtureRequest, tmp_path: Path) -> Setting:
     return Setting(EXAMPLES[request.param], tmp_path)
 

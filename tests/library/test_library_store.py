@@ -37,6 +37,28 @@ def dense_state(seed: int = 0) -> UnitState:
     return apply_option(unit, example_state(unit, seed), option, example_stats(unit))
 
 
+def sparse_state(*more: Step) -> UnitState:
+    unit = ffn()
+    option = Option((Step.of("sparsegpt", level=0.5), *more))
+    return apply_option(unit, example_state(unit), option, example_stats(unit))
+
+
+def test_sparse_items_are_compact_and_come_back(tmp_path: Path) -> None:
+    library = Library(tmp_path, memory_bytes=0)
+    weights = 2 * 96 * 24
+    bits = Step.of("gptq", weights=8, activations=32, group=0)
+    for key, item, per_weight in (
+        (KEY, sparse_state(), 4 / 2 + 1 / 8),
+        (OTHER, sparse_state(bits), 1 + 1 / 8),
+    ):
+        size = library.put(key, item)
+        assert size < weights * per_weight + 2500  # header, biases, scales
+        loaded = library.get(key)
+        assert loaded is not None
+        assert_same(item, loaded, key)
+        assert all(site.origin is None for site in loaded.values())
+
+
 @pytest.mark.parametrize("memory_bytes", [0, 2**20])
 def test_gives_back_the_bits_it_was_given(tmp_path: Path, memory_bytes: int) -> None:
     library = Library(tmp_path, memory_bytes=memory_bytes)

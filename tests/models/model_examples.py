@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from autocomp.core.unit import Unit
+from autocomp.models.conversion import to_linear
 from autocomp.models.discover import find_units
 
 
@@ -31,11 +32,13 @@ class Example:
             "image-classification": transformers.AutoModelForImageClassification,
             "language-modeling": transformers.AutoModelForCausalLM,
         }[self.task]
+        config.architectures = config.architectures or []
         model = auto.from_config(config, attn_implementation="sdpa")
         for parameter in dict.fromkeys(model.parameters()):
             spread = 0.3 if parameter.ndim > 1 else 0.1
             nn.init.normal_(parameter, std=spread, mean=0.0 if parameter.ndim > 1 else 0.5)
         model.config.use_cache = False
+        to_linear(model)
         return model.eval()
 
     def full_config(self, **changes: Any) -> Any:
@@ -54,7 +57,7 @@ class Example:
         torch.manual_seed(1)
         if self.task == "image-classification":
             return {"pixel_values": torch.randn(batch, 3, 16, 16)}
-        ids = torch.randint(1, self.config["vocab_size"], (batch, 7))
+        ids = torch.randint(2, self.config["vocab_size"], (batch, 7))
         mask = torch.ones_like(ids)
         for row in range(1, batch):
             mask[row, 7 - row :] = 0
@@ -69,35 +72,59 @@ _VISION = {
     "patch_size": 8,
 }
 
+_DECODER = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 16,
+}
+_ENCODER = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 16,
+}
+
 EXAMPLES = {
     example.model_type: example
     for example in (
+        Example("bert", "text-classification", _ENCODER),
+        Example("roberta", "text-classification", {**_ENCODER, "pad_token_id": 1}),
         Example(
-            "bert",
+            "distilbert",
             "text-classification",
             {
                 "vocab_size": 50,
-                "hidden_size": 24,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "intermediate_size": 40,
+                "dim": 24,
+                "n_layers": 3,
+                "n_heads": 4,
+                "hidden_dim": 40,
                 "max_position_embeddings": 16,
             },
         ),
         Example("vit", "image-classification", {**_VISION, "intermediate_size": 40}),
+        Example("deit", "image-classification", {**_VISION, "intermediate_size": 40}),
         Example("dinov2", "image-classification", {**_VISION, "mlp_ratio": 2}),
+        Example("llama", "language-modeling", {**_DECODER, "head_dim": 8}, labels=None),
+        Example("qwen2", "language-modeling", _DECODER, labels=None),
+        Example("qwen3", "language-modeling", {**_DECODER, "head_dim": 8}, labels=None),
         Example(
-            "llama",
+            "gpt2",
             "language-modeling",
             {
                 "vocab_size": 50,
-                "hidden_size": 24,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 3,
-                "head_dim": 8,
-                "intermediate_size": 40,
-                "max_position_embeddings": 16,
+                "n_embd": 24,
+                "n_layer": 3,
+                "n_head": 4,
+                "n_inner": 40,
+                "n_positions": 16,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
             },
             labels=None,
         ),

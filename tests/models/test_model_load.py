@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autocomp.core.errors import ModelError
+from autocomp.models.conversion import as_transformers
 from autocomp.models.layouts import LAYOUTS
 from autocomp.models.load import load_model, load_tokenizer
 
@@ -30,7 +31,8 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _saved(example: Example, path: Path, *, headless: bool = False) -> nn.Module:
     model = example.model()
-    (getattr(model, LAYOUTS[example.model_type].prefix) if headless else model).save_pretrained(
+    native = as_transformers(model)
+    (getattr(native, LAYOUTS[example.model_type].prefix) if headless else native).save_pretrained(
         path
     )
     return model

@@ -36,6 +36,11 @@ class State:
     format: SiteFormat
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    input_range: tuple[float, float] | None = None
+    kept_rows: torch.Tensor | None = None
+    row_of: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 def _dense_state(model: nn.Module, unit: Unit) -> dict[str, State]:
@@ -168,7 +173,7 @@ def test_skipping_equals_zeroing_the_last_linear(example: Example, kind: str, la
     twin(**example.inputs()).logits.sum().backward()  # trains without the sublayer
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "dinov2", "llama"])
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_all_sublayers_skipped_leave_embeddings_and_head(name: str) -> None:
     example = EXAMPLES[name]
     model = example.model()

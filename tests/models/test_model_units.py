@@ -12,7 +12,15 @@ from model_examples import EXAMPLES, Example
 from torch import nn
 
 from autocomp.core.errors import ModelError
-from autocomp.models.discover import find_units, match_units, tensor_keys
+from autocomp.models.conversion import as_transformers
+from autocomp.models.discover import (
+    Stored,
+    find_units,
+    match_units,
+    rest_parameters,
+    stored_tensors,
+    tensor_keys,
+)
 from autocomp.models.layouts import LAYOUTS
 from autocomp.models.sources import read_config, read_tensor_shapes
 
@@ -24,7 +32,8 @@ def example(request: pytest.FixtureRequest) -> Example:
 
 def _save(example: Example, path: Path, *, headless: bool) -> nn.Module:
     model = example.model()
-    (getattr(model, LAYOUTS[example.model_type].prefix) if headless else model).save_pretrained(
+    native = as_transformers(model)
+    (getattr(native, LAYOUTS[example.model_type].prefix) if headless else native).save_pretrained(
         path
     )
     return model
@@ -82,11 +91,10 @@ def test_units_come_in_model_order_with_their_dimensions(example: Example) -> No
 def test_checkpoints_are_read_with_or_without_head(
     example: Example, headless: bool, tmp_path: Path
 ) -> None:
-    model = _save(example, tmp_path, headless=headless)
+    _save(example, tmp_path, headless=headless)
     config, shapes = read_config(tmp_path), read_tensor_shapes(tmp_path)
     units = find_units(config, shapes, example.task, example.labels)
     assert units == example.units()
-    state = model.state_dict()
     for unit in units:
         keys = tensor_keys(config, unit, shapes)
         parameters = {
@@ -94,10 +102,9 @@ def test_checkpoints_are_read_with_or_without_head(
             for site in unit.sites
             for part in (("weight", "bias") if site.bias else ("weight",))
         }
-        new_head = headless and unit.kind == "head"
+        new_head = headless and unit.kind == "head" and unit.tied_to is None
         assert set(keys) == parameters if not new_head else set(keys) < parameters
-        for name, key in keys.items():
-            assert shapes[key] == tuple(state[name].shape)
+        assert set(keys.values()) <= set(shapes)
 
 
 @pytest.mark.parametrize("headless", [True, False])
@@ -110,8 +117,36 @@ def test_tensor_keys_name_the_right_tensors(
     config, tensors = read_config(tmp_path), load_file(tmp_path / "model.safetensors")
     state = model.state_dict()
     for unit in example.units():
-        for name, key in tensor_keys(config, unit, read_tensor_shapes(tmp_path)).items():
-            assert tensors[key].equal(state[name]), (name, key)
+        for name, stored in stored_tensors(config, unit, read_tensor_shapes(tmp_path)).items():
+            assert stored.read(tensors[stored.key]).equal(state[name]), (name, stored)
+
+
+def test_fused_tensors_hold_several_sites(tmp_path: Path) -> None:
+    """GPT-2's c_attn is (columns, query + key + value rows)."""
+    example = EXAMPLES["gpt2"]
+    _save(example, tmp_path, headless=True)
+    config, shapes = read_config(tmp_path), read_tensor_shapes(tmp_path)
+    attention, ffn = match_units(example.units(), "layers.1.*")
+    site = "transformer.h.1.attn.c_attn"
+    stored = stored_tensors(config, attention, shapes)
+    assert stored[f"{site}.key.weight"] == Stored("h.1.attn.c_attn.weight", True, (24, 48))
+    assert stored[f"{site}.value.bias"] == Stored("h.1.attn.c_attn.bias", False, (48, 72))
+    up = stored_tensors(config, ffn, shapes)["transformer.h.1.mlp.c_fc.weight"]
+    assert up == Stored("h.1.mlp.c_fc.weight", True)
+    units = find_units(config, shapes, example.task)
+    rest = rest_parameters(config, units, {**shapes, "h.1.attn.bias": (1, 1, 16, 16)})
+    norms = [f"h.{i}.ln_{j}" for i in range(3) for j in (1, 2)]
+    assert set(rest) == {
+        f"{name}.{part}" for name in [*norms, "ln_f"] for part in ("weight", "bias")
+    }
+    wrong = {**shapes, "h.1.attn.c_attn.weight": (72, 24)}
+    with pytest.raises(ModelError, match=r"c_attn\.weight is \(72, 24\).* says \(24, 72\)"):
+        find_units(config, wrong, example.task)
+
+
+def test_a_width_left_out_is_a_multiple_of_hidden() -> None:
+    config = {"model_type": "gpt2", **EXAMPLES["gpt2"].config, "n_inner": None}
+    assert find_units(config, {}, "language-modeling")[2].width == 96
 
 
 def test_a_tied_head_is_the_table() -> None:
@@ -173,7 +208,10 @@ def test_unknown_layout_says_what_it_saw_and_how_to_add_it() -> None:
     assert "Did you mean 'llama'?" in message
     assert "h.{i}.attn.c_attn.weight 8×24 (4 times)" in message
     assert "ln.weight" not in message
-    assert "autocomp/models/layouts.py" in message
+    assert "autocomp/models/layouts/" in message
+    assert (
+        "Known: bert, deit, dinov2, distilbert, gpt2, llama, qwen2, qwen3, roberta, vit." in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,6 +227,27 @@ def test_bad_configs_are_refused(change: dict[str, object], message: str) -> Non
     config = {"model_type": "bert", **EXAMPLES["bert"].config, **change}
     with pytest.raises(ModelError, match=message):
         find_units(config, {}, "text-classification")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("bert", {"position_embedding_type": "relative_key"}),
+        ("roberta", {"add_cross_attention": True}),
+        ("deit", {"architectures": ["DeiTForImageClassificationWithTeacher"]}),
+        ("dinov2", {"use_swiglu_ffn": True}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+        ("gpt2", {"add_cross_attention": True}),
+    ],
+)
+def test_what_a_layout_does_not_describe_is_refused(name: str, change: dict[str, object]) -> None:
+    example = EXAMPLES[name]
+    config = {"model_type": name, **example.config, **change}
+    with pytest.raises(
+        ModelError, match=rf"{name}.* does not describe models with {next(iter(change))}="
+    ):
+        find_units(config, {}, example.task)
 
 
 def test_wrong_task_lists_the_right_ones() -> None:

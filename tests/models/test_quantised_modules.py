@@ -18,10 +18,10 @@ from autocomp.core.unit import SiteFormat
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
 from autocomp.models.rounding import fake_quantise_per_tensor, integer_products
 
-RANGES = {8: (-127, 127), 4: (-8, 7)}
+RANGES = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}
 FORMATS = [
     SiteFormat(5, 22, True, weight_bits=bits, group=group, activation_bits=activation)
-    for bits in (8, 4)
+    for bits in (8, 4, 3, 2)
     for group in (None, 8, 22)
     for activation in (32, 8)
 ]
@@ -106,7 +106,7 @@ def test_vanishing_activations_stay_finite(size: float) -> None:
 
 
 def test_codes_saturate_at_the_range() -> None:
-    for bits, expected in ((8, [-127, 127, 0]), (4, [-8, 7, 0])):
+    for bits, expected in ((8, [-127, 127, 0]), (4, [-8, 7, 0]), (3, [-4, 3, 0]), (2, [-2, 1, 0])):
         fmt = SiteFormat(1, 3, False, weight_bits=bits)
         layer = QuantLinear(torch.tensor([[-1e6, 1e6, 0.4]]), None, torch.tensor([[1.0]]), fmt)
         assert layer.codes().tolist() == [expected]
@@ -248,7 +248,7 @@ def test_skip_broadcasts_a_zero() -> None:
 @pytest.mark.parametrize(
     ("fmt", "shape", "message"),
     [
-        (SiteFormat(2, 4, False, weight_bits=32), (2, 4), "takes 8 or 4"),
+        (SiteFormat(2, 4, False, weight_bits=32), (2, 4), "takes 8, 4, 3, 2"),
         (SiteFormat(2, 4, False, weight_bits=8), (2, 5), "do not fit"),
         (SiteFormat(2, 4, False, weight_bits=8, group=2), (2, 4), r"scales \(2, 2\)"),
         (SiteFormat(2, 4, True, weight_bits=8), (2, 4), "bias None"),
@@ -301,3 +301,79 @@ def test_given_codes_are_used_until_the_weight_changes() -> None:
     assert not layer.integers().codes.any()
     with pytest.raises(ValueError, match="must be int8"):
         QuantLinear(torch.zeros(3, 8), None, torch.ones(3, 1), fmt, torch.zeros(3, 8))
+
+
+def _static(scaled: bool = False, group: int | None = None) -> QuantLinear:
+    fmt = SiteFormat(5, 22, True, False, 8, group, 8, static=True, scaled=scaled)
+    weight, bias, scales = _random(fmt)
+    scale = torch.linspace(0.5, 2.0, 22) if scaled else None
+    ends = (float(np.float32(-1.1)), 1.5)
+    return QuantLinear(weight, bias, scales, fmt, input_scale=scale, input_range=ends).eval()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("group", [None, 8])
+def test_static_activations_equal_numpy(scaled: bool, group: int | None) -> None:
+    layer = _static(scaled, group)
+    x = torch.randn(2, 3, 22, generator=torch.Generator().manual_seed(1))
+    seen = x.numpy() * (layer.input_scale.numpy() if scaled else np.float32(1))
+    low, high = layer.input_range
+    scale = np.float32((high - low) / 255)
+    zero = np.rint(-low / scale)
+    codes = np.clip(np.rint(seen / scale) + zero, 0, 255)
+    assert codes.min() == 0
+    assert codes.max() == 255
+    weight = layer.integers().codes.double() * layer.integers().scales.double()[:, None]
+    emulated = (codes - zero) * np.float64(scale)
+    if group is None:
+        expected = emulated @ weight.numpy().T + layer.bias.detach().numpy()
+        with torch.no_grad():
+            np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    expected = emulated @ layer.dequantised().double().numpy().T + layer.bias.detach().numpy()
+    np.testing.assert_allclose(layer(x).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_static_gradient_stops_where_inputs_are_clipped() -> None:
+    fmt = SiteFormat(1, 3, False, False, 8, None, 8, static=True)
+    layer = QuantLinear(
+        torch.ones(1, 3), None, torch.full((1, 1), 0.01), fmt, input_range=(0.0, 2.0)
+    )
+    x = torch.tensor([[1.0, 5.0, -1.0]], requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.tolist() == [[1.0, 0.0, 0.0]]
+    with torch.no_grad():
+        assert not torch.isfinite(layer(torch.tensor([[1.0, float("nan"), 0.0]]))).any()
+
+
+def test_what_is_known_of_inputs_is_kept(tmp_path: Path) -> None:
+    layer = _static(scaled=True)
+    x = torch.randn(4, 22)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(copy.deepcopy(layer)(x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+        other = _static(scaled=True)
+        other.input_scale.mul_(3.0)
+        other.range_ends.mul_(2.0)
+        assert not torch.equal(other(x), expected)
+        save_model(layer, str(tmp_path / "layer.safetensors"))
+        load_model(other, str(tmp_path / "layer.safetensors"))
+        assert torch.equal(other(x), expected)
+        assert other.input_range == layer.input_range
+
+
+@pytest.mark.parametrize(
+    ("format", "given", "message"),
+    [
+        ({"static": True}, {}, "do not fit"),
+        ({}, {"input_range": (0.0, 1.0)}, "do not fit"),
+        ({"scaled": True}, {}, "do not fit"),
+        ({"scaled": True}, {"input_scale": torch.ones(3)}, "must be float32"),
+        ({"static": True}, {"input_range": (0.1, 1.0)}, "float32 values"),
+        ({"static": True, "activation_bits": 32}, {}, "needs 8-bit activations"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(format: dict, given: dict, message: str) -> None:
+    fmt = SiteFormat(2, 4, False, weight_bits=8, **{"activation_bits": 8, **format})
+    with pytest.raises(ValueError, match=message):
+        QuantLinear(torch.zeros(2, 4), None, torch.ones(2, 1), fmt, **given)

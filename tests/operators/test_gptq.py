@@ -52,7 +52,9 @@ def textbook(
     return codes
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 32), (4, 16)])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(8, None), (4, None), (4, 32), (4, 16), (3, 64), (2, 128)]
+)
 def test_equals_the_textbook(bits: int, group: int | None) -> None:
     columns = 300  # more than two blocks, and no multiple of a group
     torch.manual_seed(0)
@@ -65,7 +67,7 @@ def test_equals_the_textbook(bits: int, group: int | None) -> None:
     # A rounding tie decided the other way in float32 shifts what follows in its row: rows agree
     # wholly or not at all, and nearly all do.
     agree = (codes.numpy() == expected).all(axis=1)
-    assert agree.mean() >= (0.9 if bits == 4 else 0.5), agree
+    assert agree.mean() >= (0.5 if bits == 8 else 0.9), agree
     reached = output_error(weight - dequantise(codes, scales, like), gram)
     reference = dequantise(torch.from_numpy(expected), scales, like)
     assert reached == pytest.approx(output_error(weight - reference, gram), rel=0.02)
@@ -102,7 +104,7 @@ def test_damping_follows_the_number_of_tokens() -> None:
     torch.testing.assert_close(diagonal, mean * torch.tensor([0.1, 0.1, 1.0, 0.1, 0.1]))
 
 
-@pytest.mark.parametrize("weights", [8, 4])
+@pytest.mark.parametrize("weights", [8, 4, 3, 2])
 def test_no_worse_than_rounding_on_correlated_inputs(weights: int) -> None:
     group = 0 if weights == 8 else 16
     for unit in (attention(), ffn(gated=True)):
@@ -176,16 +178,20 @@ def test_other_weights_under_the_same_statistics_are_solved_anew() -> None:
         assert torch.equal(second[name].codes, fresh[name].codes)
 
 
-def test_four_bit_scales_minimise_the_error_over_the_tried_ones() -> None:
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_scales_minimise_the_error_over_the_tried_ones(bits: int) -> None:
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
-    scales = search_scales(weight, form(5, 40, 4, 16)).numpy()
+    scales = search_scales(weight, form(5, 40, bits, 16)).numpy()
+    low, high = modules.CODE_RANGE[bits]
     for row in range(5):
         for index, start in enumerate(range(0, 40, 16)):
             group = weight[row, start : start + 16].numpy().astype(np.float64)
-            tried = np.abs(group).max() / 7 * np.array(SHRINK)
-            errors = [np.sum((np.clip(np.round(group / s), -8, 7) * s - group) ** 2) for s in tried]
+            tried = np.abs(group).max() / high * np.array(SHRINK[bits])
+            errors = [
+                np.sum((np.clip(np.round(group / s), low, high) * s - group) ** 2) for s in tried
+            ]
             chosen = scales[row, index]
-            found = np.sum((np.clip(np.round(group / chosen), -8, 7) * chosen - group) ** 2)
+            found = np.sum((np.clip(np.round(group / chosen), low, high) * chosen - group) ** 2)
             assert found <= min(errors) * (1 + 1e-5)
 
 

@@ -9,15 +9,24 @@ from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators import OPERATORS
 from autocomp.operators.protocol import Operator, Rule, Stage, UnitState, UnitStats
-from autocomp.testing.operator_contract import OperatorContract
+from autocomp.testing.operator_contract import USED_ROWS, OperatorContract
 
-ALL = Rule(
-    structure={"heads": [1.0, 0.5, 0.25], "width": [1.0, 0.67, 0.34], "skip": True},
-    bits={"method": ["gptq", "rtn"], "weights": ["dense", 8, 4], "activations": ["dense", 8]},
+METHODS = ["gptq", "rtn", "hqq", "awq", "awq_gptq", "smoothquant"]
+STRUCTURE = {
+    "heads": [1.0, 0.5, 0.25],
+    "width": [1.0, 0.67, 0.34],
+    "skip": True,
+    "rank": [1.0, 0.6],
+}
+EIGHT = Rule(
+    bits={"method": METHODS, "weights": ["dense", 8], "activations": [8, "static"]},
 )
-SMALL_GROUP = Rule(
-    bits={"method": ["gptq", "rtn"], "weights": [4], "activations": ["dense"], "group": 16}
-)
+SPARSITY = Rule(sparsity={"method": ["magnitude"], "levels": [0.0, 0.5, 0.99, "2:4", "4:8"]})
+TOKENS = Rule(tokens={"method": ["tome", "token_prune"], "ratios": [0.0, 0.1, 0.25]})
+FOUR = Rule(bits={"method": METHODS, "weights": [4], "activations": ["dense"], "group": 16})
+
+
+VOCABULARY = Rule(structure={"vocabulary": {"keep": len(USED_ROWS), "unknown": 3}})
 
 
 class TestRegistered(OperatorContract):
@@ -26,9 +35,20 @@ class TestRegistered(OperatorContract):
         return OPERATORS.get(request.param)
 
     def rules(self) -> list[Rule]:
-        return [
-            Rule(structure={name: ALL.structure[name]}, bits=ALL.bits) for name in ALL.structure
-        ] + [SMALL_GROUP]
+        structure = [Rule(structure={name: choice}) for name, choice in STRUCTURE.items()]
+        return [*structure, EIGHT, FOUR, VOCABULARY, SPARSITY, TOKENS]
+
+
+class TestUneven(OperatorContract):
+    """Fewest bits, and one group of sites with more of them than the others."""
+
+    @pytest.fixture(params=["gptq", "hqq"])
+    def operator(self, request: pytest.FixtureRequest) -> Operator:
+        return OPERATORS.get(request.param)
+
+    def rules(self) -> list[Rule]:
+        bits = {"method": METHODS, "weights": [3, 2], "group": 16, "per_site": True}
+        return [Rule(bits=bits)]
 
 
 class _Broken:

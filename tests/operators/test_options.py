@@ -118,11 +118,15 @@ def test_a_skipped_unit_has_no_format() -> None:
         (attention(), {"structure": {"width": [0.5]}}, "no inner width; write heads"),
         (embedding(), {"structure": {"skip": True}}, "cannot be skipped"),
         (embedding(), {"bits": {"weights": [8]}}, "Allowed there: rtn"),
-        (head(), {"bits": {"weights": [3]}}, "Allowed: dense, 8, 4"),
+        (head(), {"bits": {"weights": [5]}}, "Allowed: dense, 8, 4, 3, 2"),
         (head(), {"bits": {"weights": [8], "activations": [4]}}, "Allowed: dense, 8"),
         (head(), {"bits": {"weights": [4], "group": 33}}, "power of two"),
         (head(), {"bits": {"method": "gptqq", "weights": [8]}}, "Did you mean 'gptq'"),
-        (head(), {"bits": {"method": "heads", "weights": [8]}}, "Allowed in bits: gptq, rtn"),
+        (
+            head(),
+            {"bits": {"method": "heads", "weights": [8]}},
+            "Allowed in bits: awq, awq_gptq, gptq, hqq",
+        ),
     ],
 )
 def test_choices_that_make_no_sense(unit: Any, section: dict[str, Any], message: str) -> None:

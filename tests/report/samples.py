@@ -86,6 +86,7 @@ def baselines() -> list[TrialRecord]:
                 proposed_by="baseline",
                 candidate=candidate(index, dense=kind == "dense", tokens=0),
                 quality=quality,
+                metric={"name": "accuracy", "value": quality},
                 teacher_kl=0.0 if kind == "dense" else 0.02,
                 measured=Measurement(
                     "measured", latency_ms, int(size_bytes), int(size_bytes + 90e6), device="d0"
@@ -123,3 +124,15 @@ def view(trials: list[TrialRecord] | None = None, budget: Budget = BUDGET) -> di
         budget,
         records() if trials is None else trials,
     )
+
+
+def on_two_runtimes(count: int = 6) -> list[TrialRecord]:
+    """`records`, every other one on another runtime; dense on both."""
+    made = [
+        replace(each, candidate=each.candidate.with_runtime(("onnxruntime", "openvino")[i % 2]))
+        for i, each in enumerate(records(count))
+    ]
+    other = replace(
+        made[0], id="dense-openvino", candidate=made[0].candidate.with_runtime("openvino")
+    )
+    return [made[0], other, *made[1:]]

@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from samples import baselines, failed, record, records, view
+from samples import baselines, failed, on_two_runtimes, record, records, view
 
 from autocomp.report.html import front_html
 
@@ -112,3 +112,29 @@ def test_an_empty_study_has_a_page() -> None:
     page = Page(front_html(view([]))).data
     assert page["trials"] == []
     assert page["hypervolume"] is None
+
+
+def test_the_report_split_is_told_of_where_it_was_opened() -> None:
+    whole = view([record(1)])
+    assert Page(front_html(whole)).data["report"] is None
+    report = {
+        "id": "t-1",
+        "quality": 0.8,
+        "teacher_quality": 0.9,
+        "ratio": 0.8 / 0.9,
+        "metric": {"name": "accuracy", "value": 0.8},
+        "teacher_metric": {"name": "accuracy", "value": 0.9},
+    }
+    shown = Page(front_html({**whole, "report": report})).data["report"]
+    assert shown.startswith("t-1 on the report split: accuracy 0.800, teacher 0.900")
+    assert shown.endswith("88.9% of the teacher's")
+
+
+def test_each_trial_tells_its_runtime_where_there_are_several() -> None:
+    data = Page(front_html(view(on_two_runtimes()))).data
+    assert data["runtimes"] == 2
+    assert data["dense"] == "dense"
+    for trial in data["trials"]:
+        assert trial["runtime"] in ("onnxruntime", "openvino")
+        assert trial["summary"].endswith(f"on {trial['runtime']}")
+    assert Page(front_html(view())).data["runtimes"] == 1

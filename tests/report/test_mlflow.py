@@ -106,6 +106,7 @@ def test_every_trial_is_a_child_run_with_its_figures(store: str, whole: Study) -
         tags, metrics = run.data.tags, run.data.metrics
         assert tags["mlflow.parentRunId"] == place["run_id"]
         assert (tags["kind"], tags["proposed_by"]) == (trial.kind, trial.proposed_by)
+        assert tags["runtime"] == "onnxruntime"
         assert run.info.status == {"complete": "FINISHED", "failed": "FAILED"}[trial.state]
         if trial.measured is not None:
             assert metrics["quality"] == pytest.approx(trial.quality, rel=1e-5)

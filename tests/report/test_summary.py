@@ -47,6 +47,25 @@ def test_with_units_means_are_weighted() -> None:
     assert (figures["tokens"], figures["lr"], figures["temperature"]) == (50_000, 2e-4, 4.0)
 
 
+def test_factors_and_a_pruned_vocabulary_remove_weights() -> None:
+    """Shares of the weights that are left, counted by hand; positions stay."""
+    sites = (
+        Site("words", "embedding", 1000, 64, bias=False),
+        Site("positions", "position", 100, 64, bias=False),
+    )
+    table = Unit("embeddings", "embedding", sites)
+    ffn = Unit("layers.0.ffn", "ffn", (Site("up", "up", 64, 64, bias=False),), width=64)
+    for option, left in (
+        (Step.of("vocabulary", keep=300, unknown=1), 400 * 64),
+        (Step.of("rank", ratio=0.5), 32 * 1064 + 100 * 64),  # 0.5 × 60.2, to a multiple of 8
+    ):
+        half = Option((Step.of("rank", ratio=0.5),))  # rank 16
+        candidate = Candidate.of({"embeddings": Option((option,)), "layers.0.ffn": half}).to_json()
+        share = (left + 16 * 128) / (1100 * 64 + 64 * 64)
+        figures = candidate_figures(candidate, [table, ffn])
+        assert figures["removed_share"] == pytest.approx(1 - share, abs=1e-4)
+
+
 def test_without_units_every_unit_counts_the_same() -> None:
     figures = candidate_figures(CANDIDATE)
     assert figures["mean_bits"] == pytest.approx((4 + 8 + 32 + 32) / 4)

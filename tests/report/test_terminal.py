@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import re
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
-from samples import BUDGET, baselines, record, records, view
+from samples import BUDGET, baselines, on_two_runtimes, record, records, view
 
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.quantities import parse_limit
 from autocomp.front.pick import pick
 from autocomp.report.tables import print_check, print_kind, print_mapping, print_picked
 from autocomp.report.terminal import describe_target, print_front
+from autocomp.study.records import TrialRecord
 
 
 def text_of(data: dict[str, Any], width: int = 80, **options: Any) -> str:
@@ -53,6 +55,46 @@ def test_images_have_no_sequence() -> None:
     workload = {"batch": 1, "sequence": 128, "image": 56, "threads": 1}
     described = describe_target({"name": "onnxruntime-cpu", "workload": workload})
     assert described == "onnxruntime-cpu, batch 1, image 56, threads 1"
+
+
+def test_a_model_that_generates_has_a_prompt_instead() -> None:
+    workload = {"batch": 1, "sequence": 128, "prompt": 64, "generate": 32, "threads": 1}
+    described = describe_target({"name": "onnxruntime-cpu", "workload": workload})
+    assert described == "onnxruntime-cpu, batch 1, prompt 64, generate 32, threads 1"
+
+
+def perplexities(trials: list[TrialRecord]) -> list[TrialRecord]:
+    """The same trials of a language model: the quality is the reciprocal of the metric."""
+    return [
+        trial
+        if trial.quality is None
+        else replace(trial, metric={"name": "perplexity", "value": 1 / trial.quality})
+        for trial in trials
+    ]
+
+
+def test_a_metric_with_a_sense_of_its_own_is_shown_in_it() -> None:
+    trials = perplexities(records())
+    text = text_of(view(trials))
+    assert "perplexity" in text.splitlines()[3]
+    assert "quality" not in text
+    for trial in trials:
+        if trial.quality is not None:
+            (row,) = [line for line in text.splitlines() if re.search(rf" {trial.id} ", line)]
+            assert f" {1 / trial.quality:.4g} " in row
+    assert "perplexity" not in text_of(view())
+    mixed = [*trials[:5], *records()[5:]]  # no one name suits them
+    assert "quality" in text_of(view(mixed)).splitlines()[3]
+
+
+def test_a_picked_trial_has_both() -> None:
+    data = view(perplexities(records()))
+    dense = next(trial for trial in data["trials"] if trial["id"] == "dense")
+    chosen = next(trial for trial in data["trials"] if trial["id"] == data["chosen"])
+    output = io.StringIO()
+    print_picked(Console(file=output, width=100), chosen, dense, None, "next")
+    (row,) = [line for line in output.getvalue().splitlines() if line.startswith("perplexity")]
+    assert row.split() == ["perplexity", f"{1 / chosen['quality']:.4g}", "dense", "1.109"]
 
 
 def test_the_report_split_stands_below_the_table() -> None:
@@ -185,3 +227,15 @@ def test_extensions() -> None:
 
 def test_the_budget_of_the_heading_is_the_study_s() -> None:
     assert f"budget  {BUDGET.describe()}" in text_of(view())
+
+
+@pytest.mark.parametrize("width", [100, 120])
+def test_rows_are_labelled_with_their_runtime_where_there_are_several(width: int) -> None:
+    data = view(on_two_runtimes())
+    lines = text_of(data, width).splitlines()
+    for trial in data["trials"]:
+        if trial["state"] != "failed":
+            (row,) = [line for line in lines if re.search(rf"^.. ?{trial['id']} ", line)]
+            assert f" {trial['runtime']} " in row
+    assert {trial["runtime"] for trial in data["trials"]} == {"onnxruntime", "openvino"}
+    assert not re.search(r"by +runtime", text_of(view()))

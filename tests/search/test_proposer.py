@@ -23,7 +23,8 @@ from autocomp.core.errors import InternalError
 from autocomp.core.measurement import Measurement
 from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import baselines
-from autocomp.search.proposer import Proposal, TrialProposer
+from autocomp.search.proposal import Proposal
+from autocomp.search.proposer import TrialProposer
 from autocomp.search.screening import Screened, screen
 from autocomp.search.settings import Settings
 from autocomp.search.space import Space, hamming
@@ -52,7 +53,7 @@ def _proposer(
 ) -> TrialProposer:
     p, found = setup
     arguments: dict[str, object] = {"scores": p.scores, "trials": trials, "seed": 0, **changes}
-    return TrialProposer(p.space, found, p.predictor, BUDGET, **arguments)  # type: ignore[arg-type]
+    return TrialProposer(p.space, found, {None: p.predictor}, BUDGET, **arguments)  # type: ignore[arg-type]
 
 
 def _record(p: Problem, proposal: Proposal, slow: float = 1.0, **changes: object) -> TrialRecord:
@@ -195,7 +196,9 @@ def test_new_candidates_are_made_when_the_screened_ones_no_longer_fit(
         item for item in found if (slower.predict(item.candidate.by_unit).latency_ms or 0) > 2.97
     ]
     assert outside
-    proposer = TrialProposer(p.space, outside, slower, limit, scores=p.scores, trials=6, seed=0)
+    proposer = TrialProposer(
+        p.space, outside, {None: slower}, limit, scores=p.scores, trials=6, seed=0
+    )
     proposals = [proposer.ask() for _ in range(6)]
     known = {item.key for item in outside}
     for proposal in proposals:
@@ -357,7 +360,7 @@ def test_untrained_spaces_propose_each_architecture_once() -> None:
     budget = Budget(size_bytes=150e3)
     found = screen(p.space, p.predictor, p.evaluate, budget, 100, 0, scores=p.scores)
     proposer = TrialProposer(
-        p.space, found, p.predictor, budget, scores=p.scores, trials=100, margin=0.0
+        p.space, found, {None: p.predictor}, budget, scores=p.scores, trials=100, margin=0.0
     )
     proposals = _run(p, proposer)
     assert all(proposal.candidate.distillation == Distillation() for proposal in proposals)

@@ -27,6 +27,14 @@ def test_reads_values_and_defaults(write):
     assert source.line("space[1].bits.method") == 18
 
 
+def test_reads_sparsity_levels_with_and_without_quotes(write):
+    sparsity = "sparsity: {method: [wanda, sparsegpt], levels: [0, 0.5, 2:4, '4:8']}"
+    spec, _ = load_spec(write(("structure: {heads: [1.0, 0.5], skip: true}", sparsity)))
+    assert spec.space[0].sparsity.method == ["wanda", "sparsegpt"]
+    assert spec.space[0].sparsity.levels == [0, 0.5, "2:4", "4:8"]
+    assert spec.space[1].sparsity.levels == [0.0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -57,6 +65,22 @@ def test_reads_values_and_defaults(write):
         ("{trials: 5}", "{trials: 2.5}", "19 search.trials: expected a whole number, got 2.5"),
         ("{trials: 5}", "{trials: true}", "19 search.trials: expected a whole number, got true"),
         ("{trials: 5}", "{trials: '5'}", "19 search.trials: expected a whole number, got '5'"),
+        (
+            "budget:\n",
+            "target:\n  workload: {prompt: 128}\nbudget:\n",
+            "9 target.workload: prompt needs generate: write both, {prompt: 128, generate: 32}, "
+            "to measure a generated token, or neither, to measure one run of `sequence` tokens",
+        ),
+        (
+            "budget:\n",
+            "target:\n  workload: {generate: 0, prompt: 128}\nbudget:\n",
+            "9 target.workload.generate: must be above 0, got 0",
+        ),
+        (
+            "budget:\n",
+            "target:\n  workload: {image: 56, prompt: 128, generate: 8}\nbudget:\n",
+            "9 target.workload: images are not generated from a prompt: leave out one of the two",
+        ),
         ("{trials: 5}", "{trials: 0}", "19 search.trials: must be above 0, got 0"),
         ("{trials: 5}", "5", "19 search: expected a mapping, got 5"),
         ("{trials: 5}", "", "19 search: expected a mapping, got nothing"),
@@ -82,11 +106,49 @@ def test_reads_values_and_defaults(write):
             "heads: [.nan]",
             "13 space[0].structure.heads[0]: must be a finite number, got nan",
         ),
+        (
+            "search: {trials: 5}",
+            "target: {runtime: [onnxruntime, auto]}",
+            "19 target.runtime: auto stands alone: runtime: auto",
+        ),
+        (
+            "search: {trials: 5}",
+            "target: {runtime: []}",
+            "19 target.runtime: needs at least one runtime, each at most once",
+        ),
+        (
+            "search: {trials: 5}",
+            "target: {runtime: 7}",
+            "19 target.runtime: expected text or a list, got 7; write [7]",
+        ),
         ("heads: [1.0, 0.5]", "heads: []", "13 space[0].structure.heads: needs at least 1 entry"),
         (
             "skip: true",
             "skip: yes",
             "13 space[0].structure.skip: expected true or false, got 'yes'",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {levels: [0.5, 1.5]}",
+            "13 space[0].sparsity.levels[1]: must be a fraction of zeros in [0, 1), or N:M like "
+            "2:4, got 1.5",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {levels: [4:2]}",
+            "13 space[0].sparsity.levels[0]: must be a fraction like 0.5, or N:M like 2:4 (N of "
+            "every M weights kept, M at most 64), got '4:2'",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {levels: 0.5}",
+            "13 space[0].sparsity.levels: expected a list, got 0.5; write [0.5]",
+        ),
+        (
+            "structure: {heads: [1.0, 0.5], skip: true}",
+            "sparsity: {level: [0.5]}",
+            "13 space[0].sparsity.level: unknown key. Did you mean 'levels'? Allowed: method, "
+            "levels",
         ),
         (
             "[dense, 8, 4]",

@@ -24,7 +24,13 @@ def test_the_committed_schema_is_the_codes():
 
 
 def test_they_are_all_here():
-    assert [path.stem for path in SPECS] == ["llama_cpu", "quickstart", "tiny", "vit_cpu"]
+    assert [path.stem for path in SPECS] == [
+        "llama_cpu",
+        "llama_decode_cpu",
+        "quickstart",
+        "tiny",
+        "vit_cpu",
+    ]
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
@@ -75,7 +81,7 @@ def test_the_identity_of_the_quickstart_is_independent_of_where_it_lies(tmp_path
     assert load_spec(tmp_path / "copy.yaml").spec.key == here.key
 
 
-@pytest.mark.parametrize("name", ["tiny", "vit_cpu", "llama_cpu"])
+@pytest.mark.parametrize("name", ["tiny", "vit_cpu", "llama_cpu", "llama_decode_cpu"])
 def test_what_the_user_must_give_is_said(tmp_path, name):
     copy = tmp_path / "copy.yaml"
     copy.write_text((SPACES / f"{name}.yaml").read_text())

@@ -188,6 +188,21 @@ def test_devices_are_noted_once(tmp_path, make_spec, caplog):
     assert Study.open(tmp_path / "x").devices == ["cpu-a", "cpu-b"]
 
 
+def test_a_runtime_is_no_second_device(tmp_path, make_spec, caplog):
+    study = Study.create_or_open(tmp_path / "x", make_spec())
+    with caplog.at_level(logging.WARNING):
+        for runtime in ("onnxruntime", "openvino"):
+            study.record_device(f"cpu-{runtime}", runtime)
+    assert caplog.text == ""
+    again = Study.create_or_open(tmp_path / "x", make_spec())
+    assert [again.runtime_of(device) for device in again.devices] == ["onnxruntime", "openvino"]
+    with caplog.at_level(logging.WARNING):
+        again.record_device("gpu-openvino", "openvino")
+    assert "measured on cpu-openvino, now on gpu-openvino" in caplog.text
+    names = [study.paths.cost_table(runtime).name for runtime in (None, "openvino")]
+    assert names == ["cost_table.json", "cost_table.openvino.json"]
+
+
 # Trials
 
 

@@ -19,7 +19,7 @@ def source(tmp_path, make_spec, make_record):
     for name in ("artifacts/s/m", "artifacts/s/.m.1-2.tmp"):
         (study.paths.root / name).parent.mkdir(parents=True, exist_ok=True)
         (study.paths.root / name).write_text(name)
-    study.paths.cost_table.write_text("{}")
+    study.paths.cost_table().write_text("{}")
     study.record_device("cpu-a")
     study.ledger.append("reference", "cpu-a", {"anchor_ms": 1.0})
     study.ledger.append("score", "layers.0.ffn/x", {"kl": 0.1})

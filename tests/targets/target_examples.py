@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from autocomp.core.unit import SiteFormat, Unit
+from autocomp.models.conversion import to_linear
 from autocomp.models.discover import find_units
 from autocomp.models.modules import QuantEmbedding, QuantLinear
 from autocomp.models.surgery import replace_module
@@ -81,32 +82,61 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "tie_word_embeddings": True,
     },
+    "qwen3": {
+        **_TEXT,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {
+        "vocab_size": 50,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 64,
+        "n_positions": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "vit": {**_VISION, "intermediate_size": 64, "num_labels": 3},
+    "deit": {
+        **_VISION,
+        "intermediate_size": 64,
+        "num_labels": 3,
+        "architectures": ["DeiTForImageClassification"],
+    },
     "dinov2": {**_VISION, "mlp_ratio": 2, "num_labels": 3},
 }
-TASKS = {"bert": "text-classification", "llama": "language-modeling"}
+TASKS = {
+    "bert": "text-classification",
+    "llama": "language-modeling",
+    "qwen3": "language-modeling",
+    "gpt2": "language-modeling",
+}
 
 
-def small_model(layout: str) -> tuple[nn.Module, list[Unit], TextTask | ImageTask]:
-    """A random model with its units and its export task."""
+def small_model(layout: str, **changes: Any) -> tuple[nn.Module, list[Unit], TextTask | ImageTask]:
+    """A random model with its units and its export task; `changes` are of its config."""
     task = TASKS.get(layout, "image-classification")
     auto = {
         "text-classification": transformers.AutoModelForSequenceClassification,
         "language-modeling": transformers.AutoModelForCausalLM,
         "image-classification": transformers.AutoModelForImageClassification,
     }[task]
-    config = transformers.AutoConfig.for_model(layout, **CONFIGS[layout])
+    config = transformers.AutoConfig.for_model(layout, **{**CONFIGS[layout], **changes})
     torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="sdpa").eval()
     for parameter in dict.fromkeys(model.parameters()):
         matrix = parameter.ndim > 1
         nn.init.normal_(parameter, std=0.2 if matrix else 0.1, mean=0.0 if matrix else 0.5)
-    units = find_units(config.to_dict(), {}, task, None if layout == "llama" else 3)
+    to_linear(model)
+    units = find_units(config.to_dict(), {}, task, None if task == "language-modeling" else 3)
     return model, units, TextTask() if layout in TASKS else ImageTask()
 
 
 def target(sequence: int = SEQUENCE, batch: int = 1) -> OnnxRuntimeTarget:
-    """A single-threaded target; fewer than eight tokens make it a decoding one."""
+    """A single-threaded target; a single token makes it a decoding one."""
     return OnnxRuntimeTarget(WorkloadSection(batch=batch, sequence=sequence, threads=1))
 
 

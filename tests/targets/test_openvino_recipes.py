@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,19 +15,12 @@ from autocomp.core.unit import SiteFormat
 from autocomp.spec.schema import WorkloadSection
 from autocomp.targets import openvino_recipes as recipes
 from autocomp.targets.openvino_pieces import OpenVinoInputs
+from autocomp.targets.storage import Piece
 from autocomp.targets.weights import SiteWeights
 
 pytest.importorskip("openvino", reason="the runtime is an extra")
 
 ROWS, COLUMNS, TOKENS = 48, 160, 12
-
-
-@dataclass(frozen=True)
-class Calibrated(SiteWeights):
-    """Weights of a site whose inputs have a fixed range, or are scaled."""
-
-    input_range: tuple[float, float] | None = None
-    input_scale: Any = None
 
 
 def weights_of(spec: SiteFormat, seed: int = 0, **more: Any) -> SiteWeights:
@@ -41,10 +34,10 @@ def weights_of(spec: SiteFormat, seed: int = 0, **more: Any) -> SiteWeights:
     codes = rng.integers(-half, half + 1, (spec.rows, spec.columns)).astype(np.int8)
     groups = -(-spec.columns // (spec.group or spec.columns))
     scales = (rng.uniform(0.5, 1.5, (spec.rows, groups)) * 0.1 / half).astype(np.float32)
-    return Calibrated(spec, codes=codes, scales=scales, bias=bias, **more)
+    return SiteWeights(spec, codes=codes, scales=scales, bias=bias, **more)
 
 
-def run(piece: recipes.Piece, x: np.ndarray, width: int, tokens: int = TOKENS) -> np.ndarray:
+def run(piece: Piece, x: np.ndarray, width: int, tokens: int = TOKENS) -> np.ndarray:
     """The output `y` of a piece that reads `x`."""
     from autocomp.targets.openvino_cpu import OpenVinoTarget
 
@@ -115,8 +108,7 @@ def test_float_activations_meet_the_weights_themselves(bits, group, bias):
 def test_a_fixed_range_is_rounded_to_256_levels(bits, group):
     spec = SiteFormat(ROWS, COLUMNS, True, False, bits, group, 8, static=True)
     weights = weights_of(spec, input_range=(-1.7, 2.9))
-    scale = 4.6 / 255
-    zero = round(1.7 / scale)
+    scale, zero = 4.6 / 255, round(1.7 / (4.6 / 255))
     seen = (np.clip(np.rint(X / scale) + zero, 0, 255) - zero) * scale
     found = linear(weights, X)
     np.testing.assert_allclose(found, seen @ by_row(weights).T + weights.bias, atol=2e-2)
@@ -249,9 +241,9 @@ def _side_by_side(sites: list[str], spec: SiteFormat, tokens: int) -> onnx.Model
 
 def test_what_gains_nothing_is_refused_with_the_reason():
     good = SiteFormat(64, 64, True, weight_bits=8, activation_bits=8)
-    assert recipes.unsupported(good) is None
-    assert recipes.unsupported(replace(good, static=True)) is None
-    assert recipes.unsupported(SiteFormat(64, 64, True)) is None
+    assert recipes.unsupported(good, 32) is None
+    assert recipes.unsupported(replace(good, static=True), 32) is None
+    assert recipes.unsupported(SiteFormat(64, 64, True), 32) is None
     refused = {
         "neither smaller nor faster": replace(good, weight_bits=3),
         "sparse weights in full": replace(good, nonzeros=100),
@@ -260,4 +252,4 @@ def test_what_gains_nothing_is_refused_with_the_reason():
         "static range needs": replace(good, activation_bits=32, static=True),
     }
     for reason, spec in refused.items():
-        assert reason in str(recipes.unsupported(spec))
+        assert reason in str(recipes.unsupported(spec, 32))

@@ -50,6 +50,19 @@ def test_unfitted_it_adds_up():
     assert found.device == "device"
 
 
+def test_its_error_is_of_candidates_left_out():
+    table = _table()
+    assert table.error() is None
+    table.fit([(choice, _truth(choice)) for choice in _choices(12, 0)])
+    assert table.error() == pytest.approx(0, abs=0.02)
+    wrong = _table()
+    rng = random.Random(0)
+    wrong.fit([(c, _truth(c) * rng.choice([0.8, 1.25])) for c in _choices(40, 0)])
+    fitted = [abs(wrong.predict(c).latency_ms / latency - 1) for c, latency in wrong.pairs]
+    assert np.mean(fitted) < wrong.error() < 0.35
+    assert wrong.error() > 0.15
+
+
 def test_a_dozen_candidates_correct_it_even_with_outliers():
     table = _table()
     pairs = [(choice, _truth(choice)) for choice in _choices(12, 0)]

@@ -38,7 +38,7 @@ X = np.float32([-1, 0.5, 2])
 
 
 def _run(model: onnx.ModelProto) -> np.ndarray:
-    return open_session(model.SerializeToString(), 1).run({"x": X})["y"]
+    return open_session(model.SerializeToString(), 1).run(["y"], {"x": X})[0]
 
 
 def test_folding_equals_a_zero_branch():

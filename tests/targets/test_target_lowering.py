@@ -11,14 +11,18 @@ import pytest
 import torch
 from target_examples import TextTask, quantise_unit, small_model, target
 
+from autocomp.calibrate.stats import SiteStats
+from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError
-from autocomp.core.unit import SiteFormat
-from autocomp.models.surgery import keep_heads, keep_width, skip
-from autocomp.targets.graph import attribute
+from autocomp.core.unit import SiteFormat, dense_format
+from autocomp.models.surgery import install, keep_heads, keep_width, skip
+from autocomp.operators import apply_option
+from autocomp.operators.protocol import SiteState
+from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.skeleton import cached_skeleton
 from autocomp.targets.weights import SiteWeights, model_parameters, model_weights
 
-LAYOUTS = ("bert", "llama", "vit", "dinov2")
+LAYOUTS = ("bert", "llama", "qwen3", "gpt2", "vit", "dinov2")
 
 
 def _difference(exported, model, skeleton, task, tmp_path, shapes=((1, 12), (4, 9))) -> float:
@@ -41,6 +45,25 @@ def test_dense_equals_torch_at_every_shape(exported, layout, tmp_path):
     model, _, task, skeleton = exported(layout)
     shapes = ((1, 12), (4, 12), (1, 1), (3, 31))
     assert _difference(exported, model, skeleton, task, tmp_path, shapes) < 1e-4
+
+
+def test_heads_that_cannot_be_joined_stay_apart(tmp_path, monkeypatch):
+    """Qwen3 normalises each head; without joining them again, rotary and attention see four axes,
+    and fewer heads still fit."""
+    monkeypatch.setattr(Graph, "joined_heads", lambda self, tensor: None)
+    model, units, task = small_model("qwen3")
+    skeleton = target().export(model, units, task)
+    flat = [attribute(n, "flat") for n in skeleton.graph.node if n.op_type == "Attention"]
+    assert flat == [0, 0]
+    assert _difference(None, model, skeleton, task, tmp_path) < 1e-4
+    keep_heads(model, _unit(units, "layers.0.attention"), [2, 3])
+    assert _difference(None, model, skeleton, task, tmp_path) < 1e-4
+
+
+def test_norms_of_single_heads_leave_attention_whole(exported):
+    skeleton = exported("qwen3")[-1]
+    nodes = [n for n in skeleton.graph.node if n.op_type == "Attention"]
+    assert [attribute(n, "flat") for n in nodes] == [1, 1]
 
 
 def test_text_without_a_mask_is_whole_sequences(tmp_path):
@@ -101,6 +124,55 @@ def test_parameters_outside_the_sites_are_refreshed(exported, tmp_path):
             if name.rpartition(".")[0] not in sites:
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
     assert _difference(exported, model, skeleton, task, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("layout", "steps", "tolerance"),
+    [
+        ("bert", (), 1e-4),
+        ("llama", (), 1e-4),
+        ("bert", (Step.of("gptq", weights=4, activations=32, group=16),), 2e-3),
+        ("vit", (Step.of("rtn", weights=8, activations=8, group=0),), 2e-2),
+    ],
+)
+def test_sparse_equals_torch_in_fewer_bytes(exported, layout, steps, tolerance, tmp_path):
+    dense, units, task, skeleton = exported(layout)
+    sizes = {}
+    for sparse in (True, False):
+        model = copy.deepcopy(dense)
+        for unit in units:
+            if unit.kind not in ("attention", "ffn"):
+                continue
+            option = Option(((Step.of("magnitude", level=0.75),) if sparse else ()) + steps)
+            state = apply_option(unit, _dense_state(model, unit), option, _plain_stats(unit))
+            install(model, unit, state)
+        runtime = target()
+        artifact = runtime.write(runtime.lower(skeleton, model.eval(), []), tmp_path)
+        sizes[sparse] = artifact.size_bytes
+        inputs = {k: v.numpy() for k, v in task.example_inputs(2, 12).items()}
+        with torch.no_grad():
+            spread = float(model(**task.example_inputs(2, 12)).logits.std())
+        assert runtime.verify(artifact, model, inputs) < tolerance * max(spread, 1.0)
+    if not steps:  # of matrices this small the nodes are as large as what they save otherwise
+        assert sizes[True] < 0.8 * sizes[False]
+
+
+def _dense_state(model, unit):
+    return {
+        site.name: SiteState(
+            weight=model.get_submodule(site.name).weight.detach(),
+            bias=model.get_submodule(site.name).bias.detach() if site.bias else None,
+            format=dense_format(unit)[site.name],
+        )
+        for site in unit.sites
+    }
+
+
+def _plain_stats(unit):
+    return {
+        site.name: SiteStats(torch.eye(site.columns) * 100, torch.zeros(site.columns), 100)
+        for site in unit.sites
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -171,7 +243,7 @@ def test_skeletons_are_cached_by_content(exported, tmp_path: Path, monkeypatch):
     model, units, task, skeleton = exported("bert")
     calls = []
 
-    def fake(*_):
+    def fake(*_, **__):
         calls.append(1)
         return skeleton
 

@@ -7,12 +7,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.special import rel_entr, softmax
 from transformers import PreTrainedTokenizerFast
 
 from autocomp.core.errors import DataError, InternalError, UserError
 from autocomp.models.load import load_model
-from autocomp.tasks import SPLITS, TASKS, make_task
+from autocomp.tasks import SPLITS, TASKS, Encoded, make_task
+from autocomp.tasks.base import check_sequence
+from autocomp.tasks.fitting import classification_head
+from autocomp.tasks.text_classification import TextClassification
+from autocomp.tasks.vocabulary import token_counts
 
 
 @pytest.fixture
@@ -198,3 +203,47 @@ def test_errors_name_what_is_wrong(bert_path, text_csv, spec_of, task):
 def test_registry_names_every_task():
     assert TASKS.names() == ["image-classification", "language-modeling", "text-classification"]
     assert all(TASKS.get(name).name == name and TASKS.get(name).summary for name in TASKS)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 512}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 0}, 513),
+        ({"model_type": "gpt2", "n_positions": 1024}, 1024),
+        ({"model_type": "llama", "max_position_embeddings": 2048}, 2048),
+    ],
+)
+def test_positions_are_counted_as_the_model_counts_them(config, positions):
+    """RoBERTa's first token stands at pad_token_id + 1; GPT-2 has its own word for positions."""
+    check_sequence(positions, config)
+    with pytest.raises(UserError, match=f"the model has {positions} positions"):
+        check_sequence(positions + 1, config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        (transformers.BertConfig, "classifier"),
+        (transformers.DistilBertConfig, "classifier"),
+        (transformers.RobertaConfig, "classifier.out_proj"),
+    ],
+)
+def test_the_head_that_is_fitted_gives_the_logits(kind, path):
+    config = kind(vocab_size=20, num_labels=5)
+    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = 8, 1, 2
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    head = classification_head(model)
+    assert head is model.get_submodule(path)
+    assert head.out_features == 5
+
+
+def test_token_counts_are_those_of_real_tokens() -> None:
+    """Of calibrate and distil alone; padding counts once, so that its row is kept."""
+    ids, mask = np.array([[5, 6, 5, 0], [6, 0, 0, 0]]), np.array([[1, 1, 1, 0], [1, 0, 0, 0]])
+    seen = Encoded({"input_ids": ids, "attention_mask": mask}, np.zeros(2, np.int64))
+    other = Encoded({"input_ids": ids + 1, "attention_mask": mask}, np.zeros(2, np.int64))
+    splits = {"calibrate": seen, "distil": seen, "search": other, "report": other}
+    task = TextClassification(splits, ("a", "b"), 2, 1)
+    assert token_counts(task, 9).tolist() == [1, 0, 0, 0, 0, 4, 4, 0, 0]

@@ -12,6 +12,8 @@ from torch import nn
 
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.models.surgery import blocks, copy_for_surgery, skip
+from autocomp.models.tokens import install_tokens
+from autocomp.operators import token_reduction
 from autocomp.trial.prefixes import Prefixes
 
 SKIP = Option((Step.of("skip"),))
@@ -34,9 +36,14 @@ class Bench:
 
     def model(self, candidate: Candidate) -> nn.Module:
         model = copy_for_surgery(self.teacher)
+        reductions = {}
         for unit in self.units:
-            if not candidate[unit.name].dense:
+            reduction = token_reduction(unit, candidate[unit.name])
+            if reduction is not None:
+                reductions[unit.name] = reduction
+            elif not candidate[unit.name].dense:
                 skip(model, unit)
+        install_tokens(model, self.units, reductions)
         return model
 
     @torch.no_grad()
@@ -77,6 +84,25 @@ def test_known_prefixes_are_left_out_and_change_nothing(name: str) -> None:
     for found, expected in zip(bench.outputs(first, keep=2), bench.expected(first), strict=True):
         assert torch.equal(found, expected)
     assert bench.ran == [0, 1, 2, 0, 1, 2]
+    for found, expected in zip(bench.outputs(second), bench.expected(second), strict=True):
+        assert torch.equal(found, expected)
+    assert bench.ran == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_sizes_of_merged_tokens_are_known_behind_a_prefix(name: str) -> None:
+    """The second candidate runs its last block alone, whose merge and mean need the sizes."""
+    bench = Bench(EXAMPLES[name])
+    merge = Option((Step.of("tome", ratio=0.25),))
+
+    def merging(*skipped: str) -> Candidate:
+        options = dict(bench.candidate(*skipped).options)
+        return Candidate.of({**options, "layers.0.attention": merge, "layers.2.attention": merge})
+
+    first, second, stranger = merging("layers.2.ffn"), merging(), merging("layers.1.ffn")
+    assert bench.prefixes.common(first, second) == 2
+    bench.outputs(first, keep=2)
+    bench.outputs(stranger)
     for found, expected in zip(bench.outputs(second), bench.expected(second), strict=True):
         assert torch.equal(found, expected)
     assert bench.ran == [2, 2]

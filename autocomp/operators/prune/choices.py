@@ -16,11 +16,23 @@ def kept_counts(
     Raises:
         UserError: for anything but a list of fractions in (0, 1].
     """
+    counts: dict[int | None, None] = {}
+    for fraction in read_fractions(choices, operator=operator, unit=unit):
+        count = max(step, int(fraction * total / step + 0.5) * step)
+        counts[None if count >= total else count] = None
+    return list(counts)
+
+
+def read_fractions(choices: Any, *, operator: str, unit: str) -> list[float]:
+    """The fractions a rule lists.
+
+    Raises:
+        UserError: for anything but a list of fractions in (0, 1].
+    """
     if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
         raise UserError(
             f"{operator} at {unit}: {choices!r} is no list of fractions like [1.0, 0.5]"
         )
-    counts: dict[int | None, None] = {}
     for fraction in choices:
         if isinstance(fraction, bool) or not isinstance(fraction, int | float):
             raise UserError(f"{operator} at {unit}: {fraction!r} is no fraction in (0, 1]")
@@ -29,6 +41,4 @@ def kept_counts(
                 f"{operator} at {unit}: the fraction kept must be in (0, 1], not {fraction}. "
                 f"To drop the whole sublayer, write skip: true"
             )
-        count = max(step, int(fraction * total / step + 0.5) * step)
-        counts[None if count >= total else count] = None
-    return list(counts)
+    return [float(fraction) for fraction in choices]

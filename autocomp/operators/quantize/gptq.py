@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autocomp.core.candidate import Step
-from autocomp.core.errors import InternalError, UserError
+from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, SiteStats, Stage, UnitState, UnitStats
-from autocomp.operators.quantize.choices import asks_for_bits, bit_steps, quantised_formats
+from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
+from autocomp.operators.quantize.choices import bit_steps, quantised_formats, silent_at_tables
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,9 @@ class Gptq:
     """GPTQ with activation order and static, error-minimising scales."""
 
     name = "gptq"
-    summary = "Round weights to 8 or 4 bits; outputs on real inputs change least."
+    summary = "Round weights to 8, 4, 3 or 2 bits; outputs on real inputs change least."
     paper = "Frantar et al., 2022, GPTQ, arXiv:2210.17323"
-    choices = "bits.weights, bits.activations, bits.group (of 4-bit weights; 0: a whole row)"
+    choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
     stage: Stage = "bits"
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
@@ -35,31 +35,32 @@ class Gptq:
         """Every combination of weight and activation bits the rule asks for.
 
         Raises:
-            UserError: at an embedding, unless the rule also names `rtn` for it.
+            UserError: at an embedding, unless the rule also names a method that needs no inputs.
         """
-        if unit.kind == "embedding" and asks_for_bits(rule.bits):
-            method = rule.bits.get("method")
-            if not isinstance(method, str) and method is not None and "rtn" in method:
-                return []
-            raise UserError(
-                f"gptq at {unit.name}: an embedding has no input to calibrate on. Allowed there: "
-                f"rtn. Write bits: {{method: rtn, weights: [dense, 8, 4]}} in its rule"
-            )
+        if silent_at_tables(self.name, unit, rule.bits):
+            return []
         return bit_steps(self.name, unit, rule.bits)
 
     def formats(
         self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
     ) -> dict[str, SiteFormat]:
         """Same shapes, fewer bits."""
-        return quantised_formats(formats, step)
+        return quantised_formats(unit, formats, step)
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
-        """Solve every group of sites that share an input."""
+        """Solve every group of sites that share an input.
+
+        Sparse sites are solved from the weight before sparsity, their mask held: one sweep makes
+        up for what is dropped and what is rounded. It takes columns as they stand, as the sweep
+        that chose the mask did: by falling input energy, the error is a fifth larger.
+        """
         import torch
 
         from autocomp.operators.gram import derived, factor_of
-        from autocomp.operators.quantize.grid import quantised_site, search_scales
+        from autocomp.operators.quantize.finish import quantised_site
+        from autocomp.operators.quantize.grid import search_scales
         from autocomp.operators.quantize.solve import solve_columns
+        from autocomp.operators.sparsify.masks import before_sparsity
 
         formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
         together: dict[tuple[object, ...], list[str]] = {}
@@ -67,32 +68,40 @@ class Gptq:
             if name not in stats:
                 raise InternalError(f"gptq at {unit.name}: no calibration statistics for {name}")
             columns = None if site.kept_columns is None else tuple(site.kept_columns.tolist())
-            together.setdefault((id(stats[name].gram), columns), []).append(name)
+            bits = (formats[name].weight_bits, formats[name].group)
+            together.setdefault((id(stats[name].gram), columns, bits), []).append(name)
         result: UnitState = dict(state)
         for names in together.values():
-            weights = [state[name].weight for name in names]
+            sites = [state[name] for name in names]
             kept, like = state[names[0]].kept_columns, formats[names[0]]
 
             def solve(
-                weights: list[Tensor] = weights,
+                sites: list[SiteState] = sites,
                 kept: Tensor | None = kept,
                 like: SiteFormat = like,
                 site: SiteStats = stats[names[0]],
-            ) -> tuple[list[Tensor], Tensor, Tensor]:
-                weight = torch.cat(weights)
-                scales = search_scales(weight, like)
-                codes = solve_columns(weight, scales, factor_of(site, kept), like)
-                return weights, codes, scales
+            ) -> tuple[list[SiteState], Tensor, Tensor]:
+                scales = search_scales(torch.cat([one.weight for one in sites]), like)
+                weight, mask = before_sparsity(sites)
+                factor = factor_of(site, kept, reorder=mask is None)
+                codes = solve_columns(weight, scales, factor, like, mask)
+                return sites, codes, scales
 
             # Activation bits change the format alone: such options share codes. What is remembered
-            # holds the weights, so that their ids stay theirs.
-            key = ("gptq", like.weight_bits, like.group, *((id(w), w._version) for w in weights))
+            # holds the weights, so that their ids stay theirs. A mask has weights of its own.
+            used = ((id(one.weight), one.weight._version) for one in sites)
+            key = ("gptq", like.weight_bits, like.group, *used)
             _, codes, scales = derived(stats[names[0]].gram, key, solve)
             start = 0
             for name in names:
                 rows = slice(start, start + state[name].weight.shape[0])
                 result[name] = quantised_site(
-                    state[name], codes[rows].clone(), scales[rows].clone(), formats[name]
+                    state[name],
+                    codes[rows].clone(),
+                    scales[rows].clone(),
+                    formats[name],
+                    step,
+                    stats[name],
                 )
                 start = rows.stop
         return result

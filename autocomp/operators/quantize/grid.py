@@ -1,21 +1,21 @@
 """The quantisation grid: symmetric integer codes times a scale per row or per group of columns.
 
-8-bit codes run −127…127, 4-bit codes −8…7. Needs torch.
+8-bit codes run −127…127, 4-bit codes −8…7, 3-bit codes −4…3, 2-bit codes −2…1. Needs torch.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from autocomp.core.unit import SiteFormat
 from autocomp.models.modules import CODE_RANGE, group_size, quantise
-from autocomp.operators.protocol import SiteState
 
-SHRINK = tuple(1.0 - 0.025 * step for step in range(20))
-"""Fractions of the largest weight that a 4-bit scale is tried at."""
+SHRINK: dict[int, tuple[float, ...]] = {
+    bits: tuple(1.0 - 0.025 * step for step in range(tried))
+    for bits, tried in ((4, 20), (3, 28), (2, 34))
+}
+"""Weight bits → fractions of the largest weight a scale is tried at; fewer bits clip more."""
 
 _TINY = 1e-30
 _PIECE = 1 << 16
@@ -24,13 +24,13 @@ _PIECE = 1 << 16
 def search_scales(weight: Tensor, format: SiteFormat) -> Tensor:
     """Scales `(rows, groups)` for `weight (rows, columns)`.
 
-    8 bits: the largest weight over 127. 4 bits: the fraction of the largest weight that minimises
+    8 bits: the largest weight over 127. Fewer: the fraction of the largest weight that minimises
     the squared rounding error of the group. A group of zeros gets scale 1.
     """
-    return torch.cat([_search(weight[rows], format) for rows in _row_slices(weight)])
+    return torch.cat([_search(weight[rows], format) for rows in row_slices(weight)])
 
 
-def _row_slices(weight: Tensor) -> list[slice]:
+def row_slices(weight: Tensor) -> list[slice]:
     """Rows in pieces that stay in the processor's cache: a table is far larger."""
     rows, step = weight.shape[0], max(1, _PIECE // weight.shape[1])
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -38,8 +38,8 @@ def _row_slices(weight: Tensor) -> list[slice]:
 
 def _search(weight: Tensor, format: SiteFormat) -> Tensor:
     low, high = CODE_RANGE[format.weight_bits]
-    grouped = _grouped(weight, group_size(format))  # (rows, groups, group)
-    largest = grouped.abs().amax(dim=2)
+    values = grouped(weight, group_size(format))  # (rows, groups, group)
+    largest = values.abs().amax(dim=2)
     full = largest / high
     live = full > _TINY
     full = torch.where(live, full, torch.ones_like(full))
@@ -47,11 +47,11 @@ def _search(weight: Tensor, format: SiteFormat) -> Tensor:
         return full
     best = full
     best_error = torch.full_like(full, float("inf"))
-    for shrink in SHRINK:
+    for shrink in SHRINK[format.weight_bits]:
         scales = full * shrink
         inverse = scales.reciprocal().unsqueeze(2)
-        rounded = (grouped * inverse).round_().clamp_(low, high)
-        error = rounded.mul_(scales.unsqueeze(2)).sub_(grouped).square_().sum(dim=2)
+        rounded = (values * inverse).round_().clamp_(low, high)
+        error = rounded.mul_(scales.unsqueeze(2)).sub_(values).square_().sum(dim=2)
         better = error < best_error
         best = torch.where(better, scales, best)
         best_error = torch.where(better, error, best_error)
@@ -61,7 +61,7 @@ def _search(weight: Tensor, format: SiteFormat) -> Tensor:
 def round_to_grid(weight: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     """Nearest codes, int8 `(rows, columns)`."""
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    for rows in _row_slices(weight):
+    for rows in row_slices(weight):
         codes[rows] = quantise(weight[rows], scales[rows], format).to(torch.int8)
     return codes
 
@@ -83,18 +83,7 @@ def dequantise(codes: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     return weight
 
 
-def quantised_site(site: SiteState, codes: Tensor, scales: Tensor, format: SiteFormat) -> SiteState:
-    """`site` with its weight replaced by `codes` times `scales`."""
-    return replace(
-        site,
-        weight=dequantise(codes, scales, format),
-        codes=codes,
-        scales=scales,
-        format=format,
-    )
-
-
-def _grouped(weight: Tensor, size: int) -> Tensor:
+def grouped(weight: Tensor, size: int) -> Tensor:
     """`(rows, columns)` → `(rows, groups, size)`, the last group padded with zeros."""
     rows, columns = weight.shape
     missing = -columns % size

@@ -17,16 +17,25 @@ from autocomp.operators.gram import Factor
 BLOCK = 128
 
 
-def solve_columns(weight: Tensor, scales: Tensor, factor: Factor, format: SiteFormat) -> Tensor:
+def solve_columns(
+    weight: Tensor,
+    scales: Tensor,
+    factor: Factor,
+    format: SiteFormat,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Codes, int8 `(rows, columns)`, for `weight (rows, columns)` on fixed `scales (rows, groups)`.
 
-    Columns are taken in `factor.order`; those without input (`factor.dead`) become zero.
+    Columns are taken in `factor.order`; those without input (`factor.dead`) become zero. So do
+    weights where the bool `mask (rows, columns)` is false: the columns still to come make up for
+    them as they do for rounding.
     """
     low, high = CODE_RANGE[format.weight_bits]
     rows, columns = weight.shape
     group = torch.div(factor.order, group_size(format), rounding_mode="floor")
     pending = weight.t()[factor.order].contiguous()  # (columns, rows), corrected as we go
     pending[factor.dead[factor.order]] = 0.0
+    keep = None if mask is None else mask.t()[factor.order].to(weight.dtype)
     step = scales.t().contiguous()  # (groups, rows)
     inverse = step.reciprocal()
     groups = group.tolist()
@@ -43,6 +52,8 @@ def solve_columns(weight: Tensor, scales: Tensor, factor: Factor, format: SiteFo
             which = groups[start + i]
             code = codes[start + i]
             torch.mul(column, inverse[which], out=code).round_().clamp_(low, high)
+            if keep is not None:
+                code.mul_(keep[start + i])
             torch.addcmul(column, code, step[which], value=-1, out=errors[i]).div_(pivots[i])
         if stop < columns:
             pending[stop:].addmm_(factor.upper[start:stop, stop:].t(), errors, alpha=-1)

@@ -1,0 +1,144 @@
+"""The screening of a search: replace-one scores, then stitched candidates, on resident workers.
+
+What it finds out about quality holds on every runtime; which candidates are worth looking at is
+asked of each runtime's costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from autocomp.api.dispatch import peak_memories
+from autocomp.api.session import Measured, Session
+from autocomp.search.costs import Costs
+from autocomp.search.scores import Scores, replace_one
+from autocomp.search.screening import Screened, screen_on_each
+
+if TYPE_CHECKING:
+    from autocomp.workers.actors import ActorPool
+
+SCORED_PER_CALL = 4
+
+
+def score_and_screen(session: Session, measured: Measured) -> tuple[list[Screened], Scores]:
+    """Replace-one scores, then screening within the predicted budget; what is known is not redone.
+
+    Returns:
+        What was screened, and the scores.
+    """
+    with ExitStack() as stack:
+        screening = _Screening(session, measured, stack)
+        scores = screening.score()
+        return screening.screen(scores), scores
+
+
+class _Screening:
+    """The pool of screeners, started at first use, and what is asked of it."""
+
+    def __init__(self, session: Session, measured: Measured, stack: ExitStack) -> None:
+        self._session, self._measured, self._stack = session, measured, stack
+        self._progress, self._ledger = session.progress, session.study.ledger
+        self._pool: ActorPool | None = None
+
+    def score(self) -> Scores:
+        """The replace-one score of every option."""
+        known = self._ledger.read().of("score")
+        wanted = replace_one(self._session.plan.space)
+        missing = [entry for entry in wanted if _score_key(entry[0], entry[1].key) not in known]
+        if missing:  # workers load the model before the phase: no part of the pace of scoring
+            workers = self._session.cluster().workers
+            list(self._screeners().map_unordered("evaluate", [[]] * workers))
+        self._progress.phase("scores", len(wanted))
+        if missing:
+            chunks = _chunks(missing, SCORED_PER_CALL)
+            payloads = [[candidate.to_json() for _, _, candidate in chunk] for chunk in chunks]
+            done = len(wanted) - len(missing)
+            answers = self._screeners().map_unordered("evaluate", payloads)
+            while (answer := self._next(answers)) is not None:
+                index, values = answer
+                self._ledger.append_many(
+                    "score",
+                    [
+                        (
+                            _score_key(unit, option.key),
+                            {"unit": unit, "option": option.key, "kl": kl},
+                        )
+                        for (unit, option, _), kl in zip(chunks[index], values, strict=True)
+                    ],
+                )
+                done += len(values)
+                self._progress.advance(done, len(wanted))
+        rows: dict[str, dict[str, float | None]] = {}
+        for payload in self._ledger.read().of("score").values():
+            rows.setdefault(payload["unit"], {})[payload["option"]] = payload["kl"]
+        return Scores(rows)
+
+    def screen(self, scores: Scores) -> list[Screened]:
+        """Candidates within the budget of the runtime they were proposed for, and their KL."""
+        session, tables, budget = self._session, self._measured.tables, self._measured.budget
+        space, wanted = session.plan.space, session.plan.spec.search.screen
+        known = [Screened.from_json(entry) for entry in self._ledger.read().of("screen").values()]
+        memory = peak_memories(session.study.trials(), tables)
+        self._progress.phase("screening", wanted)
+
+        def advance(done: int, total: int) -> None:
+            self._progress.advance(min(done, wanted), wanted)
+            self._progress.funnel(screened=done)
+
+        screened = screen_on_each(
+            space,
+            tables,
+            self._evaluate,
+            budget,
+            wanted,
+            session.plan.spec.search.seed,
+            known,
+            scores=scores,
+            peak_memory=memory,
+            on_batch=self._keep,
+            progress=advance,
+        )
+        costs = [Costs(space, table, memory[runtime]) for runtime, table in tables.items()]
+        limits = [each.limits(budget) for each in costs]
+        vectors = [space.encode(s.candidate) for s in screened if s.kl is not None]
+        fitting = sum(
+            any(each.fits(vector, limit) for each, limit in zip(costs, limits, strict=True))
+            for vector in vectors
+        )
+        self._progress.funnel(screened=len(screened), within_budget=fitting)
+        return screened
+
+    def _screeners(self) -> ActorPool:
+        if self._pool is None:
+            from autocomp.trial.screener import Screener
+            from autocomp.workers.actors import ActorPool
+
+            count = self._session.cluster().workers
+            pool = ActorPool(Screener, (self._measured.context,), count)
+            self._pool = self._stack.enter_context(pool)
+        return self._pool
+
+    def _evaluate(self, candidates: list[Any]) -> list[float]:
+        count = self._session.cluster().workers
+        size = max(1, -(-len(candidates) // (4 * count)))
+        chunks = _chunks([c.to_json() for c in candidates], size)
+        with self._progress.waiting():
+            values = dict(self._screeners().map_unordered("evaluate", chunks))
+        return [value for index in sorted(values) for value in values[index]]
+
+    def _keep(self, batch: list[Screened]) -> None:
+        self._ledger.append_many("screen", [(s.key, s.to_json()) for s in batch])
+
+    def _next(self, answers: Iterator[tuple[int, Any]]) -> tuple[int, Any] | None:
+        with self._progress.waiting():
+            return next(answers, None)
+
+
+def _score_key(unit: str, option: str) -> str:
+    return f"{unit} {option}"
+
+
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,93 @@
+"""The trials of a search: baselines on every runtime, then proposals, dispatched to workers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from autocomp.api.dispatch import Dispatcher, peak_memories
+from autocomp.api.session import Measured, Session
+from autocomp.front.pick import feasible
+from autocomp.search.baselines import Baseline, baselines
+from autocomp.search.proposer import TrialProposer
+from autocomp.search.scores import Scores
+from autocomp.search.screening import Screened
+from autocomp.search.settings import Settings
+from autocomp.trial.context import TrialContext
+
+EXTRA_ROUNDS = 2
+"""How often the search goes on, with a third of its trials, while no measured trial fits."""
+
+
+def run_trials(
+    session: Session, measured: Measured, screened: list[Screened], scores: Scores
+) -> None:
+    """Baselines and proposals; more of them while nothing measured fits the budget."""
+    spec, study, progress = session.plan.spec, session.study, session.progress
+    space, tables, budget = session.plan.space, measured.tables, measured.budget
+    finished = study.trials()
+    for record in finished:
+        if record.kind != "dense":
+            progress.trial_finished(record)
+    uniform = _baselines(session, measured.context)
+    proposer = TrialProposer(
+        space,
+        screened,
+        tables,
+        budget,
+        scores=scores,
+        trials=spec.search.trials,
+        seed=spec.search.seed,
+        finished=finished,
+        baselines=uniform,
+        peak_memory=peak_memories(finished, tables),
+        objectives=list(spec.objectives),
+    )
+    dispatcher = Dispatcher(study, proposer, tables, progress, session.deadline)
+    others = sum(kind != "dense" for _, kind, _ in uniform)
+    progress.phase("trials", spec.search.trials + others)
+    for extra in range(1 + EXTRA_ROUNDS):
+        _dispatch(session, dispatcher, measured.context)
+        records = study.trials()
+        if any(feasible(record, budget) for record in records) or dispatcher.late:
+            break
+        if extra < EXTRA_ROUNDS:
+            more = max(2, spec.search.trials // 3)
+            proposer.extend(more)
+            progress.note(
+                f"no measured trial meets {budget.describe()} yet: {more} more trials, "
+                f"with a larger margin"
+            )
+
+
+def _baselines(session: Session, context: TrialContext) -> list[Baseline]:
+    """Of every runtime, also of one that cannot meet this budget: `pick` answers others."""
+    plan = session.plan
+    settings = Settings(plan.spec.distill).spread(0)
+    return [
+        baseline
+        for runtime in context.references
+        for baseline in baselines(
+            plan.space,
+            plan.space.units,
+            settings,
+            runtime,
+            partial(plan.possible, runtime),
+            plan.suffix(runtime),
+        )
+    ]
+
+
+def _dispatch(session: Session, dispatcher: Dispatcher, context: TrialContext) -> None:
+    from autocomp.trial.runner import CandidateRunner
+    from autocomp.workers.protocol import RunnerFactory
+    from autocomp.workers.trials import run_trials as run_on_workers
+
+    if not dispatcher.ready():
+        return
+    run_on_workers(
+        dispatcher,
+        RunnerFactory(CandidateRunner),
+        workers=session.cluster().workers,
+        storage=session.study.paths.root / "ray",
+        context={"trial": context},
+    )

@@ -1,0 +1,1 @@
+"""Factorisation: a layer or table as the product of two thin ones."""

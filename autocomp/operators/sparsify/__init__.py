@@ -1,0 +1,1 @@
+"""Sparsity: which weights of a linear layer become zero."""

@@ -1,0 +1,1 @@
+"""Token reduction: shorter sequences behind an attention sublayer. No weight changes."""

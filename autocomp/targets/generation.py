@@ -1,0 +1,67 @@
+"""Running a graph that has a key-value cache: what it is fed, and greedy generation. numpy alone.
+
+A graph with a cache reads `past_key_values.N.key` and `.value` and gives `present.N.key` and
+`.value` back, float32 `(B, kv heads, tokens, D)`; what a run gives, the next one reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+PAST = "past_key_values."
+PRESENT = "present."
+
+
+def feeds(
+    session: Any, inputs: Mapping[str, Array], batch: int | None = None, past: int = 0
+) -> dict[str, Array]:
+    """What a session reads: of `inputs` what it asks for, and a made-up cache if it has one.
+
+    The cache holds `past` tokens of `batch` examples (those of the first input unless given); empty
+    it is that of a prompt, and its values make no difference to speed.
+    """
+    values = session.get_inputs()
+    if batch is None:
+        batch = len(next(iter(inputs.values())))
+    made = _cache(values, batch, past)
+    return {
+        value.name: made[value.name] if value.name in made else inputs[value.name]
+        for value in values
+    }
+
+
+def _cache(values: Iterable[Any], batch: int, tokens: int) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {
+        value.name: rng.standard_normal((batch, value.shape[1], tokens, value.shape[3])).astype(
+            np.float32
+        )
+        for value in values
+        if value.name.startswith(PAST)
+    }
+
+
+def first_tokens(inputs: Mapping[str, Array], count: int) -> dict[str, Array]:
+    """Inputs with exactly `count` tokens per example: cut, or repeated from the start."""
+    ids = inputs["input_ids"]
+    return {**inputs, "input_ids": ids[:, np.arange(count) % ids.shape[1]]}
+
+
+def generate(session: Any, inputs: Mapping[str, Array], tokens: int) -> Array:
+    """Continue each example greedily by `tokens` tokens, int64 `(B, tokens)`, with the cache.
+
+    `session` is one of a graph with a cache; `inputs` has `input_ids` `(B, T)`, the prompts.
+    """
+    feed, new = feeds(session, inputs), []
+    pasts = [value.name for value in session.get_inputs() if value.name.startswith(PAST)]
+    names = ["logits", *(PRESENT + name.removeprefix(PAST) for name in pasts)]
+    for _ in range(tokens):
+        logits, *present = session.run(names, feed)
+        new.append(logits[:, -1].argmax(axis=-1)[:, None])
+        feed = {"input_ids": new[-1], **dict(zip(pasts, present, strict=True))}
+    return np.concatenate(new, axis=1)

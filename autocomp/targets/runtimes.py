@@ -1,0 +1,72 @@
+"""Which runtimes a spec's target names, and which of them can be used here. Imports no runtime."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from autocomp.core.candidate import Runtime
+from autocomp.core.errors import InternalError, UserError
+from autocomp.spec.schema import AUTO, TargetSection
+from autocomp.targets import TARGETS
+
+DEFAULT = "onnxruntime"
+PACKAGES = {"onnxruntime-cpu": "onnxruntime", "openvino-cpu": "openvino"}
+"""Target → the package it runs on; one that is not here is asked by importing it."""
+
+EXTRAS = ("openvino",)
+"""Packages that an extra of the same name installs."""
+
+
+def unusable(name: str) -> str | None:
+    """Why the target of this name cannot be used here, or `None` if it can."""
+    package = PACKAGES.get(name)
+    if package is not None:
+        if find_spec(package):
+            return None
+        extra = f": pip install 'autocomp[{package}]'" if package in EXTRAS else ""
+        return f"the package {package} is not installed{extra}"
+    try:
+        TARGETS.get(name)
+    except InternalError as error:
+        return str(error)
+    return None
+
+
+def usable_runtimes(section: TargetSection) -> tuple[tuple[Runtime, ...], list[str]]:
+    """The runtimes to search on, the one relative limits refer to first; notes on those left out.
+
+    `(None,)` where the spec names one runtime and leaves no choice. `auto` leaves out what is not
+    installed; what a spec names must be there.
+
+    Raises:
+        UserError: for a runtime that is unknown or cannot be used here, or if none is left.
+    """
+    if section.runtime != AUTO:
+        named = [section.runtime] if isinstance(section.runtime, str) else section.runtime
+        for runtime in named:
+            name = section.on(runtime).label
+            if name not in TARGETS:
+                raise UserError(
+                    f"no target {name!r}. Available: {', '.join(TARGETS.names())} "
+                    f"(runtime-device). See: autocomp ls targets"
+                )
+            reason = unusable(name)
+            if reason is not None:
+                raise UserError(f"{name} cannot be used here: {reason}")
+        return (tuple(named) if section.chosen else (None,)), []
+    ending = f"-{section.device}"
+    known = [name.removesuffix(ending) for name in TARGETS.names() if name.endswith(ending)]
+    found: list[str] = []
+    notes = []
+    for runtime in sorted(known, key=lambda runtime: (runtime != DEFAULT, runtime)):
+        reason = unusable(f"{runtime}{ending}")
+        if reason is None:
+            found.append(runtime)
+        else:
+            notes.append(f"runtime {runtime} is left out: {reason}")
+    if not found:
+        raise UserError(
+            f"no runtime for device {section.device!r} can be used here"
+            f"{': ' + '; '.join(notes) if notes else ''}. See: autocomp ls targets"
+        )
+    return tuple(found), notes

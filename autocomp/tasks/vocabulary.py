@@ -1,0 +1,74 @@
+"""Tokens a task uses, and a task's texts as the tokenizer of a pruned vocabulary reads them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from autocomp.core.errors import UserError
+from autocomp.models.tokenizer_files import read_tokenizer, required_ids, unknown_id
+from autocomp.models.vocabulary import Vocabulary, chosen_vocabulary
+from autocomp.spec.schema import Spec
+from autocomp.tasks.protocol import Array, Split, Task
+
+COUNTED: tuple[Split, ...] = ("calibrate", "distil")
+"""Splits whose tokens are looked at: neither that the search is steered by nor the report's."""
+
+
+def token_counts(task: Task, rows: int) -> Array:
+    """How often each token occurs in the calibrate and distil splits, int64 `(rows,)`.
+
+    Padding, which attention does not see, counts once.
+    """
+    counts = np.zeros(rows, np.int64)
+    for split in COUNTED:
+        inputs = task.splits[split].inputs
+        ids = inputs["input_ids"]
+        real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
+        counts += np.bincount(ids[real], minlength=rows)
+        counts[ids[~real]] = np.maximum(counts[ids[~real]], 1)
+    return counts
+
+
+def task_vocabulary(spec: Spec, model_path: Path, rows: int) -> Vocabulary:
+    """What to keep of a table of `rows` tokens for the spec's task; its texts are encoded for it.
+
+    Raises:
+        UserError: for a task that is about more than the tokens it was shown.
+        ModelError: for a tokenizer that cannot be pruned.
+    """
+    if spec.task.name != "text-classification":
+        raise UserError(
+            f"vocabulary: only text-classification models can lose tokens; {spec.task.name} "
+            f"needs each of them as an answer. Leave structure.vocabulary out"
+        )
+    from autocomp.tasks import make_task
+
+    tokenizer = read_tokenizer(model_path)
+    used = np.flatnonzero(token_counts(make_task(spec, model_path), rows)).tolist()
+    required = sorted(required_ids(tokenizer, used))
+    return chosen_vocabulary(used, required, unknown_id(tokenizer), rows)
+
+
+def retokenised(spec: Spec, model_path: Path, vocabulary: Vocabulary) -> Task:
+    """The spec's task as a model with a pruned vocabulary is asked in use.
+
+    Texts are read by the tokenizer that is shipped; its ids are given as original ones, as
+    everywhere within a study.
+    """
+    from autocomp.models.load import load_tokenizer_files
+    from autocomp.models.tokenizer_files import write_pruned
+    from autocomp.tasks.text_classification import TextClassification
+
+    with tempfile.TemporaryDirectory(prefix="autocomp-tokenizer-") as scratch:
+        write_pruned(model_path, vocabulary, Path(scratch))
+        return TextClassification.build(
+            spec.task,
+            spec.target.workload,
+            model_path,
+            spec.search.seed,
+            tokenizer=load_tokenizer_files(Path(scratch)),
+            original=vocabulary.original,
+        )
