@@ -98,8 +98,10 @@ class Picked:
         on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
         return trial_json(self.record, self.budget, on_front, front["target"].get("runtime"))
 
-    def export(self, directory: Path | str, format: str = "onnx") -> dict[str, Any]:
+    def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.
+
+        Without `format` it is written as it was measured: `onnx`, or `openvino` on that runtime.
 
         Returns:
             `path`, `format`, `files` and what verification showed.
@@ -108,7 +110,7 @@ class Picked:
             UserError: if the directory is not empty or the format is unknown.
             InternalError: if the reloaded model is not the evaluated one.
         """
-        from autocomp.export import EXPORTERS
+        from autocomp.export import EXPORTERS, own_format
         from autocomp.export.companions import Companions
         from autocomp.export.protocol import ExportRequest
         from autocomp.targets import make_target, open_artifact
@@ -125,7 +127,8 @@ class Picked:
             dense=study.dense(),
             report=self.opened.report(record.id),
         )
-        exporter = EXPORTERS.get(format)
+        chosen = format or own_format(request.artifact)
+        exporter = EXPORTERS.get(chosen)
         path = Path(directory)
         exporter.write(request, path)
         runtime = record.candidate.runtime
@@ -135,7 +138,7 @@ class Picked:
         verification = exporter.verify(request, path, target)
         return {
             "path": str(path),
-            "format": format,
+            "format": chosen,
             "files": sorted(file.name for file in path.iterdir()),
             **verification.to_json(),
         }

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from autocomp.core.registry import Registry
 from autocomp.export.protocol import Exporter
+from autocomp.targets.protocol import Artifact
 
-EXPORTERS: Registry[Exporter] = Registry("exporters", {"onnx": "autocomp.export.onnx:EXPORTER"})
+EXPORTERS: Registry[Exporter] = Registry(
+    "exporters",
+    {
+        "onnx": "autocomp.export.artifact:ONNX",
+        "openvino": "autocomp.export.artifact:OPENVINO",
+    },
+)
 """Export formats by name; other packages add theirs under the entry-point group
 `autocomp.exporters`."""
+
+
+def own_format(artifact: Artifact) -> str:
+    """The export format that is the artifact itself."""
+    return "openvino" if artifact.path.suffix == ".xml" else "onnx"

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from autocomp.export.onnx import OnnxExporter
 from tokenizers import Tokenizer
 
 from autocomp.api import prepare
@@ -20,7 +21,6 @@ from autocomp.api.plan import Plan, make_plan
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InternalError, SpecError
 from autocomp.export.companions import Companions
-from autocomp.export.onnx import OnnxExporter
 from autocomp.export.protocol import ExportRequest
 from autocomp.library.stitch import stitch
 from autocomp.models.vocabulary import load_vocabulary

@@ -1,4 +1,4 @@
-"""Export as ONNX: the very file that was evaluated and measured, with what is needed to use it."""
+"""Export of the very files that were evaluated and measured, with what is needed to use them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from autocomp.export.protocol import ExportRequest, Verification
 from autocomp.export.tokenizer import verify_tokenizer
 from autocomp.models.vocabulary import load_vocabulary
 from autocomp.study.records import TrialRecord
-from autocomp.targets.protocol import Artifact, Target
+from autocomp.targets import open_artifact
+from autocomp.targets.protocol import Target
 
 
-class OnnxExporter:
-    """Copies the artifact; nothing is converted, so what was measured is what is shipped."""
+class ArtifactExporter:
+    """Copies the artifact; nothing is converted, so what was measured is what is shipped.
 
-    name = "onnx"
-    summary = "ONNX file for ONNX Runtime, with tokenizer or processor, labels, candidate and card."
+    `suffix` tells the files of the runtime this format is for.
+    """
+
+    def __init__(self, name: str, summary: str, suffix: str) -> None:
+        self.name = name
+        self.summary = summary
+        self.suffix = suffix
 
     def supports(self, record: TrialRecord) -> str | None:
         """See `Exporter.supports`."""
@@ -35,6 +41,12 @@ class OnnxExporter:
         reason = self.supports(request.record)
         if reason is not None:
             raise UserError(f"cannot export: {reason}")
+        if request.artifact.path.suffix != self.suffix:
+            raise UserError(
+                f"cannot export as {self.name}: the models of this study were made and measured as "
+                f"{request.artifact.path.name}, which nothing is converted to or from. Leave out "
+                f"the format, or search with another target.runtime"
+            )
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"{directory} is not empty: name a new or empty directory to export to")
         parent = directory.resolve().parent
@@ -77,10 +89,7 @@ class OnnxExporter:
 
     def verify(self, request: ExportRequest, directory: Path, target: Target) -> Verification:
         """See `Exporter.verify`."""
-        written = Artifact(
-            directory / request.artifact.path.name,
-            sum(file.stat().st_size for file in directory.glob(f"{request.artifact.path.name}*")),
-        )
+        written = open_artifact(directory)
         if written.size_bytes != request.artifact.size_bytes:
             raise InternalError(
                 f"{directory}: the model has {written.size_bytes} bytes, but the trial's has "
@@ -101,4 +110,13 @@ class OnnxExporter:
         return Verification(difference, written.size_bytes, target.measure(written, inputs))
 
 
-EXPORTER = OnnxExporter()
+ONNX = ArtifactExporter(
+    "onnx",
+    "ONNX file for ONNX Runtime, with tokenizer or processor, labels, candidate and card.",
+    ".onnx",
+)
+OPENVINO = ArtifactExporter(
+    "openvino",
+    "OpenVINO IR (model.xml, model.bin), with tokenizer or processor, labels, candidate and card.",
+    ".xml",
+)
