@@ -308,7 +308,9 @@ class RuleSection(_Section):
 
     match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
     structure: StructureSection = StructureSection()
-    tokens: TokensSection | None = None
+    tokens: TokensSection | None = Field(
+        None, description="Shortening the sequence of patches (vision)."
+    )
     sparsity: SparsitySection = SparsitySection()
     bits: BitsSection = BitsSection()
 

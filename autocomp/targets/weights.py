@@ -138,16 +138,15 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
             return SiteWeights(spec, weight=weight, bias=bias, mask=mask)
         groups = -(-spec.columns // (spec.group or spec.columns))
         scales = np.full((spec.rows, groups), 0.06 / 2 ** (spec.weight_bits - 1), np.float32)
+        made_up = np.resize(codes[spec.weight_bits], shape)
         return SiteWeights(
             spec,
-            codes=np.resize(codes[spec.weight_bits], shape),
+            codes=made_up if mask is None else made_up * mask,
             scales=scales,
             bias=bias,
+            mask=mask,
             input_scale=np.full(spec.columns, 0.5, np.float32) if spec.scaled else None,
             input_range=(-4.0, 4.0) if spec.static else None,
         )
-        made_up = np.resize(codes[spec.weight_bits], shape)
-        made_up = made_up if mask is None else made_up * mask
-        return SiteWeights(spec, codes=made_up, scales=scales, bias=bias, mask=mask)
 
     return provide

@@ -11,7 +11,7 @@ import numpy as np
 
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.hashing import content_key
-from autocomp.models.layouts import LAYOUTS, ConfigKeys
+from autocomp.models.layouts import LAYOUTS, ConfigKeys, first_position
 from autocomp.tasks.divergence import kl_per_example
 from autocomp.tasks.protocol import SPLITS, Array, Encoded, Evaluation, Quality, Run, Split
 
@@ -231,10 +231,7 @@ def model_positions(config: Mapping[str, Any]) -> int | None:
     layout = LAYOUTS.get(str(config.get("model_type")))
     keys = ConfigKeys() if layout is None else layout.keys
     positions: int | None = config.get(keys.positions or "max_position_embeddings")
-    if positions is not None and layout is not None and layout.offset is not None:
-        offset = config.get(layout.offset)
-        positions -= 1 + int(layout.defaults[layout.offset] if offset is None else offset)
-    return positions
+    return None if positions is None else positions - first_position(config)
 
 
 def check_sequence(sequence: int, config: Mapping[str, Any]) -> None:

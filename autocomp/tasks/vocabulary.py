@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from autocomp.core.errors import UserError
+from autocomp.models.layouts import first_position
+from autocomp.models.sources import read_config
 from autocomp.models.tokenizer_files import read_tokenizer, required_ids, unknown_id
 from autocomp.models.vocabulary import Vocabulary, chosen_vocabulary
 from autocomp.spec.schema import Spec
@@ -48,7 +50,10 @@ def task_vocabulary(spec: Spec, model_path: Path, rows: int) -> Vocabulary:
 
     tokenizer = read_tokenizer(model_path)
     used = np.flatnonzero(token_counts(make_task(spec, model_path), rows)).tolist()
-    required = sorted(required_ids(tokenizer, used))
+    # RoBERTa counts positions from its padding token: that must keep its id, hence all before it.
+    required = sorted(
+        {*required_ids(tokenizer, used), *range(first_position(read_config(model_path)))}
+    )
     return chosen_vocabulary(used, required, unknown_id(tokenizer), rows)
 
 

@@ -144,6 +144,25 @@ def test_every_method_takes_static_activations(method: str) -> None:
         assert site.input_range == (min(float(low.min()), 0.0), max(float(high.max()), 0.0))
 
 
+def test_factors_of_a_low_rank_site_have_ranges_of_their_own() -> None:
+    unit = ffn()
+    state, stats = example_state(unit), example_stats(unit)
+    rank = Step.of("rank", ratio=0.9)
+    plain = apply_option(unit, state, Option((rank,)), stats)
+    for method, more in (("awq", {}), ("smoothquant", {"migration": 0.5})):
+        step = Step.of(method, weights=8, activations=8, group=0, range="minmax", **more)
+        after = apply_option(unit, state, Option((rank, step)), stats)
+        assert {n: s.format for n, s in after.items()} == option_formats(unit, Option((rank, step)))
+        first, second = (f"layers.0.ffn.up.{part}" for part in ("first", "second"))
+        assert after[first].format.scaled
+        assert after[second].format.scaled is (method == "awq")
+        between = stats["layers.0.ffn.up"].sample @ plain[first].weight.T  # type: ignore[operator]
+        if after[second].input_scale is not None:
+            between = between * after[second].input_scale
+        ends = (min(float(between.min()), 0.0), max(float(between.max()), 0.0))
+        assert after[second].input_range == pytest.approx(ends, rel=1e-5)
+
+
 def options(unit: Any, **bits: Any) -> list[str]:
     section = RuleSection.model_validate({"match": "*", "bits": bits})
     return [option.label() for option in unit_options(unit, rule_of(section))]

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
 from autocomp.targets import recipes
+from autocomp.targets.inputs import Inputs
 from autocomp.targets.onnxruntime_cpu import open_session
 from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.storage import Builder, Piece, payload_bits, storage_bytes
@@ -122,7 +123,7 @@ def test_predicted_bytes_are_those_of_the_file(spec, tmp_path):
     site = stand_in_weights({name: spec})(name)
     assert site is not None
     assert spec.nonzeros is None or np.count_nonzero(site.mask) == spec.nonzeros
-    piece = recipes.lower_linear(name, site, "x", "y", 32, None)
+    piece = recipes.lower_linear(name, site, "x", "y", 32, Inputs([]))
     graph = onnx.GraphProto()
     graph.node.extend(piece.nodes)
     graph.initializer.extend(piece.initializers)
@@ -141,7 +142,7 @@ def test_nothing_but_the_product_is_left_after_loading(spec, tmp_path):
     site = stand_in_weights({"s": spec})("s")
     assert site is not None
     left, tensors = _optimised(
-        recipes.lower_linear("s", site, "x", "y", 32, None), tmp_path / "optimised.onnx"
+        recipes.lower_linear("s", site, "x", "y", 32, Inputs([])), tmp_path / "optimised.onnx"
     )
     integers = spec.activation_bits == 8
     assert left == Counter(["DynamicQuantizeMatMul"] if integers else ["FusedMatMulAdd"]) or (
@@ -179,7 +180,7 @@ def test_a_sparse_layer_computes_what_the_dense_codes_do(bits, group, activation
     x = rng.standard_normal((7, columns)).astype(np.float32)
     results = []
     for site in (dense, sparse):
-        piece = recipes.lower_linear("s", site, "x", "y", 32, None)
+        piece = recipes.lower_linear("s", site, "x", "y", 32, Inputs([]))
         graph = helper.make_graph(
             piece.nodes,
             "piece",

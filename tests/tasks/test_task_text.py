@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from autocomp.tasks import SPLITS, TASKS, Encoded, make_task
 from autocomp.tasks.base import check_sequence
 from autocomp.tasks.fitting import classification_head
 from autocomp.tasks.text_classification import TextClassification
-from autocomp.tasks.vocabulary import token_counts
+from autocomp.tasks.vocabulary import task_vocabulary, token_counts
 
 
 @pytest.fixture
@@ -247,3 +249,18 @@ def test_token_counts_are_those_of_real_tokens() -> None:
     splits = {"calibrate": seen, "distil": seen, "search": other, "report": other}
     task = TextClassification(splits, ("a", "b"), 2, 1)
     assert token_counts(task, 9).tolist() == [1, 0, 0, 0, 0, 4, 4, 0, 0]
+
+
+def test_a_pruned_vocabulary_leaves_roberta_its_padding_id(
+    bert_path, text_csv, spec_of, tmp_path
+) -> None:
+    """Positions are counted from it in the exported graph, which takes the new ids."""
+    path = shutil.copytree(bert_path, tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    spec, rows = spec_of("text-classification", text_csv), config["vocab_size"] + 6
+    rare = rows - 1
+    assert rare not in task_vocabulary(spec, path, rows).kept
+    changed = {**config, "model_type": "roberta", "pad_token_id": rare}
+    changed["max_position_embeddings"] = rows + 40
+    (path / "config.json").write_text(json.dumps(changed))
+    assert task_vocabulary(spec, path, rows).new_ids[rare] == rare

@@ -9,6 +9,9 @@ whole chain from calibration to a verified artifact, run over every entry.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from autocomp.core.errors import ModelError, did_you_mean
 from autocomp.models.layouts.decoders import GPT2, LLAMA, QWEN2, QWEN3
 from autocomp.models.layouts.encoders import BERT, DISTILBERT, ROBERTA
@@ -22,6 +25,7 @@ __all__ = [
     "Layout",
     "SiteSpec",
     "SublayerSpec",
+    "first_position",
     "layout_of",
 ]
 
@@ -45,3 +49,12 @@ def layout_of(model_type: str, parts: str = "") -> Layout:
             f"entry in autocomp/models/layouts/.{parts}"
         )
     return LAYOUTS[model_type]
+
+
+def first_position(config: Mapping[str, Any]) -> int:
+    """The row of the position table that a text's first token reads; 0 for an unknown layout."""
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    if layout is None or layout.offset is None:
+        return 0
+    value = config.get(layout.offset)
+    return 1 + int(layout.defaults[layout.offset] if value is None else value)

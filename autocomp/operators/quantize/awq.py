@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, SiteStats, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
 from autocomp.operators.quantize.choices import bit_steps, quantised_formats, silent_at_tables
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from autocomp.operators.gram import Factor
 
 
 class Awq:
@@ -66,13 +68,21 @@ class Awq:
         for names in shared_inputs(self.name, unit, state, stats):
             entry, kept = stats[names[0]], state[names[0]].kept_columns
             gram = entry.gram if kept is None else entry.gram[kept][:, kept]
-            sites = ScaledSites([state[n].weight for n in names], [formats[n] for n in names])
+            members = [state[name] for name in names]
+            sites = ScaledSites([one.weight for one in members], [formats[n] for n in names])
 
             def solve(
-                sites: ScaledSites = sites, gram: Tensor = gram, entry: SiteStats = entry
+                members: list[SiteState] = members,
+                sites: ScaledSites = sites,
+                gram: Tensor = gram,
+                entry: SiteStats = entry,
             ) -> tuple[ScaledSites, Tensor, list[tuple[Tensor, Tensor]]]:
                 scale = awq_scale(sites, gram, entry.count)
-                return sites, scale, self._round(sites, scale, gram, entry.count)
+                rounded = [
+                    self._round(one, form, scale, gram, entry.count)
+                    for one, form in zip(members, sites.formats, strict=True)
+                ]
+                return sites, scale, rounded
 
             # What is done to activations changes the format alone: such options share codes. The
             # weights are remembered too, so that their ids stay theirs.
@@ -80,10 +90,9 @@ class Awq:
             key = (self.name, bits, *((id(w), w._version) for w in sites.weights))
             _, scale, rounded = derived(entry.gram, key, solve)
             for name, (codes, scales) in zip(names, rounded, strict=True):
-                mask = state[name].mask
                 result[name] = quantised_site(
                     state[name],
-                    codes.clone() if mask is None else codes * mask,
+                    codes.clone(),
                     scales.clone(),
                     formats[name],
                     step,
@@ -93,29 +102,28 @@ class Awq:
         return result
 
     def _round(
-        self, sites: object, scale: Tensor, gram: Tensor, count: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Codes and scales of every site on inputs divided by `scale`."""
-        from autocomp.operators.gram import damping_for, factorise
+        self, site: SiteState, form: SiteFormat, scale: Tensor, gram: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a site on inputs divided by `scale`; a mask is held."""
+        from autocomp.operators.gram import damping_for, derived, factorise
         from autocomp.operators.quantize.grid import round_to_grid, search_scales
-        from autocomp.operators.quantize.scaling import ScaledSites
         from autocomp.operators.quantize.solve import solve_columns
+        from autocomp.operators.sparsify.masks import before_sparsity
 
-        assert isinstance(sites, ScaledSites)
-        if self._by_gptq:
+        weight = site.weight * scale
+        scales = search_scales(weight, form)
+        if not self._by_gptq:
+            return round_to_grid(weight, scales, form), scales  # zeros stay zero
+        original, mask = before_sparsity([site])
+        damping, reorder = damping_for(len(gram), count), mask is None
+
+        def factor() -> Factor:
             inverse = scale.reciprocal()
-            scaled = inverse.unsqueeze(1) * gram * inverse
-            factor = factorise(scaled, damping_for(len(gram), count))
-        found = []
-        for original, form in zip(sites.weights, sites.formats, strict=True):
-            weight = original * scale
-            scales = search_scales(weight, form)
-            if self._by_gptq:
-                codes = solve_columns(weight, scales, factor, form)
-            else:
-                codes = round_to_grid(weight, scales, form)
-            found.append((codes, scales))
-        return found
+            return factorise(inverse.unsqueeze(1) * gram * inverse, damping, reorder=reorder)
+
+        # Remembered with the scale: one for the sites that share it.
+        shared = derived(scale, ("factor", damping, reorder), factor)
+        return solve_columns(original * scale, scales, shared, form, mask), scales
 
 
 def shared_inputs(operator: str, unit: Unit, state: UnitState, stats: UnitStats) -> list[list[str]]:
