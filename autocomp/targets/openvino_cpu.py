@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocomp.core.errors import StorageError, UserError
+from autocomp.core.errors import InternalError, StorageError, UserError
 from autocomp.targets.protocol import Artifact
 from autocomp.targets.runtime import Array, CpuTarget, Session
 
@@ -74,6 +74,9 @@ class OpenVinoSession:
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Array]:
         """See `Session.run`."""
+        missing = [one.name for one in self.get_inputs() if one.name not in feed]
+        if missing:  # the plugin would read whatever lies there
+            raise InternalError(f"the model reads {', '.join(missing)}, which was not given")
         values = self._request.infer(dict(feed))
         return [np.array(values[self._outputs[name]]) for name in names or self._outputs]
 

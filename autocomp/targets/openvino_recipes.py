@@ -45,7 +45,7 @@ Recipe = Literal["float", "dynamic", "static", "unpacked", "nbits", "gather", "g
 
 OPSETS: Mapping[str, int] = {"": OPSET, OPENVINO: 1}
 """Operator domain → version, of every lowered graph."""
-FEW_TOKENS = 8
+FEW_TOKENS = 2
 """Below it a linear layer is bound by reading weights: 4-bit weights stay 4-bit in memory."""
 
 _NODE_BYTES: Mapping[str, int] = {

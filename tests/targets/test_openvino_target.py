@@ -11,19 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from target_examples import quantise_unit
+import torch
+from target_examples import ImageTask, TextTask, quantise_unit, small_model
 
 from autocomp.core.errors import InternalError, StudyError, UserError
+from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import dense_format
 from autocomp.models.surgery import keep_heads, keep_width, skip
+from autocomp.models.tokens import install_tokens
 from autocomp.spec.schema import TargetSection, WorkloadSection
 from autocomp.targets import TARGETS, make_target, open_artifact
+from autocomp.targets.generation import generate
 from autocomp.targets.profile import check_table, lower_formats, profile, random_choice
 from autocomp.targets.timing import Reference
 
 pytest.importorskip("openvino", reason="the runtime is an extra")
 
 LAYOUTS = ("bert", "vit", "llama")
+OTHERS = ("qwen3", "gpt2", "deit", "dinov2")
 
 
 def target(sequence: int = 12, **more):
@@ -43,7 +48,7 @@ def differences(skeleton, model, task, directory, shapes=((1, 12), (4, 9))) -> f
     return max(runtime.verify(artifact, model, arrays(task, *shape)) for shape in shapes) / spread
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *OTHERS])
 def test_dense_equals_torch_at_every_shape(exported, layout, tmp_path):
     model, _, task, skeleton = exported(layout)
     shapes = ((1, 12), (4, 12), (1, 1), (3, 31))
@@ -77,6 +82,46 @@ def test_quantised_equals_torch(exported, layout, bits, group, activations, tole
     assert differences(skeleton, model, task, tmp_path) < tolerance
 
 
+def test_fewer_tokens_equal_torch(tmp_path):
+    dense, units, _ = small_model("vit", image_size=48, num_hidden_layers=3)
+    task = ImageTask(48)
+    model = copy.deepcopy(dense)
+    merged, dropped = TokenReduction("tome", 0.25), TokenReduction("token_prune", 0.25)
+    install_tokens(model, units, {"layers.0.attention": merged, "layers.1.attention": dropped})
+    skeleton = target().export(dense, units, task)
+    assert differences(skeleton, model, task, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(32, 1e-4), (4, 0.3)])
+def test_generation_equals_torch(bits, tolerance, tmp_path):
+    """The graph with a cache: whole prompts, and token by token after them."""
+    model, units, _ = small_model("llama", tie_word_embeddings=False)
+    model.config.use_cache = False
+    task = TextTask(masked=False)
+    runtime = make_target(
+        TargetSection(runtime="openvino", workload=WorkloadSection(prompt=9, generate=12))
+    )
+    skeleton = runtime.export(model, units, task)
+    if bits < 32:
+        for unit in units:
+            quantise_unit(model, unit, bits, 32, 8)
+    artifact = runtime.write(runtime.lower(skeleton, model, units), tmp_path)
+    prompts = task.example_inputs(2, 9)
+    inputs = {"input_ids": prompts["input_ids"].numpy()}
+    with torch.no_grad():
+        spread = float(model(**prompts).logits.std())
+        assert runtime.verify(artifact, model, inputs) < tolerance * spread
+        session = runtime.open(artifact.path)
+        found = generate(session, inputs, 6)
+        ids = prompts["input_ids"]
+        for _ in range(6 if bits == 32 else 0):
+            best = model(input_ids=ids).logits[:, -1].argmax(-1)
+            ids = torch.cat([ids, best[:, None]], dim=1)
+    assert found.shape == (2, 6)
+    if bits == 32:
+        np.testing.assert_array_equal(found, ids[:, 9:].numpy())
+
+
 @pytest.fixture
 def small(exported, tmp_path):
     """(artifact, inputs, model, lowered) of the small BERT."""
@@ -102,7 +147,7 @@ def test_the_file_says_how_activations_are_grouped(small):
     compiled = openvino.Core().compile_model(artifact.path, "CPU")
     assert int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) == 128
     assert "\n\t" not in artifact.path.read_text()  # nothing is spent on white space
-    assert set(target().open(artifact.path).run(inputs)) == {"logits"}
+    assert [one.name for one in target().open(artifact.path).get_inputs()] == list(inputs)
 
 
 def test_measuring_twice_agrees_in_reference_milliseconds(small):
