@@ -347,7 +347,8 @@ def _as_model(
     model.graph.initializer.extend(skeleton.graph.initializer)
     for name, value in outside.items():
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-        dims = [*[None] * (value.ndim - 1), *value.shape[-1:]]
+        hidden = value.ndim == 3 and np.issubdtype(value.dtype, np.floating)  # (B, T, D)
+        dims = [None, None, value.shape[-1]] if hidden else [None] * value.ndim
         model.graph.input.append(helper.make_tensor_value_info(name, kind, dims))
     output = helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None)
     model.graph.output.append(output)

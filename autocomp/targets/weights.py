@@ -95,9 +95,8 @@ def model_weights(model: nn.Module) -> Provider:
             bias=bias,
             input_scale=None if input_scale is None else _array(input_scale),
             input_range=getattr(module, "input_range", None),
+            mask=mask,
         )
-        codes = _array(module.codes())
-        return SiteWeights(module.format, codes=codes, scales=scales, bias=bias, mask=mask)
 
     return provide
 
