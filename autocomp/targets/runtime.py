@@ -74,6 +74,8 @@ class CpuTarget(ABC):
     summary: ClassVar[str]
     lowering_version: ClassVar[int]
     """Raised when lowered graphs change in speed or bytes: earlier cost tables no longer apply."""
+    warm_runs: ClassVar[int] = 0
+    """Runs of a piece right before each that is timed; see `time_round_robin`."""
 
     def __init__(
         self,
@@ -287,7 +289,11 @@ class CpuTarget(ABC):
         anchor = self._anchor_run()
         with nullcontext() if self.gate is None else self.gate.measuring():
             return time_round_robin(
-                runs, anchor, single_threaded=self.workload.threads == 1, **settings
+                runs,
+                anchor,
+                single_threaded=self.workload.threads == 1,
+                warm=self.warm_runs,
+                **settings,
             )
 
     def to_ms(self, timing: Timing) -> float:
