@@ -361,7 +361,7 @@ class CpuTarget(ABC):
             root = str(Path(__file__).resolve().parents[2])
             paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             command = [sys.executable, "-m", "autocomp.targets.peak_memory"]
-            command += [type(self).__module__, str(artifact.path), str(arrays)]
+            command += [type(self).open.__module__, str(artifact.path), str(arrays)]
             command += [str(self.workload.threads), str(self.workload.generate or 0)]
             done = subprocess.run(
                 command,

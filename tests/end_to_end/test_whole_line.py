@@ -41,6 +41,7 @@ TRIAL: dict[str, Any] = {
     "on_front": {"type": "boolean"},
     "feasible": {"type": "boolean"},
     "quality": NUMBER,
+    "metric": {"type": "object"},
     "teacher_kl": NUMBER,
     **COSTS,
     "measured": {"type": "boolean"},
