@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.setting import quickstart
 
@@ -164,7 +164,7 @@ def _inputs(task: Any, workload: Any) -> dict[str, Any]:
 class _Images:
     """What exporting asks of a task: one image of 224 pixels."""
 
-    dynamic_axes = {"pixel_values": {0: "batch"}}
+    dynamic_axes: ClassVar = {"pixel_values": {0: "batch"}}
 
     def example_inputs(self, batch: int, sequence: int) -> dict[str, Any]:
         import torch

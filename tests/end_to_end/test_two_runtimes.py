@@ -140,7 +140,7 @@ def test_check_tells_what_was_left_out_and_why(search: tuple[Command, Path]) -> 
     every = command.spec_arguments(*SETTINGS, "target.runtime=auto")
     report = command.run("check", *every, "--json").json
     options = {each["runtime"]: each["options"] for each in report["runtimes"]}
-    assert list(options)[0] == "onnxruntime"
+    assert next(iter(options)) == "onnxruntime"
     assert options.keys() - {"openvino"} == BOTH
     assert options["onnxruntime"] > options["hasty"]
     left_out = next(note for note in report["notes"] if note.startswith("runtime absent"))
