@@ -95,7 +95,9 @@ def _from_scratch(setting: Setting, screener: Any, candidate: Any) -> dict[str, 
     start = cpu_seconds()
     total, count = 0.0, 0
     with torch.no_grad():
-        for inputs, reference in zip(screener.batches, screener.reference, strict=True):
+        for inputs, reference in zip(
+            screener.examples.prefixes.batches, screener.examples.reference, strict=True
+        ):
             value = teacher_kl(reference, screener.task.logits(model, inputs))
             total += float(value) * len(reference)
             count += len(reference)

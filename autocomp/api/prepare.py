@@ -131,7 +131,7 @@ def prepare_library(
 def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:
     """Statistics of the word embedding, where an option looks at them; unit name → file.
 
-    A token that a pruned vocabulary keeps counts at least once. The file's name holds the digest of
+    Where the vocabulary is pruned, the tokens it keeps count at least once, and the others not. The file's name holds the digest of
     the counts: unlike other statistics they are of the distil split too.
     """
     import numpy as np
@@ -148,8 +148,9 @@ def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:
             continue
         counts = token_counts(task, site.rows)
         if plan.vocabulary is not None:
-            kept = list(plan.vocabulary.kept)
-            counts[kept] = np.maximum(counts[kept], 1)
+            kept = np.zeros(site.rows, np.bool_)
+            kept[list(plan.vocabulary.kept)] = True
+            counts = np.where(kept, np.maximum(counts, 1), 0)
         files[unit.name] = (
             directory / f"{unit.name}-{content_key(counts.tolist())[:16]}.safetensors"
         )

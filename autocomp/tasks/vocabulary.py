@@ -18,6 +18,11 @@ from autocomp.tasks.protocol import Array, Split, Task
 COUNTED: tuple[Split, ...] = ("calibrate", "distil")
 """Splits whose tokens are looked at: neither that the search is steered by nor the report's."""
 
+KEPT_FROM = 2
+"""Examples a token must occur in to be kept. New texts hold about as many unseen tokens as these
+hold tokens seen once (Good, 1953): without those, what screening and distillation read is spelt
+out as often as what the model reads in use, and neither takes a pruned vocabulary for free."""
+
 
 def token_counts(task: Task, rows: int) -> Array:
     """How often each token occurs in the calibrate and distil splits, int64 `(rows,)`.
@@ -31,6 +36,22 @@ def token_counts(task: Task, rows: int) -> Array:
         real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
         counts += np.bincount(ids[real], minlength=rows)
         counts[ids[~real]] = np.maximum(counts[ids[~real]], 1)
+    return counts
+
+
+def example_counts(task: Task, rows: int) -> Array:
+    """How many examples of the calibrate and distil splits hold each token, int64 `(rows,)`.
+
+    Padding, which attention does not see, counts as often as it takes to be kept.
+    """
+    counts = np.zeros(rows, np.int64)
+    for split in COUNTED:
+        inputs = task.splits[split].inputs
+        ids = inputs["input_ids"]
+        real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
+        for example, seen in zip(ids, real, strict=True):
+            counts[np.unique(example[seen])] += 1
+        counts[ids[~real]] = np.maximum(counts[ids[~real]], KEPT_FROM)
     return counts
 
 
@@ -49,7 +70,8 @@ def task_vocabulary(spec: Spec, model_path: Path, rows: int) -> Vocabulary:
     from autocomp.tasks import make_task
 
     tokenizer = read_tokenizer(model_path)
-    used = np.flatnonzero(token_counts(make_task(spec, model_path), rows)).tolist()
+    counts = example_counts(make_task(spec, model_path), rows)
+    used = np.flatnonzero(counts >= KEPT_FROM).tolist()
     # RoBERTa counts positions from its padding token: that must keep its id, hence all before it.
     required = sorted(
         {*required_ids(tokenizer, used), *range(first_position(read_config(model_path)))}

@@ -35,7 +35,7 @@ from autocomp.study.directory import append_trial
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
 from autocomp.study.records import TrialRecord
-from autocomp.targets.protocol import Artifact, Target
+from autocomp.targets.protocol import Target
 from autocomp.tasks import make_task
 from autocomp.tasks.protocol import Array, Run, Split, Task
 from autocomp.tasks.teacher import teacher_logits
@@ -141,7 +141,7 @@ class CandidateRunner:
             distil(
                 student,
                 self.teacher,
-                self.task,
+                self._task_of(model_vocabulary(student)),
                 candidate.distillation,
                 batch=context.spec.distill.batch,
                 seed=context.spec.search.seed,
@@ -162,7 +162,8 @@ class CandidateRunner:
                 vocabulary.save(directory)
             check_agreement(target, artifact, student, self.task, workload.batch)
         with _timed(seconds, "evaluate"):
-            evaluation = self._task_of(artifact).evaluate(
+            vocabulary = load_vocabulary(artifact.path.parent)
+            evaluation = self._task_of(vocabulary).evaluate(
                 partial(target.run, artifact), "search", teacher=self.expected
             )
         with _timed(seconds, "measure"):
@@ -183,9 +184,8 @@ class CandidateRunner:
             artifact=str(directory.relative_to(self.paths.root)),
         )
 
-    def _task_of(self, artifact: Artifact) -> Task:
-        """The task as the tokenizer shipped with this artifact reads it."""
-        vocabulary = load_vocabulary(artifact.path.parent)
+    def _task_of(self, vocabulary: Vocabulary | None) -> Task:
+        """The task as the tokenizer shipped with such a vocabulary reads it."""
         if vocabulary is None:
             return self.task
         if self._retokenised is None or self._retokenised[0] != vocabulary:

@@ -19,7 +19,7 @@ from autocomp.tasks import SPLITS, TASKS, Encoded, make_task
 from autocomp.tasks.base import check_sequence
 from autocomp.tasks.fitting import classification_head
 from autocomp.tasks.text_classification import TextClassification
-from autocomp.tasks.vocabulary import task_vocabulary, token_counts
+from autocomp.tasks.vocabulary import example_counts, task_vocabulary, token_counts
 
 
 @pytest.fixture
@@ -249,6 +249,7 @@ def test_token_counts_are_those_of_real_tokens() -> None:
     splits = {"calibrate": seen, "distil": seen, "search": other, "report": other}
     task = TextClassification(splits, ("a", "b"), 2, 1)
     assert token_counts(task, 9).tolist() == [1, 0, 0, 0, 0, 4, 4, 0, 0]
+    assert example_counts(task, 9).tolist() == [2, 0, 0, 0, 0, 2, 4, 0, 0]
 
 
 def test_a_pruned_vocabulary_leaves_roberta_its_padding_id(

@@ -33,7 +33,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Screener, An
             count = how.get("limit") or 8
             for start in range(0, count, batch):
                 stop = min(start + batch, count)
-                yield {name: tensor[start:stop] for name, tensor in examples.items()}
+                place = {"index": torch.arange(start, stop)} if how.get("index") else {}
+                yield {name: tensor[start:stop] for name, tensor in examples.items()} | place
 
         def logits(self, model: Any, inputs: Any) -> torch.Tensor:
             return model(**inputs).logits
@@ -70,4 +71,4 @@ def test_candidates_keep_their_places_and_values(bench: tuple[Screener, Any]) ->
     for _ in range(2):  # the second time with what the first kept
         together = found.evaluate([candidate.to_json() for candidate in candidates])
         assert together == alone
-    assert [len(reference) for reference in found.reference] == [3, 3, 1]
+    assert [len(reference) for reference in found.examples.reference] == [3, 3, 1]
