@@ -131,8 +131,9 @@ def prepare_library(
 def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:
     """Statistics of the word embedding, where an option looks at them; unit name → file.
 
-    Where the vocabulary is pruned, the tokens it keeps count at least once, and the others not. The file's name holds the digest of
-    the counts: unlike other statistics they are of the distil split too.
+    Where the vocabulary is pruned, the tokens it keeps count at least once, and the others not. The
+    file's name holds the digest of the counts: unlike other statistics they are of the distil split
+    too.
     """
     import numpy as np
     import torch
