@@ -8,7 +8,7 @@ from typing import Any
 
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.candidate import Runtime
-from autocomp.core.errors import StudyError
+from autocomp.core.errors import StudyError, UserError
 from autocomp.core.gate import Gate
 from autocomp.core.quantities import parse_limit
 from autocomp.front.pick import pick
@@ -98,17 +98,22 @@ class Picked:
         on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
         return trial_json(self.record, self.budget, on_front, front["target"].get("runtime"))
 
-    def export(self, directory: Path | str, format: str = "onnx") -> dict[str, Any]:
+    def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.
+
+        Args:
+            format: a name of `EXPORTERS`; by default what the trial's runtime opens.
 
         Returns:
             `path`, `format`, `files` and what verification showed.
 
         Raises:
-            UserError: if the directory is not empty or the format is unknown.
+            UserError: if the directory is not empty, the format is unknown or cannot express the
+                trial.
+            StudyError: if files of the trial that the format needs are gone.
             InternalError: if the reloaded model is not the evaluated one.
         """
-        from autocomp.export import EXPORTERS
+        from autocomp.export import EXPORTERS, default_format
         from autocomp.export.companions import Companions
         from autocomp.export.protocol import ExportRequest
         from autocomp.targets import make_target, open_artifact
@@ -116,6 +121,11 @@ class Picked:
         study, record = self.opened.study, self.record
         if record.artifact is None:
             raise StudyError(f"{record.id} has no exported model in {self.opened.path}")
+        if format is None:
+            format = default_format(record.candidate.runtime or study.spec.target.runtime)
+        exporter = EXPORTERS.get(format)
+        if (reason := exporter.supports(record)) is not None:
+            raise UserError(f"cannot export as {format}: {reason}")
         companions = Companions(study.paths.companions)
         request = ExportRequest(
             spec=study.spec,
@@ -124,8 +134,8 @@ class Picked:
             companions=companions,
             dense=study.dense(),
             report=self.opened.report(record.id),
+            student=study.paths.student(record.id),
         )
-        exporter = EXPORTERS.get(format)
         path = Path(directory)
         exporter.write(request, path)
         runtime = record.candidate.runtime
