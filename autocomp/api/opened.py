@@ -121,11 +121,10 @@ class Picked:
         study, record = self.opened.study, self.record
         if record.artifact is None:
             raise StudyError(f"{record.id} has no exported model in {self.opened.path}")
-        if format is None:
-            format = default_format(record.candidate.runtime or study.spec.target.runtime)
-        exporter = EXPORTERS.get(format)
+        name = format or default_format(record.candidate.runtime or study.spec.target.runtime)
+        exporter = EXPORTERS.get(name)
         if (reason := exporter.supports(record)) is not None:
-            raise UserError(f"cannot export as {format}: {reason}")
+            raise UserError(f"cannot export as {name}: {reason}")
         companions = Companions(study.paths.companions)
         request = ExportRequest(
             spec=study.spec,
@@ -145,7 +144,7 @@ class Picked:
         verification = exporter.verify(request, path, target)
         return {
             "path": str(path),
-            "format": format,
+            "format": name,
             "files": sorted(file.name for file in path.iterdir()),
             **verification.to_json(),
         }

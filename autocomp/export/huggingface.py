@@ -120,3 +120,6 @@ def loading(task: str) -> str:
 
     text = {"image-classification": _IMAGE, "language-modeling": _GENERATE}.get(task, _TEXT)
     return text.format(auto=task_class(task).__name__)
+
+
+EXPORTER = HuggingFaceExporter()

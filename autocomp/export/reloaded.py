@@ -1,4 +1,4 @@
-"""Verification of formats that stock transformers loads: logits of a clean process against torch's."""
+"""Verification of what stock transformers loads: a clean process's logits against torch's."""
 
 from __future__ import annotations
 

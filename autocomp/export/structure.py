@@ -67,8 +67,14 @@ class Structure:
     notes: tuple[str, ...]
 
 
-def stock_structure(student: nn.Module, units: Sequence[Unit], task: str, format: str) -> Structure:
+def stock_structure(
+    student: nn.Module, units: Sequence[Unit], task: str, format: str, *, multiple: int = 1
+) -> Structure:
     """The smallest stock model that computes what `student` does, with its weights as floats.
+
+    Args:
+        multiple: what the inputs of output and down projections are to be a multiple of, if the
+            dense model's are.
 
     Raises:
         UserError: naming the first unit that cannot be expressed, and why.
@@ -86,7 +92,7 @@ def stock_structure(student: nn.Module, units: Sequence[Unit], task: str, format
     _set_layers(layout, config, layers)
     if vocabulary is not None:
         _set_vocabulary(layout, config, vocabulary, units, format)
-    config = _fitted(layout, config, task, units, states)
+    config = _fitted(layout, config, task, units, states, multiple)
     model = _build(config, task)
     found, shapes, names = _placed(layout, units, states, layers, model)
     for name, site in found.items():
@@ -206,11 +212,15 @@ def _fitted(
     task: str,
     units: Sequence[Unit],
     states: Mapping[str, UnitState],
+    multiple: int,
 ) -> Any:
     """`config` with the smallest groups of heads, then width, that a stock model is built with."""
     attention = next(unit for unit in units if unit.kind == "attention")
     ffn = next(unit for unit in units if unit.kind == "ffn")
-    assert attention.kv_heads and attention.heads and attention.head_dim and ffn.width
+    assert attention.kv_heads is not None
+    assert attention.heads is not None
+    assert attention.head_dim is not None
+    assert ffn.width is not None
     per_group = attention.heads // attention.kv_heads
     groups = _largest(units, states, "attention", "key") // attention.head_dim
     width = _largest(units, states, "ffn", "up")
@@ -219,12 +229,16 @@ def _fitted(
     for count in range(max(groups, 1), attention.kv_heads + 1):
         changes = _heads(layout, count, per_group, attention.head_dim)
         shape = (count * per_group * attention.head_dim, count * attention.head_dim)
+        if shape[0] % multiple:
+            continue
         if _gives(layout, single, changes, task, attention, ("query", "key"), shape):
             _change(config, changes)
             _change(single, changes)
             break
     for count in range(max(width, 1), ffn.width + 1):
         changes = _width(layout, config, count)
+        if count % multiple:
+            continue
         if _gives(layout, single, changes, task, ffn, ("up",), (count,)):
             _change(config, changes)
             break

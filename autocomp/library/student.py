@@ -1,4 +1,4 @@
-"""A finished trial's torch model on disk: what the compressed units hold, and what training changed.
+"""A finished trial's torch model on disk: what compressed units hold, and what training changed.
 
 An artifact is in its runtime's own format. Other formats are written from the torch model, so a
 trial keeps it: the state of every compressed unit packed as library items are (codes and scales,
@@ -121,7 +121,12 @@ def save_student(
         if name not in known:
             raise InternalError(f"{name} of the student has no counterpart in the teacher")
         if not torch.equal(tensor, known[name]):
-            tensors[f"|{name}"] = tensor.detach().clone().contiguous()
+            tensors[f"|{name}"] = tensor.detach().contiguous()
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()  # the format stores no tensor under two names
+        seen.add(tensor.data_ptr())
     metadata = {"student": json.dumps({**about, "format": FORMAT_VERSION, "units": packed})}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
