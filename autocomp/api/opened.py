@@ -121,7 +121,7 @@ class Picked:
         study, record = self.opened.study, self.record
         if record.artifact is None:
             raise StudyError(f"{record.id} has no exported model in {self.opened.path}")
-        name = format or default_format(record.candidate.runtime or study.spec.target.runtime)
+        name = format or default_format(str(record.candidate.runtime or study.spec.target.runtime))
         exporter = EXPORTERS.get(name)
         if (reason := exporter.supports(record)) is not None:
             raise UserError(f"cannot export as {name}: {reason}")

@@ -173,13 +173,13 @@ def compress(
         raise cannot(name, inside[0], f"{layout.model_type} has Conv1D layers")
     groups = {1}
     for unit in inside:
-        forms = {site: state.format for site, state in unit_state(student, unit).items()}
-        for site, form in forms.items():
+        forms = {end: state.format for end, state in unit_state(student, unit).items()}
+        for end, form in forms.items():
             if (reason := _unserved(form)) is not None:
-                raise cannot(name, unit, f"{site} has {reason}")
+                raise cannot(name, unit, f"{end} has {reason}")
             groups.add(form.group or 1)
         for roles in _FUSED:
-            ends = [site.name for role in roles if (site := unit.site(role)) is not None]  # type: ignore[arg-type]
+            ends = [site.name for site in unit.sites if site.role in roles]
             if len({_scheme(forms[end]) for end in ends if end in forms}) > 1:
                 raise cannot(name, unit, f"{', '.join(roles)} are rounded in different ways")
     structure = stock_structure(

@@ -79,7 +79,8 @@ def _site_state(name: str, module: nn.Module) -> SiteState:
         form = module.format
     else:
         table = isinstance(module, nn.Embedding)
-        form = SiteFormat(*weight.shape, bias=bias is not None, embedding=table)
+        rows, columns = weight.shape
+        form = SiteFormat(rows, columns, bias is not None, embedding=table)
     return SiteState(
         weight=weight,
         bias=None if bias is None else bias.detach(),
@@ -138,7 +139,7 @@ def _dense(student: nn.Module, unit: Unit) -> bool:
     modules = unit_modules(student, unit)
     return bool(modules) and all(
         type(modules[site.name]) in (nn.Linear, nn.Embedding)
-        and tuple(modules[site.name].weight.shape) == (site.rows, site.columns)  # type: ignore[union-attr,arg-type]
+        and tuple(modules[site.name].weight.shape) == (site.rows, site.columns)  # type: ignore[arg-type]
         for site in unit.sites
     )
 

@@ -23,6 +23,7 @@ from autocomp.models.surgery import group_heads, install, keep_heads, keep_width
 from autocomp.targets.protocol import Target
 
 TARGET: Target = object()  # type: ignore[assignment]
+MISSING = "the extra compressed-tensors is not installed"
 Units = dict[str, Unit]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 8}
 SHAPE = {**SIZES, "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -98,7 +99,7 @@ def test_tensors_of_each_scheme(tmp_path: Path) -> None:
 
 
 def test_written_and_reloaded_in_a_clean_process(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    pytest.importorskip("compressed_tensors", reason=MISSING)
     trial = finished(tmp_path, "llama", mixed, **SHAPE)
     out, exporter = tmp_path / "out", CompressedTensorsExporter()
     exporter.write(trial.request, out)
