@@ -4,4 +4,12 @@ Each module has `run(options) -> {figure: value}`; names of figures carry their 
 `results/NAME.json`, and `python -m benchmarks.tables` puts them into `docs/benchmarks.md`.
 """
 
-NAMES = ("screening", "cost_table", "library_build", "solvers", "controller")
+NAMES = (
+    "screening",
+    "cost_table",
+    "cost_table_openvino",
+    "operators",
+    "library_build",
+    "solvers",
+    "controller",
+)

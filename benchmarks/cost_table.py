@@ -17,6 +17,11 @@ CANDIDATES = 24
 
 def run(options: Any) -> dict[str, float]:
     """Errors over the candidates."""
+    return measure("onnxruntime")
+
+
+def measure(runtime: str) -> dict[str, float]:
+    """The same of any runtime."""
     import onnx
 
     from autocomp.api.prepare import prepare_cost_table
@@ -25,7 +30,7 @@ def run(options: Any) -> dict[str, float]:
     from autocomp.targets import make_target
     from autocomp.targets.profile import check_table
 
-    with quickstart(library=False) as setting:
+    with quickstart(library=False, overrides={"target.runtime": runtime}) as setting:
         plan, context = setting.plan, setting.context
         target: Any = make_target(plan.spec.target, context.gate)
         reference = asdict(target.record_reference())  # one unit of time for table and candidates

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 DIRECTORY = Path(__file__).parent / "results"
-_PACKAGES = ("autocomp", "torch", "transformers", "onnxruntime", "numpy", "optuna", "ray")
+_PACKAGES = (
+    "autocomp",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "numpy",
+    "optuna",
+    "ray",
+)
 
 
 def write(name: str, figures: Mapping[str, float]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ class Setting:
 
 
 @contextmanager
-def quickstart(*, library: bool = True) -> Iterator[Setting]:
+def quickstart(
+    *, library: bool = True, overrides: Mapping[str, Any] | None = None
+) -> Iterator[Setting]:
     """The quickstart up to its first trial; without its items unless `library`."""
     from dataclasses import replace
 
@@ -47,7 +49,7 @@ def quickstart(*, library: bool = True) -> Iterator[Setting]:
     torch.set_num_threads(1)
     with TemporaryDirectory(prefix="autocomp-benchmark-") as directory:
         scratch = Path(directory)
-        plan = make_plan(SPEC, {})
+        plan = make_plan(SPEC, overrides or {})
         study = Study.create_or_open(scratch / "study", plan.spec)
         teacher = prepare.prepare_teacher(plan, Silent())
         context = prepare.prepare_context(plan, study, teacher)

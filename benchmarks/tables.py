@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import NAMES
+from benchmarks.operators import CASES, RUNTIMES
 from benchmarks.results import read
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -74,9 +75,27 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
 }
 """Benchmark → (figure, label, goal) in the order of the table."""
 
+ROWS["cost_table_openvino"] = ROWS["cost_table"]
+
+
+OPERATOR_COLUMNS = [(r, kind) for r in RUNTIMES for kind in ("latency", "size")]
+
+
+def _operators(figures: dict[str, float]) -> list[list[str]]:
+    """A row per case: label, then a figure per runtime and kind, – where it is not offered."""
+    rows = [["operator", *(f"{runtime}: {kind}, %" for runtime, kind in OPERATOR_COLUMNS)]]
+    for case, (label, _, _) in CASES.items():
+        keys = [f"{runtime}_{case}_{kind}_percent" for runtime, kind in OPERATOR_COLUMNS]
+        rows.append([label, *(f"{figures[key]:.0f}" if key in figures else "–" for key in keys)])
+    return rows
+
 
 def table(name: str, result: dict[str, Any]) -> str:
     """The Markdown table of one result."""
+    if name == "operators":
+        head, *rows = (f"| {' | '.join(row)} |" for row in _operators(result["figures"]))
+        ruler = "|---|" + "---:|" * len(OPERATOR_COLUMNS)
+        return "\n".join([head, ruler, *rows, "", _origin(result)])
     lines = ["| | measured | goal |", "|---|---:|---:|"]
     lines += [
         f"| {label} | {_number(result['figures'][figure])} | {goal} |"
@@ -87,6 +106,11 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 def plain(name: str, result: dict[str, Any]) -> str:
     """The same for a terminal."""
+    if name == "operators":
+        return "\n".join(
+            f"  {first:<40}{''.join(f'{cell:>24}' for cell in rest)}"
+            for first, *rest in _operators(result["figures"])
+        )
     rows = [
         (label.replace("**", ""), _number(result["figures"][figure]), goal)
         for figure, label, goal in ROWS[name]

@@ -20,20 +20,26 @@ def list_kind(kind: str) -> list[dict[str, Any]]:
     registry = _registry(kind)
     rows = []
     for name in registry.names():
-        item = registry.get(name)
+        try:
+            item = registry.get(name)
+        except UserError as error:  # what it stands on is not installed
+            rows.append(_row(name, str(error)))
+            continue
         summary = getattr(item, "summary", None) or (item.__doc__ or "").strip().split("\n")[0]
-        rows.append(
-            {
-                "name": name,
-                "summary": summary,
-                "paper": getattr(item, "paper", ""),
-                "options": getattr(item, "choices", ""),
-                "speeds_up": list(getattr(item, "speeds_up", ())),
-                "shrinks": list(getattr(item, "shrinks", ())),
-                "expresses": getattr(item, "expresses", ""),
-            }
-        )
+        rows.append(_row(name, summary, item))
     return rows
+
+
+def _row(name: str, summary: str, item: object = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "summary": summary,
+        "paper": getattr(item, "paper", ""),
+        "options": getattr(item, "choices", ""),
+        "speeds_up": list(getattr(item, "speeds_up", ())),
+        "shrinks": list(getattr(item, "shrinks", ())),
+        "expresses": getattr(item, "expresses", ""),
+    }
 
 
 def _registry(kind: str) -> Registry[Any]:

@@ -102,7 +102,8 @@ class Picked:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.
 
         Args:
-            format: a name of `EXPORTERS`; by default what the trial's runtime opens.
+            format: a name of `EXPORTERS`; by default it is written as it was measured: `onnx`, or
+                `openvino` on that runtime.
 
         Returns:
             `path`, `format`, `files` and what verification showed.
@@ -113,7 +114,7 @@ class Picked:
             StudyError: if files of the trial that the format needs are gone.
             InternalError: if the reloaded model is not the evaluated one.
         """
-        from autocomp.export import EXPORTERS, default_format
+        from autocomp.export import EXPORTERS, own_format
         from autocomp.export.companions import Companions
         from autocomp.export.protocol import ExportRequest
         from autocomp.targets import make_target, open_artifact
@@ -121,10 +122,6 @@ class Picked:
         study, record = self.opened.study, self.record
         if record.artifact is None:
             raise StudyError(f"{record.id} has no exported model in {self.opened.path}")
-        name = format or default_format(str(record.candidate.runtime or study.spec.target.runtime))
-        exporter = EXPORTERS.get(name)
-        if (reason := exporter.supports(record)) is not None:
-            raise UserError(f"cannot export as {name}: {reason}")
         companions = Companions(study.paths.companions)
         request = ExportRequest(
             spec=study.spec,
@@ -135,6 +132,10 @@ class Picked:
             report=self.opened.report(record.id),
             student=study.paths.student(record.id),
         )
+        chosen = format or own_format(request.artifact)
+        exporter = EXPORTERS.get(chosen)
+        if (reason := exporter.supports(record)) is not None:
+            raise UserError(f"cannot export as {chosen}: {reason}")
         path = Path(directory)
         exporter.write(request, path)
         runtime = record.candidate.runtime
@@ -144,7 +145,7 @@ class Picked:
         verification = exporter.verify(request, path, target)
         return {
             "path": str(path),
-            "format": name,
+            "format": chosen,
             "files": sorted(file.name for file in path.iterdir()),
             **verification.to_json(),
         }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from autocomp.core.registry import Registry
 from autocomp.export.protocol import Exporter
+from autocomp.targets.protocol import Artifact
 
 EXPORTERS: Registry[Exporter] = Registry(
     "exporters",
     {
-        "onnx": "autocomp.export.onnx:EXPORTER",
+        "onnx": "autocomp.export.artifact:ONNX",
+        "openvino": "autocomp.export.artifact:OPENVINO",
         "huggingface": "autocomp.export.huggingface:EXPORTER",
         "compressed-tensors": "autocomp.export.compressed_tensors:EXPORTER",
     },
@@ -17,6 +19,6 @@ EXPORTERS: Registry[Exporter] = Registry(
 `autocomp.exporters`."""
 
 
-def default_format(runtime: str) -> str:
-    """The format that a runtime opens: the exporter of its name, else `onnx`."""
-    return runtime if runtime in EXPORTERS else "onnx"
+def own_format(artifact: Artifact) -> str:
+    """The export format that is the artifact itself."""
+    return "openvino" if artifact.path.suffix == ".xml" else "onnx"

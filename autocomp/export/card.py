@@ -6,68 +6,9 @@ from collections.abc import Sequence
 
 from autocomp.core.measurement import Measurement
 from autocomp.core.quantities import format_bytes, format_ms
+from autocomp.export.loading import loading_code
 from autocomp.export.protocol import ExportRequest
 from autocomp.models.vocabulary import load_vocabulary
-
-_LOAD_TEXT = """\
-from pathlib import Path
-import numpy as np
-import onnxruntime as ort
-from tokenizers import Tokenizer
-
-session = ort.InferenceSession("{file}")
-encoded = Tokenizer.from_file("tokenizer.json").encode("Shares rise as bank beats forecasts")
-feeds = {{
-    "input_ids": np.array([encoded.ids]), "attention_mask": np.array([encoded.attention_mask])
-}}
-{result}
-"""
-_LOAD_IMAGE = """\
-import json
-from pathlib import Path
-import numpy as np
-import onnxruntime as ort
-from PIL import Image, ImageOps
-
-how = json.loads(Path("preprocessor_config.json").read_text())
-size = (how["crop_size"]["width"], how["crop_size"]["height"])
-image = ImageOps.fit(Image.open("image.png").convert("RGB"), size, how["resample"])
-pixels = (np.asarray(image) / 255 - how["image_mean"]) / how["image_std"]
-feeds = {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}
-logits = ort.InferenceSession("{file}").run(None, feeds)[0]
-print(Path("labels.txt").read_text().splitlines()[logits[0].argmax()])
-"""
-_CLASSIFY = """\
-logits = session.run(None, {k.name: feeds[k.name] for k in session.get_inputs()})[0]
-print(Path("labels.txt").read_text().splitlines()[logits[0].argmax()])"""
-_LOAD_TOKENS = """\
-import numpy as np
-import onnxruntime as ort
-from tokenizers import Tokenizer
-
-session = ort.InferenceSession("{file}")
-tokenizer = Tokenizer.from_file("tokenizer.json")
-encoded = tokenizer.encode("She opened the door and")
-logits = session.run(None, {{"input_ids": np.array([encoded.ids])}})[0]  # (1, tokens, vocabulary)
-print(tokenizer.decode([logits[0, -1].argmax()]))  # the most likely next token
-"""
-_LOAD_GENERATE = """\
-import numpy as np
-import onnxruntime as ort
-from tokenizers import Tokenizer
-
-session, tokenizer = ort.InferenceSession("{file}"), Tokenizer.from_file("tokenizer.json")
-ids = new = tokenizer.encode("She opened the door and").ids
-caches = session.get_inputs()[1:]  # past_key_values.N.key, .value: (batch, heads, past, width)
-past = {{c.name: np.zeros((1, c.shape[1], 0, c.shape[3]), np.float32) for c in caches}}
-for _ in range({tokens}):
-    logits, *present = session.run(None, {{"input_ids": np.array([new]), **past}})
-    past = dict(zip(past, present))
-    new = [int(logits[0, -1].argmax())]  # the most likely next token
-    ids = ids + new
-print(tokenizer.decode(ids))
-"""
-
 
 _MEASURED = "Measured on the exported file, on the target; the estimate came from the cost table."
 
@@ -106,7 +47,7 @@ def model_card(
         "## Load",
         "",
         "```python",
-        (loading or _loading(request, file)).rstrip(),
+        (loading or loading_code(request.companions.inputs, file, workload.generate)).rstrip(),
         "```",
         "",
     ]
@@ -179,14 +120,3 @@ def _shape(request: ExportRequest) -> str:
     if workload.prompt is not None:
         return f"prompt of {workload.prompt} tokens, {workload.generate} generated"
     return f"{workload.sequence} tokens"
-
-
-def _loading(request: ExportRequest, file: str) -> str:
-    if "pixel_values" in request.companions.inputs:
-        return _LOAD_IMAGE.format(file=file)
-    generate = request.spec.target.workload.generate
-    if generate is not None:
-        return _LOAD_GENERATE.format(file=file, tokens=generate)
-    if "attention_mask" not in request.companions.inputs:
-        return _LOAD_TOKENS.format(file=file)
-    return _LOAD_TEXT.format(file=file, result=_CLASSIFY)

@@ -118,7 +118,7 @@ class CompressedTensorsExporter:
         if request.spec.task.name != "language-modeling":
             raise UserError(
                 f"cannot export as {self.name}: the task is {request.spec.task.name}, and this "
-                f"format is for decoders that generate. Use --format onnx or huggingface"
+                f"format is for decoders that generate. Use --format huggingface, or leave it out"
             )
         if find_spec("compressed_tensors") is None:
             raise UserError(

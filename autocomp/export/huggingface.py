@@ -109,7 +109,7 @@ def inexpressible(record: TrialRecord) -> str | None:
             if OPERATORS.get(step.operator).stage == "tokens":
                 return (
                     f"{unit}: {step.label()} merges or drops tokens, which no config of "
-                    f"transformers expresses. Use --format onnx, or pick another trial"
+                    f"transformers expresses. Leave out --format for the runtime's own"
                 )
     return None
 

@@ -114,7 +114,7 @@ def cannot(format: str, unit: Unit, what: str) -> UserError:
     """The error for a unit that a format cannot express."""
     return UserError(
         f"cannot export as {format}: {unit.name}: {what}, which this format cannot express. "
-        f"Use --format onnx, or pick another trial"
+        f"Leave out --format for the runtime's own (onnx, openvino), or pick another trial"
     )
 
 

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from autocomp.targets.protocol import Artifact, Target
 
 TARGETS: Registry[Callable[..., Target]] = Registry(
-    "targets", {"onnxruntime-cpu": "autocomp.targets.onnxruntime_cpu:OnnxRuntimeTarget"}
+    "targets",
+    {
+        "onnxruntime-cpu": "autocomp.targets.onnxruntime_cpu:OnnxRuntimeTarget",
+        "openvino-cpu": "autocomp.targets.openvino_cpu:OpenVinoTarget",
+    },
 )
 """Runtime-device name → a callable `(workload, device=..., gate=..., reference=...) -> Target`."""
 
@@ -30,7 +34,7 @@ def make_target(
         reference: the anchor's latency a study recorded first, as JSON; makes figures comparable.
 
     Raises:
-        UserError: for an unknown target.
+        UserError: for an unknown target, or one whose runtime is not installed.
     """
     from autocomp.targets.timing import Reference
 
@@ -51,7 +55,8 @@ def open_artifact(directory: Path) -> Artifact:
     from autocomp.core.errors import StudyError
     from autocomp.targets.protocol import Artifact
 
-    path = directory / "model.onnx"
-    if not path.is_file():
-        raise StudyError(f"{path} is missing: this trial's exported model was removed")
-    return Artifact(path, sum(file.stat().st_size for file in directory.glob("model.onnx*")))
+    for name, files in (("model.onnx", "model.onnx*"), ("model.xml", "model.*")):
+        path = directory / name
+        if path.is_file():
+            return Artifact(path, sum(file.stat().st_size for file in directory.glob(files)))
+    raise StudyError(f"{directory} holds no model: this trial's exported model was removed")

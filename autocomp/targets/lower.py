@@ -6,7 +6,8 @@ outside the sites (norms, position embeddings, convolutions) is refreshed from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -14,15 +15,78 @@ from onnx import helper, numpy_helper
 
 from autocomp.core.errors import InternalError
 from autocomp.core.factors import second_of
-from autocomp.targets import recipes
+from autocomp.core.unit import SiteFormat
+from autocomp.targets import recipes as onnxruntime_recipes
 from autocomp.targets.cache import drop_dead_caches, settle_cache
 from autocomp.targets.factors import split_factors
 from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
-from autocomp.targets.inputs import Inputs
-from autocomp.targets.skeleton_format import DOMAIN, OPSET
+from autocomp.targets.skeleton_format import DOMAIN
+from autocomp.targets.storage import Piece
 from autocomp.targets.token_nodes import Reductions, resolve_tokens
 from autocomp.targets.weights import Array, Provider, SiteWeights
+
+
+class Inputs(Protocol):
+    """What linear layers read: forms of tensors, each computed once."""
+
+    def take(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """Nodes and initializers that were asked for since the last call."""
+        ...
+
+
+class Recipes(Protocol):
+    """How a runtime writes each kind of marker. The modules `recipes` and `openvino_recipes` do."""
+
+    OPSETS: Mapping[str, int]
+
+    def unsupported(self, format: SiteFormat, tokens: int) -> str | None:
+        """Why a format cannot be lowered or would gain nothing, or `None`."""
+        ...
+
+    def size_bytes(self, format: SiteFormat, tokens: int) -> int:
+        """Bytes on disk of a site in this format."""
+        ...
+
+    def recipe(self, format: SiteFormat, tokens: int) -> str:
+        """Name of the recipe a format is written by."""
+        ...
+
+    def kernel(self, format: SiteFormat, tokens: int) -> Hashable:
+        """Equal for formats of one shape that take the same time."""
+        ...
+
+    def kernel_class(self, format: SiteFormat, tokens: int) -> str:
+        """The class of kernels a cost table fits one slope to."""
+        ...
+
+    def inputs(self, readers: Iterable[tuple[str, SiteWeights]], tokens: int) -> Inputs:
+        """What keeps the scaled and quantised forms of tensors, given who reads which."""
+        ...
+
+    def lower_embedding(self, site: str, weights: SiteWeights, ids: str, output: str) -> Piece:
+        """A table `(B, T)` → `(B, T, columns)`."""
+        ...
+
+    def lower_linear(
+        self,
+        site: str,
+        weights: SiteWeights,
+        x: str,
+        output: str,
+        tokens: int,
+        inputs: Any,
+    ) -> Piece:
+        """A linear layer `(…, columns)` → `(…, rows)`; `inputs` as `inputs()` made them."""
+        ...
+
+    def lower_attention(self, node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
+        """The attention product of a marker; see `skeleton`."""
+        ...
+
+    def lower_rotary(self, node: onnx.NodeProto, heads: int) -> Piece:
+        """Rotary position embedding of `(B, T, heads·D)`."""
+        ...
 
 
 def lower(
@@ -32,6 +96,7 @@ def lower(
     tokens: int,
     parameters: Mapping[str, Array] | None = None,
     reductions: Reductions | None = None,
+    recipes: Recipes = onnxruntime_recipes,
 ) -> onnx.ModelProto:
     """The runtime's graph of a candidate. `skeleton` is not modified.
 
@@ -42,6 +107,7 @@ def lower(
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
         reductions: attention unit → what is done to the sequence behind it.
+        recipes: how the runtime writes what markers stand for.
 
     Raises:
         InternalError: if shapes do not fit, or every way to the output is skipped.
@@ -66,11 +132,10 @@ def lower(
         lambda node: _heads(node, "key_site", int(attribute(node, "head_dim")), present),
     )
     _refresh(graph, parameters or {})
-    _fill(graph, present, tokens)
+    _fill(graph, present, tokens, recipes)
     fold_scales(graph)
     graph.prune()
-    opset = [helper.make_opsetid("", OPSET), helper.make_opsetid(recipes.MICROSOFT, 1)]
-    return graph.to_model(opset)
+    return graph.to_model(helper.make_opsetid(*item) for item in recipes.OPSETS.items())
 
 
 def _live(graph: Graph, nodes: list[onnx.NodeProto], zeros: set[str]) -> list[onnx.NodeProto]:
@@ -99,51 +164,58 @@ def _refresh(graph: Graph, parameters: Mapping[str, Array]) -> None:
         graph.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
 
 
-def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int) -> None:
+def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int, recipes: Recipes) -> None:
     """Replace every marker by nodes of the runtime."""
     linears = [node for node in graph.nodes if node.domain == DOMAIN and node.op_type == "Linear"]
     readers = [(node.input[0], present[str(attribute(node, "site"))]) for node in linears]
-    inputs = Inputs((x, w) for x, w in readers if recipes.recipe(w.format, tokens) == "int8")
+    inputs = recipes.inputs(readers, tokens)
     tables: dict[int, str] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        if node.op_type == "Attention":
-            nodes += _attention(node, present)
-            continue
-        if node.op_type == "RotaryEmbedding":
-            nodes.append(_rotary(node, present))
-            continue
-        site = str(attribute(node, "site"))
-        weights, x, output = present[site], node.input[0], node.output[0]
-        if node.op_type == "Embedding":
-            piece = recipes.lower_embedding(site, weights, x, output)
-            if weights.weight is not None:
-                tables[_address(weights.weight)] = f"{site}.weight"
-        elif weights.weight is not None and _address(weights.weight) in tables:
-            piece = _tied(site, weights, x, output, tables[_address(weights.weight)])
+        if node.op_type in ("Attention", "RotaryEmbedding"):
+            piece = _heads_piece(node, present, recipes)
         else:
-            piece = recipes.lower_linear(site, weights, x, output, tokens, inputs)
-            made, constants = inputs.take()
-            nodes += made
-            graph.initializers.update({tensor.name: tensor for tensor in constants})
+            site = str(attribute(node, "site"))
+            weights, x, output = present[site], node.input[0], node.output[0]
+            if node.op_type == "Embedding":
+                piece = recipes.lower_embedding(site, weights, x, output)
+                if weights.weight is not None:
+                    tables[_address(weights.weight)] = f"{site}.weight"
+            elif weights.weight is not None and _address(weights.weight) in tables:
+                piece = _tied(site, weights, x, output, tables[_address(weights.weight)])
+            else:
+                piece = recipes.lower_linear(site, weights, x, output, tokens, inputs)
+                made, constants = inputs.take()
+                nodes += made
+                graph.initializers.update({tensor.name: tensor for tensor in constants})
         nodes += piece.nodes
         graph.values += piece.values
         graph.initializers.update({tensor.name: tensor for tensor in piece.initializers})
     graph.nodes = nodes
 
 
+def _heads_piece(
+    node: onnx.NodeProto, present: Mapping[str, SiteWeights], recipes: Recipes
+) -> Piece:
+    head_dim = int(attribute(node, "head_dim"))
+    if node.op_type == "RotaryEmbedding":
+        return recipes.lower_rotary(node, _heads(node, "heads_of", head_dim, present))
+    heads = [_heads(node, site, head_dim, present) for site in ("query_site", "key_site")]
+    return recipes.lower_attention(node, heads[0], heads[1])
+
+
 def _address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _tied(site: str, weights: SiteWeights, x: str, output: str, table: str) -> recipes.Piece:
+def _tied(site: str, weights: SiteWeights, x: str, output: str, table: str) -> Piece:
     """A dense head that shares the embedding table's memory shares its bytes on disk too."""
     transposed = f"{site}.weight"
     product = output if weights.bias is None else f"{site}.product"
-    piece = recipes.Piece(
+    piece = Piece(
         [
             helper.make_node("Transpose", [table], [transposed], perm=[1, 0]),
             helper.make_node("MatMul", [x, transposed], [product]),
@@ -163,36 +235,3 @@ def _heads(
     if rows % head_dim:
         raise InternalError(f"{site}: {rows} rows are no whole number of {head_dim}-wide heads")
     return rows // head_dim
-
-
-def _attention(node: onnx.NodeProto, present: Mapping[str, SiteWeights]) -> list[onnx.NodeProto]:
-    """ONNX Attention, `(B, T, H·D)` in and out; `(B, H, T, D)` where heads were split before it.
-
-    A cache, where the marker has one, passes through: see `cache`.
-    """
-    head_dim = int(attribute(node, "head_dim"))
-    attributes = {"scale": attribute(node, "scale"), "is_causal": attribute(node, "causal")}
-    if attribute(node, "flat"):
-        attributes["q_num_heads"] = _heads(node, "query_site", head_dim, present)
-        attributes["kv_num_heads"] = _heads(node, "key_site", head_dim, present)
-        return [helper.make_node("Attention", list(node.input), list(node.output), **attributes)]
-    output = node.output[0]
-    split, turned, shape = f"{output}.heads", f"{output}.turned", f"{output}.shape"
-    return [
-        helper.make_node("Attention", list(node.input), [split, *node.output[1:]], **attributes),
-        helper.make_node("Transpose", [split], [turned], perm=[0, 2, 1, 3]),
-        helper.make_node("Constant", [], [shape], value_ints=[0, 0, -1]),
-        helper.make_node("Reshape", [turned, shape], [output]),
-    ]
-
-
-def _rotary(node: onnx.NodeProto, present: Mapping[str, SiteWeights]) -> onnx.NodeProto:
-    """RotaryEmbedding on `(B, T, H·D)`."""
-    heads = _heads(node, "heads_of", int(attribute(node, "head_dim")), present)
-    return helper.make_node(
-        "RotaryEmbedding",
-        list(node.input),
-        list(node.output),
-        interleaved=attribute(node, "interleaved"),
-        num_heads=heads,
-    )

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnxruntime
 
-from autocomp.core.errors import InternalError, StorageError
+from autocomp.core.errors import StorageError
 from autocomp.core.files import write_atomic
-from autocomp.core.gate import Gate
-from autocomp.core.hashing import content_key
-from autocomp.core.measurement import Measurement
-from autocomp.core.tokens import TokenReduction
-from autocomp.core.unit import SiteFormat, Unit, UnitFormat
-from autocomp.targets.fingerprint import describe_cpu
-from autocomp.targets.generation import feeds, first_tokens
-from autocomp.targets.protocol import Artifact, ExportTask, Workload
-from autocomp.targets.timing import (
-    Reference,
-    Timing,
-    time_alone,
-    time_interleaved,
-    time_round_robin,
-)
+from autocomp.targets.protocol import Artifact
+from autocomp.targets.runtime import Array, CpuTarget, Session
 
 if TYPE_CHECKING:
     import onnx
-    from torch import nn
 
-    from autocomp.targets.cost_table import CostTable
-    from autocomp.targets.weights import Provider
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-LOWERING_VERSION = 2
-"""Raised when lowered graphs change in speed or bytes: earlier cost tables no longer apply."""
+    from autocomp.targets.lower import Recipes
 
 _PROTOBUF_LIMIT = 2_000_000_000
 
@@ -58,118 +32,35 @@ def open_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSess
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-class OnnxRuntimeTarget:
-    """A model as an ONNX graph in ONNX Runtime on this machine's CPU.
-
-    Latency is in reference milliseconds: the model's time over the anchor's, times what the
-    anchor took when `reference` was recorded. Without a `reference` the first measurement
-    records one; pass it on to every process whose figures shall be comparable.
-
-    Where the workload generates, latency is that of the token in the middle of the generation,
-    which stands for all: the cost of attending is affine in the tokens in the cache. Kernels are
-    chosen for it; `run` reads whole sequences, with an empty cache, through the same graph.
-    """
+class OnnxRuntimeTarget(CpuTarget):
+    """A model as an ONNX graph in ONNX Runtime on this machine's CPU."""
 
     name = "onnxruntime-cpu"
     summary = "ONNX Runtime on the CPU: float32, int8, 8-bit and 4-bit weights in one graph"
-
-    def __init__(
-        self,
-        workload: Workload,
-        device: str = "cpu",
-        gate: Gate | None = None,
-        reference: Reference | None = None,
-    ) -> None:
-        if device != "cpu":
-            raise InternalError(f"onnxruntime-cpu measures on this machine's cpu, not {device!r}")
-        self.workload = workload
-        self.gate = gate
-        self.reference = reference
-        self._anchor: Callable[[], object] | None = None
-        self._open: tuple[tuple[str, int, int], onnxruntime.InferenceSession] | None = None
+    lowering_version = 2
 
     @property
-    def tokens(self) -> int:
-        """Tokens per timed run; an image is taken for at least 64 patches."""
-        if self.decodes:
-            return self.workload.batch
-        image = getattr(self.workload, "image", None)
-        return self.workload.batch * max(self.workload.sequence, 64 if image else 1)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the workload generates: graphs then have a key-value cache."""
-        return self.workload.generate is not None
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens in the cache of a timed run."""
-        return (self.workload.prompt or 0) + (self.workload.generate or 0) // 2
-
-    def describe(self) -> dict[str, Any]:
-        """Device, runtime, version, workload."""
-        workload = {
-            name: getattr(self.workload, name)
-            for name in ("batch", "sequence", "image", "prompt", "generate", "threads")
-            if getattr(self.workload, name, None) is not None
-        }
-        return {
-            "target": self.name,
-            "runtime": f"onnxruntime {onnxruntime.__version__}",
-            **describe_cpu(),
-            "workload": workload,
-        }
-
-    def fingerprint(self) -> str:
-        """Hash of `describe` and of the lowering's version."""
-        return content_key({**self.describe(), "lowering": LOWERING_VERSION})
-
-    def formats_supported(self, format: SiteFormat) -> str | None:
-        """Why this format cannot be lowered, or `None` if it can."""
+    def recipes(self) -> Recipes:
+        """See `recipes`."""
         from autocomp.targets import recipes
 
-        return recipes.unsupported(format, self.tokens)
+        return recipes
 
-    def tokens_supported(self, reduction: TokenReduction) -> str | None:
-        """Why this token reduction cannot be lowered, or `None` if it can: all can."""
-        return None
+    def runtime(self) -> str:
+        """Name and version."""
+        return f"onnxruntime {onnxruntime.__version__}"
 
-    def size_bytes(self, format: SiteFormat) -> int:
-        """Bytes on disk of one site in this format."""
-        from autocomp.targets import recipes
+    def open(self, model: Path | onnx.ModelProto) -> Session:
+        """See `open_session`."""
+        source = model if isinstance(model, Path) else model.SerializeToString()
+        session: Session = open_session(source, self.workload.threads)
+        return session
 
-        return recipes.size_bytes(format, self.tokens)
+    def anchor(self) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
+        """See `anchor`."""
+        from autocomp.targets.anchor import anchor_inputs, anchor_model
 
-    def export(self, model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
-        """The skeleton of a dense model (seconds); see `skeleton.cached_skeleton` to keep it."""
-        from autocomp.targets.skeleton import export_skeleton
-
-        return export_skeleton(model, units, task, decode=self.decodes)
-
-    def lower(
-        self, skeleton: onnx.ModelProto, model: nn.Module, units: Sequence[Unit]
-    ) -> onnx.ModelProto:
-        """The graph of a stitched model; units that were skipped in it leave no node."""
-        from autocomp.models.tokens import model_reductions
-        from autocomp.targets.weights import model_parameters, model_weights
-
-        return self.lower_weights(
-            skeleton, model_weights(model), model_parameters(model), model_reductions(model)
-        )
-
-    def lower_weights(
-        self,
-        skeleton: onnx.ModelProto,
-        weights: Provider,
-        parameters: Mapping[str, Array] | None = None,
-        reductions: Mapping[str, TokenReduction] | None = None,
-    ) -> onnx.ModelProto:
-        """`lower` from a provider of weights instead of a torch model."""
-        from autocomp.targets.lower import lower
-
-        return lower(
-            skeleton, weights, tokens=self.tokens, parameters=parameters, reductions=reductions
-        )
+        return anchor_model(), anchor_inputs()
 
     def write(self, lowered: onnx.ModelProto, directory: Path) -> Artifact:
         """`model.onnx` in `directory`, with `model.onnx.data` beside it above 2 GB.
@@ -198,184 +89,6 @@ class OnnxRuntimeTarget:
             raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
         data = directory / f"{path.name}.data"
         return Artifact(path, path.stat().st_size + data.stat().st_size)
-
-    def run(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Array:
-        """Logits for a batch of whole sequences; the last artifact's session is kept open."""
-        session = self._session(artifact.path)
-        (logits,) = session.run(["logits"], feeds(session, artifact.feeds(inputs)))
-        return np.asarray(logits)
-
-    def verify(self, artifact: Artifact, model: nn.Module, inputs: Mapping[str, Array]) -> float:
-        """Largest absolute difference between the artifact's logits and torch's, at real tokens."""
-        import torch
-
-        with torch.no_grad():
-            expected = model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
-        found = self.run(artifact, inputs)
-        if expected.shape != found.shape:
-            raise InternalError(f"logits are {found.shape}, torch's are {expected.shape}")
-        difference = np.abs(expected - found)
-        mask = inputs.get("attention_mask")
-        if mask is not None and difference.ndim == 3:
-            difference = difference[mask.astype(bool)]
-        return float(difference.max())
-
-    def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
-        """Latency at the workload, alone on the machine while the gate is held; and size."""
-        session = open_session(artifact.path, self.workload.threads)
-        inputs = artifact.feeds(inputs)
-        timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
-        prefill = None
-        if self.workload.prompt is not None:
-            feed = feeds(session, first_tokens(inputs, self.workload.prompt))
-            prefill = self.to_ms(self._time(partial(session.run, None, feed)))
-        return Measurement(
-            provenance="measured",
-            latency_ms=self.to_ms(timing),
-            size_bytes=artifact.size_bytes,
-            latency_wall_ms=timing.wall_ms,
-            latency_spread=timing.spread,
-            device=self.fingerprint(),
-            prefill_ms=prefill,
-        )
-
-    def time_graph(
-        self, model: onnx.ModelProto, inputs: Mapping[str, Array], **settings: Any
-    ) -> Timing:
-        """Time a graph in memory; `settings` go to `time_interleaved`."""
-        session = open_session(model.SerializeToString(), self.workload.threads)
-        return self.time_session(session, inputs, **settings)
-
-    def time_session(self, session: Any, inputs: Mapping[str, Array], **settings: Any) -> Timing:
-        """Time an open session against the anchor, a token's run where the workload generates."""
-        return self._time(partial(session.run, None, self._timed_feed(session, inputs)), **settings)
-
-    def _time(self, run: Callable[[], object], **settings: Any) -> Timing:
-        anchor = self._anchor_run()
-        with nullcontext() if self.gate is None else self.gate.measuring():
-            return time_interleaved(
-                run, anchor, single_threaded=self.workload.threads == 1, **settings
-            )
-
-    def _timed_feed(self, session: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """One token per example and a filled cache, where the workload generates."""
-        if not self.decodes:
-            return feeds(session, inputs)
-        batch = self.workload.batch
-        if "input_ids" in inputs:
-            inputs, batch = first_tokens(inputs, 1), len(inputs["input_ids"])
-        return feeds(session, inputs, batch, self.cached_tokens)
-
-    def time_pieces(
-        self, pieces: Sequence[tuple[onnx.ModelProto, Mapping[str, Array]]], **settings: Any
-    ) -> list[Timing]:
-        """Time many small graphs against each other and the anchor, each with its inputs."""
-        runs = []
-        for model, inputs in pieces:
-            session = open_session(model.SerializeToString(), self.workload.threads)
-            runs.append(partial(session.run, None, self._timed_feed(session, inputs)))
-        anchor = self._anchor_run()
-        with nullcontext() if self.gate is None else self.gate.measuring():
-            return time_round_robin(
-                runs, anchor, single_threaded=self.workload.threads == 1, **settings
-            )
-
-    def to_ms(self, timing: Timing) -> float:
-        """Reference milliseconds of a timing; the first one records the reference."""
-        reference = self.reference or self.record_reference()
-        return timing.ratio * reference.anchor_ms
-
-    def record_reference(self, seconds: float = 1.0) -> Reference:
-        """Time the anchor alone, at the machine's best within `seconds`, and go by it."""
-        anchor = self._anchor_run()
-        with nullcontext() if self.gate is None else self.gate.measuring():
-            anchor_ms = time_alone(
-                anchor, single_threaded=self.workload.threads == 1, seconds=seconds
-            )
-        self.reference = Reference(anchor_ms, self.fingerprint())
-        return self.reference
-
-    def run_graph(
-        self, model: onnx.ModelProto, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> dict[str, Array]:
-        """Values of some tensors of a graph in memory, in a run as it is timed."""
-        session = open_session(model.SerializeToString(), self.workload.threads)
-        values = session.run(list(outputs), self._timed_feed(session, inputs))
-        return dict(zip(outputs, (np.asarray(value) for value in values), strict=True))
-
-    def profile(
-        self,
-        skeleton: onnx.ModelProto,
-        units: Sequence[Unit],
-        unit_formats: Mapping[str, Mapping[str, UnitFormat]],
-        inputs: Mapping[str, Array],
-        *,
-        reductions: Mapping[str, Mapping[str, TokenReduction]] | None = None,
-        seed: int = 0,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> CostTable:
-        """See `profile.profile`."""
-        from autocomp.targets.profile import profile
-
-        return profile(
-            self,
-            skeleton,
-            units,
-            unit_formats,
-            inputs,
-            reductions=reductions,
-            seed=seed,
-            progress=progress,
-        )
-
-    def peak_memory(self, artifact: Artifact, inputs: Mapping[str, Array]) -> int:
-        """Peak resident bytes of a fresh process that loads the artifact and runs it once.
-
-        Where the workload generates, the process reads the prompt and generates after it.
-
-        Raises:
-            InternalError: if that process fails, with the end of what it said.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            arrays = Path(scratch) / "inputs.npz"
-            inputs = artifact.feeds(inputs)
-            if self.workload.prompt is not None:
-                inputs = first_tokens(inputs, self.workload.prompt)
-            np.savez(arrays, **inputs)
-            root = str(Path(__file__).resolve().parents[2])
-            paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-            command = [sys.executable, "-m", "autocomp.targets.peak_memory"]
-            command += [str(artifact.path), str(arrays), str(self.workload.threads)]
-            command += [str(self.workload.generate or 0)]
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            )
-        if done.returncode != 0:
-            raise InternalError(f"measuring peak memory failed: {done.stderr.strip()[-400:]}")
-        return int(done.stdout)
-
-    def _anchor_run(self) -> Callable[[], object]:
-        if self._anchor is None:
-            from autocomp.targets.anchor import anchor_inputs, anchor_model
-
-            session = open_session(anchor_model().SerializeToString(), self.workload.threads)
-            inputs = anchor_inputs()
-            self._anchor = lambda: session.run(None, inputs)
-        return self._anchor
-
-    def _session(self, path: Path) -> onnxruntime.InferenceSession:
-        stat = path.stat()
-        key = (str(path), stat.st_mtime_ns, stat.st_size)
-        if self._open is None or self._open[0] != key:
-            self._open = (key, open_session(path, self.workload.threads))
-        return self._open[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_anchor": None, "_open": None}
 
 
 def _write_bytes(path: Path, model: onnx.ModelProto) -> None:

@@ -1,12 +1,13 @@
 """Child process: load an artifact, run it once, print the peak resident memory in bytes.
 
-`python -m autocomp.targets.peak_memory MODEL.onnx INPUTS.npz THREADS GENERATE`. With GENERATE above
-zero the inputs are prompts, and so many tokens are generated after them. Imports the runtime and
-numpy alone, so that the figure is that of a deployment.
+`python -m autocomp.targets.peak_memory MODULE MODEL INPUTS.npz THREADS GENERATE`. MODULE has the
+target's `open_session`. With GENERATE above zero the inputs are prompts, and so many tokens are
+generated after them. Imports the runtime and numpy alone: the figure is that of a deployment.
 """
 
 from __future__ import annotations
 
+import importlib
 import resource
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from autocomp.targets.generation import generate
-from autocomp.targets.onnxruntime_cpu import open_session
 
 
 def peak_bytes() -> int:
@@ -28,9 +28,9 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(model: str, inputs: str, threads: str, tokens: str) -> None:
+def main(module: str, model: str, inputs: str, threads: str, tokens: str) -> None:
     """Run and print."""
-    session = open_session(Path(model), int(threads))
+    session = importlib.import_module(module).open_session(Path(model), int(threads))
     with np.load(inputs, allow_pickle=False) as arrays:
         feed = {name: arrays[name] for name in arrays.files}
         if int(tokens):

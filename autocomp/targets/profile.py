@@ -19,11 +19,10 @@ from onnx import helper
 from autocomp.core.factors import site_of
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
-from autocomp.targets import recipes
 from autocomp.targets.cost_table import Choice, CostTable, Entry
 from autocomp.targets.generation import PAST
 from autocomp.targets.graph import Graph, attribute, cut
-from autocomp.targets.onnxruntime_cpu import Array, OnnxRuntimeTarget
+from autocomp.targets.runtime import Array, CpuTarget
 from autocomp.targets.skeleton_format import DOMAIN, dense_formats
 from autocomp.targets.token_profile import (
     Piece,
@@ -43,7 +42,7 @@ _WHOLE = {"runs": 48, "rounds": 8, "seconds": 0.4}
 
 
 def profile(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -116,7 +115,7 @@ def profile(
         workload=target.describe()["workload"],
         entries=entries,
         base_ms=max(least - known, 0.1 * least),
-        rest_bytes=whole.ByteSize() - in_units,
+        rest_bytes=target.lowered_bytes(whole) - in_units,
         ties=_ties(units, unit_formats, dense),
         tokens=token_costs(lengths, keys, reductions, times) if reductions and lengths else None,
     )
@@ -149,7 +148,7 @@ class Accuracy:
 
 def check_table(
     table: CostTable,
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -207,7 +206,7 @@ def random_choice(rng: random.Random, unit_formats: UnitFormats) -> dict[str, st
 
 
 def lower_formats(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     formats: Mapping[str, UnitFormat],
@@ -223,7 +222,7 @@ def lower_formats(
 
 
 def measure_formats(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     formats: Mapping[str, UnitFormat],
@@ -246,7 +245,7 @@ def _in_range(inputs: Mapping[str, Array], formats: Mapping[str, UnitFormat]) ->
 
 
 def _measure_choice(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -259,19 +258,12 @@ def _measure_choice(
     return measure_formats(target, skeleton, units, formats, inputs, shorter)
 
 
-def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> object:
+def _cost_key(unit: Unit, formats: UnitFormat, target: CpuTarget) -> object:
     """Equal for options that run the same kernels on the same shapes."""
     shapes = []
     roles = {site.name: site.role for site in unit.sites}
     for name, one in formats.items():
-        kind = recipes.recipe(one, target.tokens)
-        kernel: object = kind
-        if kind == "unpacked":
-            kernel = "float"
-        elif kind in ("nbits", "gather-blocks"):
-            kernel = (kind, one.weight_bits, one.group, one.activation_bits, one.scaled)
-        elif kind == "int8":
-            kernel = (kind, one.static, one.scaled)
+        kernel = target.recipes.kernel(one, target.tokens)
         site = site_of(name)
         part = name.removeprefix(site)
         shapes.append((roles[site], part, one.rows, one.columns, one.bias, kernel))
@@ -279,7 +271,7 @@ def _cost_key(unit: Unit, formats: UnitFormat, target: OnnxRuntimeTarget) -> obj
 
 
 def _pieces(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     units: Sequence[Unit],
     unit_formats: UnitFormats,
@@ -328,7 +320,7 @@ def _cut_unit(graph: Graph, unit: Unit) -> tuple[list[onnx.NodeProto], list[str]
 
 
 def _record(
-    target: OnnxRuntimeTarget,
+    target: CpuTarget,
     skeleton: onnx.ModelProto,
     inputs: Mapping[str, Array],
     names: Sequence[str],
@@ -355,7 +347,8 @@ def _as_model(
     model.graph.initializer.extend(skeleton.graph.initializer)
     for name, value in outside.items():
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-        dims = [None] * value.ndim
+        hidden = value.ndim == 3 and np.issubdtype(value.dtype, np.floating)  # (B, T, D)
+        dims = [None, None, value.shape[-1]] if hidden else [None] * value.ndim
         model.graph.input.append(helper.make_tensor_value_info(name, kind, dims))
     output = helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None)
     model.graph.output.append(output)
@@ -385,13 +378,12 @@ def _ties(
     return ties
 
 
-def _kernels(formats: UnitFormat, target: OnnxRuntimeTarget) -> str:
+def _kernels(formats: UnitFormat, target: CpuTarget) -> str:
     """The class of kernels that dominates a unit; empty when skipped."""
     if not formats:
         return ""
     largest = max(formats.values(), key=lambda one: one.rows * one.columns)
-    kind = recipes.recipe(largest, target.tokens)
-    return {"unpacked": "float", "gather": "table", "gather-blocks": "table"}.get(kind, kind)
+    return target.recipes.kernel_class(largest, target.tokens)
 
 
 def _report(progress: Progress | None, done: int, total: int) -> None:

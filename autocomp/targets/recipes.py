@@ -30,14 +30,16 @@ times smaller than that of the 4-bit codes themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
+from autocomp.targets.attention_recipes import lower_attention, lower_rotary
 from autocomp.targets.inputs import Inputs
+from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.storage import (
     NARROW_BITS,
     Builder,
@@ -52,10 +54,16 @@ from autocomp.targets.weights import SiteWeights
 __all__ = [
     "FEW_TOKENS",
     "MICROSOFT",
+    "OPSETS",
     "Piece",
     "Recipe",
+    "inputs",
+    "kernel",
+    "kernel_class",
+    "lower_attention",
     "lower_embedding",
     "lower_linear",
+    "lower_rotary",
     "recipe",
     "size_bytes",
     "unsupported",
@@ -64,6 +72,8 @@ __all__ = [
 Recipe = Literal["float", "int8", "unpacked", "nbits", "gather", "gather-blocks"]
 
 MICROSOFT = "com.microsoft"
+OPSETS: Mapping[str, int] = {"": OPSET, MICROSOFT: 1}
+"""Operator domain → version, of every lowered graph."""
 FEW_TOKENS = 2
 """Below it a linear layer is bound by reading weights: MatMulNBits."""
 
@@ -94,6 +104,27 @@ def recipe(format: SiteFormat, tokens: int) -> Recipe:
     if tokens < FEW_TOKENS and packed and not slow and _block(format) is not None:
         return "nbits"
     return "int8" if format.activation_bits == 8 else "unpacked"
+
+
+def kernel(format: SiteFormat, tokens: int) -> Hashable:
+    """Equal for formats of one shape that run the same kernels: they are timed once."""
+    kind = recipe(format, tokens)
+    if kind in ("nbits", "gather-blocks"):
+        return (kind, format.weight_bits, format.group, format.activation_bits, format.scaled)
+    if kind == "int8":
+        return (kind, format.static, format.scaled)
+    return "float" if kind == "unpacked" else kind
+
+
+def kernel_class(format: SiteFormat, tokens: int) -> str:
+    """The class of kernels that a cost table fits one slope to."""
+    kind = recipe(format, tokens)
+    return {"unpacked": "float", "gather": "table", "gather-blocks": "table"}.get(kind, kind)
+
+
+def inputs(readers: Iterable[tuple[str, SiteWeights]], tokens: int) -> Inputs:
+    """What integer sites share of the tensors they read."""
+    return Inputs((x, w) for x, w in readers if recipe(w.format, tokens) == "int8")
 
 
 def unsupported(format: SiteFormat, tokens: int = FEW_TOKENS) -> str | None:

@@ -13,12 +13,18 @@ DEFAULT = "onnxruntime"
 PACKAGES = {"onnxruntime-cpu": "onnxruntime", "openvino-cpu": "openvino"}
 """Target → the package it runs on; one that is not here is asked by importing it."""
 
+EXTRAS = ("openvino",)
+"""Packages that an extra of the same name installs."""
+
 
 def unusable(name: str) -> str | None:
     """Why the target of this name cannot be used here, or `None` if it can."""
     package = PACKAGES.get(name)
     if package is not None:
-        return None if find_spec(package) else f"the package {package} is not installed"
+        if find_spec(package):
+            return None
+        extra = f": pip install 'autocomp[{package}]'" if package in EXTRAS else ""
+        return f"the package {package} is not installed{extra}"
     try:
         TARGETS.get(name)
     except InternalError as error:

@@ -141,13 +141,16 @@ def time_round_robin(
     *,
     single_threaded: bool,
     rounds: int = 80,
+    warm: int = 0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Timing]:
     """Time many small graphs at once: every round runs each of them once, in shuffled order.
 
     Each run finds its caches emptied by the others, as a sublayer does inside a model, and all
-    share the machine's good and bad moments, so their proportions hold.
+    share the machine's good and bad moments, so their proportions hold. Where a runtime compiles
+    code for every graph, it is that code which is cold, though a whole model runs the same code in
+    every layer: `warm` runs that are not timed come first.
     """
     clock = time.process_time_ns if single_threaded else time.perf_counter_ns
     rng = random.Random(seed)
@@ -159,6 +162,8 @@ def time_round_robin(
         rng.shuffle(order)
         for index in order:
             function = anchor if index < 0 else runs[index]
+            for _ in range(warm):
+                function()
             started = clock()
             function()
             if done >= 0:

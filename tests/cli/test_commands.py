@@ -221,7 +221,7 @@ class TestPick:
         result = run("pick", "runs/tiny", "--export", "out", "--format", "hugginface")
         assert result.exit_code == 2
         assert "Did you mean 'huggingface'?" in result.stderr
-        assert "compressed-tensors, huggingface, onnx" in result.stderr
+        assert "compressed-tensors, huggingface, onnx, openvino" in result.stderr
         result = run("pick", "runs/tiny", "--format", "onnx")
         assert result.exit_code == 2
         assert "--export DIR" in result.stderr

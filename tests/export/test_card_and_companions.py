@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from autocomp.core.candidate import Candidate
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.measurement import Measurement
+from autocomp.export import EXPORTERS, own_format
+from autocomp.export.artifact import ONNX, OPENVINO
 from autocomp.export.card import model_card
 from autocomp.export.companions import Companions
-from autocomp.export.onnx import OnnxExporter
 from autocomp.export.protocol import ExportRequest
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
@@ -82,6 +87,28 @@ class EchoTarget:
         return Measurement("measured", 1.02, artifact.size_bytes)
 
 
+def tiny_classifier() -> onnx.ModelProto:
+    """Logits 0 and the sum of the ids that are not masked."""
+    make = helper.make_node
+    nodes = [
+        make("Mul", ["input_ids", "attention_mask"], ["kept"]),
+        make("Cast", ["kept"], ["real"], to=1),
+        make("ReduceSum", ["real", "axes"], ["sum"], keepdims=1),
+        make("Mul", ["sum", "weights"], ["logits"]),
+    ]
+    ints = [
+        helper.make_tensor_value_info(name, 7, ["batch", "sequence"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    constants = [
+        numpy_helper.from_array(np.array([1], np.int64), "axes"),
+        numpy_helper.from_array(np.array([0, 1], np.float32), "weights"),
+    ]
+    logits = helper.make_tensor_value_info("logits", 1, ["batch", 2])
+    graph = helper.make_graph(nodes, "tiny", ints, [logits], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
 TARGET: Target = EchoTarget()  # type: ignore[assignment]
 
 
@@ -135,34 +162,81 @@ def test_missing_figures_are_dashes(request_: ExportRequest) -> None:
     assert "report split" not in card
 
 
+def test_the_card_loads_the_file_in_its_own_runtime(request_: ExportRequest) -> None:
+    card = model_card(request_, "model.xml")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert 'compile_model("model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})' in code
+    assert "onnxruntime" not in code
+
+
+def test_another_runtimes_format_is_refused(request_: ExportRequest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"as openvino: .* made and measured as model\.onnx"):
+        OPENVINO.write(request_, tmp_path / "out")
+    assert own_format(request_.artifact) == "onnx"
+    assert own_format(Artifact(Path("model.xml"), 1)) == "openvino"
+
+
 def test_export_is_whole_and_verified(request_: ExportRequest, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    OnnxExporter().write(request_, out)
+    ONNX.write(request_, out)
     assert {file.name for file in out.iterdir()} == {
         "README.md", "candidate.yaml", "labels.txt", "model.onnx", "tokenizer.json",
     }  # fmt: skip
     assert (out / "labels.txt").read_text() == "bad\ngood\n"
-    verified = OnnxExporter().verify(request_, out, TARGET)
+    verified = ONNX.verify(request_, out, TARGET)
     assert verified.max_difference == 0
     assert verified.measured.latency_ms == 1.02
     with pytest.raises(UserError, match="is not empty"):
-        OnnxExporter().write(request_, out)
+        ONNX.write(request_, out)
 
 
 def test_a_changed_export_is_found(request_: ExportRequest, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    OnnxExporter().write(request_, out)
+    ONNX.write(request_, out)
     (out / "model.onnx").write_bytes(b"grapH")
     with pytest.raises(InternalError, match="logits differ"):
-        OnnxExporter().verify(request_, out, TARGET)
+        ONNX.verify(request_, out, TARGET)
     (out / "model.onnx").write_bytes(b"graph and more")
     with pytest.raises(InternalError, match="bytes"):
-        OnnxExporter().verify(request_, out, TARGET)
+        ONNX.verify(request_, out, TARGET)
 
 
 def test_a_failed_export_leaves_nothing(request_: ExportRequest, tmp_path: Path) -> None:
     (request_.artifact.path.parent / "folder").mkdir()  # cannot be copied as a file
     out = tmp_path / "elsewhere" / "out"
     with pytest.raises(InternalError):
-        OnnxExporter().write(request_, out)
+        ONNX.write(request_, out)
     assert list(out.parent.iterdir()) == []
+
+
+def test_openvino_is_exported_and_its_card_runs(request_: ExportRequest, tmp_path: Path) -> None:
+    """The IR of a small BERT, reloaded; the card's code finds its files and prints a label."""
+    pytest.importorskip("openvino", reason="the runtime is an extra")
+    from autocomp.spec.schema import TargetSection
+    from autocomp.targets import make_target
+
+    exporter = EXPORTERS.get("openvino")
+    target = make_target(TargetSection(runtime="openvino"))
+    artifact = target.write(tiny_classifier(), tmp_path / "artifact-openvino")
+    names = ("input_ids", "attention_mask")
+    inputs = {name: np.ones((1, 4), np.int64) for name in names}
+    kept = companions(tmp_path / "source", ("bad", "good"), inputs)
+    request = replace(request_, artifact=artifact, companions=kept)
+    out = tmp_path / "out"
+    exporter.write(request, out)
+    assert {"model.xml", "model.bin", "README.md"} <= {file.name for file in out.iterdir()}
+    verified = exporter.verify(request, out, target)
+    assert verified.max_difference == 0
+    assert verified.size_bytes == artifact.size_bytes
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    stub = (
+        "import sys, types; ids = types.SimpleNamespace(ids=[1, 2, 3], attention_mask=[1, 1, 1])\n"
+        "load = types.SimpleNamespace(encode=lambda text: ids)\n"
+        "made = types.SimpleNamespace(from_file=lambda file: load)\n"
+        "sys.modules['tokenizers'] = types.SimpleNamespace(Tokenizer=made)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", stub + code], cwd=out, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "good"

@@ -16,7 +16,7 @@ from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat, dense_format
 from autocomp.models.surgery import install, keep_heads, keep_width, skip
-from autocomp.operators import apply_option
+from autocomp.operators import apply_option, option_formats
 from autocomp.operators.protocol import SiteState
 from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.skeleton import cached_skeleton
@@ -146,6 +146,9 @@ def test_sparse_equals_torch_in_fewer_bytes(exported, layout, steps, tolerance, 
             option = Option(((Step.of("magnitude", level=0.75),) if sparse else ()) + steps)
             state = apply_option(unit, _dense_state(model, unit), option, _plain_stats(unit))
             install(model, unit, state)
+            sites = [model_weights(model)(site.name) for site in unit.sites]
+            stored = [None if site.mask is None else int(site.mask.sum()) for site in sites]
+            assert stored == [form.nonzeros for form in option_formats(unit, option).values()]
         runtime = target()
         artifact = runtime.write(runtime.lower(skeleton, model.eval(), []), tmp_path)
         sizes[sparse] = artifact.size_bytes

@@ -21,6 +21,7 @@ from autocomp.library.store import Library
 from autocomp.models.surgery import install
 from autocomp.operators import apply_option, option_formats
 from autocomp.operators.protocol import SiteState, UnitState
+from autocomp.spec.schema import WorkloadSection
 from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph
 from autocomp.targets.weights import model_weights
@@ -131,6 +132,30 @@ def test_the_runtime_computes_what_torch_does(
     if static:
         assert not kinds["DynamicQuantizeLinear"]
         assert not kinds["DynamicQuantizeMatMul"]
+
+
+@pytest.mark.parametrize("layout", ["bert", "llama"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_openvino_computes_what_torch_does(
+    exported: Any, statistics: Any, layout: str, name: str, tmp_path: Path
+) -> None:
+    """Without a range its groups of columns are rounded more finely than torch rounds tensors."""
+    pytest.importorskip("openvino", reason="the runtime is an extra")
+    from autocomp.targets.openvino_cpu import OpenVinoTarget
+
+    model, task, skeleton = _stitched(exported, statistics, layout, OPTIONS[name], tmp_path / "lib")
+    runtime = OpenVinoTarget(WorkloadSection(sequence=12))
+    lowered = runtime.lower(skeleton, model, [])
+    artifact = runtime.write(lowered, tmp_path)
+    inputs = {k: v.numpy() for k, v in task.example_inputs(1, 12).items()}
+    with torch.no_grad():
+        spread = float(model(**task.example_inputs(1, 12)).logits.std())
+    integers = any(step_bits(step) == 8 for step in OPTIONS[name])
+    assert runtime.verify(artifact, model, inputs) < (0.2 if integers else 5e-3) * max(1.0, spread)
+    kinds = Counter(node.op_type for node in lowered.graph.node)
+    static = any("range" in dict(step.args) for step in OPTIONS[name])
+    # What query, key and value (and gate and up) read in one range is rounded once, in two layers.
+    assert kinds["FakeQuantize"] == (2 * 4 if static else 0)
 
 
 def step_bits(step: Step) -> int:

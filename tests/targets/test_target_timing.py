@@ -70,6 +70,27 @@ def test_a_round_robin_finds_every_ratio(monkeypatch):
     assert [one.ratio for one in found] == pytest.approx([0.1, 0.25, 2.0], rel=0.01)
 
 
+@pytest.mark.parametrize(("warm", "expected"), [(0, 3.0), (1, 1.0)])
+def test_cold_code_is_run_once_before_it_is_timed(monkeypatch, warm, expected):
+    machine = Machine(1.3)
+    machine.install(monkeypatch)
+    before: list[object] = []
+
+    def compiled(ms: float):
+        """Takes thrice as long after another one ran."""
+
+        def run() -> None:
+            machine.job(ms if before == [run] else 3 * ms)()
+            before[:] = [run]
+
+        return run
+
+    found = time_round_robin(
+        [compiled(0.5) for _ in range(4)], machine.job(0.5), single_threaded=True, warm=warm
+    )
+    assert max(one.ratio for one in found) == pytest.approx(expected, rel=0.05)
+
+
 def test_a_reference_survives_the_disk(tmp_path: Path):
     reference = Reference(1.5, "abc")
     reference.save(tmp_path / "reference.json")

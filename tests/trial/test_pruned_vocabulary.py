@@ -19,8 +19,8 @@ from autocomp.api.check import report
 from autocomp.api.plan import Plan, make_plan
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InternalError, SpecError
+from autocomp.export.artifact import ONNX
 from autocomp.export.companions import Companions
-from autocomp.export.onnx import OnnxExporter
 from autocomp.export.protocol import ExportRequest
 from autocomp.library.stitch import stitch
 from autocomp.models.vocabulary import load_vocabulary
@@ -151,7 +151,7 @@ def test_the_artifact_is_evaluated_with_the_tokenizer_it_ships_with(
         None,
     )
     shipped = tmp_path / "shipped"
-    exporter = OnnxExporter()
+    exporter = ONNX
     exporter.write(request, shipped)
     assert exporter.verify(request, shipped, runner.context.target(None)).max_difference == 0.0
     assert "use the tokenizer in this directory" in (shipped / "README.md").read_text()

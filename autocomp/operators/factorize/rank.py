@@ -41,8 +41,8 @@ class Rank:
     choices = "structure.rank: fractions of the rank at which nothing is saved"
     stage: Stage = "structure"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """One step per ratio that leaves another shape; `None` for 1.0 and where none saves.

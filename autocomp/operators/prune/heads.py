@@ -25,8 +25,8 @@ class Heads:
     choices = "structure.heads: fractions of the heads kept, in whole key-value groups"
     stage: Stage = "structure"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """One step per distinct number of heads; `None` where all are kept.

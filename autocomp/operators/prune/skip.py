@@ -19,8 +19,8 @@ class Skip:
     choices = "structure.skip: true"
     stage: Stage = "structure"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Leave it or skip it, where the rule says `skip: true`.

@@ -26,7 +26,7 @@ class PruneVocabulary:
     stage: Stage = "structure"
     version = 1
     speeds_up: tuple[str, ...] = ()
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """The whole vocabulary or the task's; the rule then says `{"keep": N, "unknown": id}`.

@@ -24,8 +24,8 @@ class Width:
     choices = "structure.width: fractions of the inner width kept"
     stage: Stage = "structure"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """One step per distinct width; `None` where all of it is kept.

@@ -27,8 +27,8 @@ class Awq:
     stage: Stage = "bits"
     version = 1
     choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def __init__(self, name: str, summary: str, paper: str, *, by_gptq: bool) -> None:
         self.name = name

@@ -19,8 +19,8 @@ class RoundToNearest:
     choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
     stage: Stage = "bits"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Every combination of weight and activation bits the rule asks for."""

@@ -31,8 +31,8 @@ class SmoothQuant:
     choices = "bits.weights: 8, bits.activations: 8 or static, bits.migration"
     stage: Stage = "bits"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """8-bit weights with each kind of 8-bit activations, for each migration strength.

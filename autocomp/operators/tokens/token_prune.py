@@ -25,7 +25,7 @@ class TokenPrune:
     choices = "tokens.method: token_prune; tokens.ratios: shares of the patches dropped, below 1"
     stage: Stage = "tokens"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:

@@ -27,7 +27,7 @@ class Tome:
     choices = "tokens.method: tome; tokens.ratios: shares of the patches merged, 0 to 0.5"
     stage: Stage = "tokens"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu",)
+    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:

@@ -1,4 +1,4 @@
-"""Export as ONNX: the very file that was evaluated and measured, with what is needed to use it."""
+"""Export of the very files that were evaluated and measured, with what is needed to use them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from autocomp.export.protocol import ExportRequest, Verification
 from autocomp.export.tokenizer import verify_tokenizer
 from autocomp.models.vocabulary import load_vocabulary
 from autocomp.study.records import TrialRecord
-from autocomp.targets.protocol import Artifact, Target
+from autocomp.targets import open_artifact
+from autocomp.targets.protocol import Target
 
 
-class OnnxExporter:
-    """Copies the artifact; nothing is converted, so what was measured is what is shipped."""
+class ArtifactExporter:
+    """Copies the artifact; nothing is converted, so what was measured is what is shipped.
 
-    name = "onnx"
-    summary = "ONNX file for ONNX Runtime, with tokenizer or processor, labels, candidate and card."
-    expresses = "every candidate of an ONNX Runtime target: the file that was measured"
+    `suffix` tells the files of the runtime this format is for.
+    """
+
+    expresses = "every candidate measured on its runtime: the files that were measured"
+
+    def __init__(self, name: str, summary: str, suffix: str) -> None:
+        self.name = name
+        self.summary = summary
+        self.suffix = suffix
 
     def supports(self, record: TrialRecord) -> str | None:
         """See `Exporter.supports`."""
@@ -33,6 +40,12 @@ class OnnxExporter:
         reason = self.supports(request.record)
         if reason is not None:
             raise UserError(f"cannot export: {reason}")
+        if request.artifact.path.suffix != self.suffix:
+            raise UserError(
+                f"cannot export as {self.name}: the models of this study were made and measured as "
+                f"{request.artifact.path.name}, which nothing is converted to or from. Leave out "
+                f"the format, or search with another target.runtime"
+            )
         write_directory(directory, lambda temporary: self._fill(request, temporary))
 
     def _fill(self, request: ExportRequest, directory: Path) -> None:
@@ -44,10 +57,7 @@ class OnnxExporter:
 
     def verify(self, request: ExportRequest, directory: Path, target: Target) -> Verification:
         """See `Exporter.verify`."""
-        written = Artifact(
-            directory / request.artifact.path.name,
-            sum(file.stat().st_size for file in directory.glob(f"{request.artifact.path.name}*")),
-        )
+        written = open_artifact(directory)
         if written.size_bytes != request.artifact.size_bytes:
             raise InternalError(
                 f"{directory}: the model has {written.size_bytes} bytes, but the trial's has "
@@ -68,4 +78,13 @@ class OnnxExporter:
         return Verification(difference, written.size_bytes, target.measure(written, inputs))
 
 
-EXPORTER = OnnxExporter()
+ONNX = ArtifactExporter(
+    "onnx",
+    "ONNX file for ONNX Runtime, with tokenizer or processor, labels, candidate and card.",
+    ".onnx",
+)
+OPENVINO = ArtifactExporter(
+    "openvino",
+    "OpenVINO IR (model.xml, model.bin), with tokenizer or processor, labels, candidate and card.",
+    ".xml",
+)
