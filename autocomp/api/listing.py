@@ -11,7 +11,8 @@ KINDS = ("operators", "targets", "tasks", "exporters")
 
 
 def list_kind(kind: str) -> list[dict[str, Any]]:
-    """One row per extension: `name`, `summary`, `paper`, `options`, `speeds_up`, `shrinks`.
+    """One row per extension: `name`, `summary`, `paper`, `options`, `speeds_up`, `shrinks`,
+    `expresses` (exporters: which candidates they can write).
 
     Raises:
         UserError: for an unknown kind.
@@ -37,6 +38,7 @@ def _row(name: str, summary: str, item: object = None) -> dict[str, Any]:
         "options": getattr(item, "choices", ""),
         "speeds_up": list(getattr(item, "speeds_up", ())),
         "shrinks": list(getattr(item, "shrinks", ())),
+        "expresses": getattr(item, "expresses", ""),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.candidate import Runtime
-from autocomp.core.errors import StudyError
+from autocomp.core.errors import StudyError, UserError
 from autocomp.core.gate import Gate
 from autocomp.core.quantities import parse_limit
 from autocomp.front.pick import pick
@@ -101,13 +101,17 @@ class Picked:
     def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.
 
-        Without `format` it is written as it was measured: `onnx`, or `openvino` on that runtime.
+        Args:
+            format: a name of `EXPORTERS`; by default it is written as it was measured: `onnx`, or
+                `openvino` on that runtime.
 
         Returns:
             `path`, `format`, `files` and what verification showed.
 
         Raises:
-            UserError: if the directory is not empty or the format is unknown.
+            UserError: if the directory is not empty, the format is unknown or cannot express the
+                trial.
+            StudyError: if files of the trial that the format needs are gone.
             InternalError: if the reloaded model is not the evaluated one.
         """
         from autocomp.export import EXPORTERS, own_format
@@ -126,9 +130,12 @@ class Picked:
             companions=companions,
             dense=study.dense(),
             report=self.opened.report(record.id),
+            student=study.paths.student(record.id),
         )
         chosen = format or own_format(request.artifact)
         exporter = EXPORTERS.get(chosen)
+        if (reason := exporter.supports(record)) is not None:
+            raise UserError(f"cannot export as {chosen}: {reason}")
         path = Path(directory)
         exporter.write(request, path)
         runtime = record.candidate.runtime

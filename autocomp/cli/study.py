@@ -8,6 +8,7 @@ import click
 
 from autocomp.cli.output import print_json, stderr_console, stdout_console
 from autocomp.cli.values import Quantity
+from autocomp.core.errors import UserError
 from autocomp.core.files import write_text_atomic
 
 _STUDY = click.argument("study", type=click.Path(path_type=Path))
@@ -50,6 +51,12 @@ def front(study: Path, html: Path | None, estimated: bool, as_json: bool) -> Non
     metavar="DIR",
     help="Write the model, its tokenizer and its card to DIR, and verify it.",
 )
+@click.option(
+    "--format",
+    "format",
+    metavar="NAME",
+    help="Format of --export: see 'autocomp ls exporters' [what the trial's runtime opens].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def pick(
     study: Path,
@@ -58,6 +65,7 @@ def pick(
     peak_memory: str | None,
     quality: float | None,
     export: Path | None,
+    format: str | None,
     as_json: bool,
 ) -> None:
     """Choose the best trial of STUDY within a budget; without limits, within the study's own.
@@ -66,9 +74,11 @@ def pick(
     """
     from autocomp import api
 
+    if format is not None:
+        _check_format(format, export)
     opened = api.open_study(study)
     picked = opened.pick(latency=latency, size=size, peak_memory=peak_memory, quality=quality)
-    exported = None if export is None else picked.export(export)
+    exported = None if export is None else picked.export(export, format)
     if as_json:
         print_json({**picked.to_json(), "export": exported})
         return
@@ -86,6 +96,14 @@ def pick(
     view = opened.front()
     dense = next((t for t in view["trials"] if t["id"] == view["dense"]), None)
     print_picked(stdout_console(), picked.to_json(), dense, exported, f"{command} --export out/")
+
+
+def _check_format(format: str, export: Path | None) -> None:
+    from autocomp.export import EXPORTERS
+
+    if export is None:
+        raise UserError(f"--format {format} says how to export: name a directory by --export DIR")
+    EXPORTERS.get(format)
 
 
 @click.command()

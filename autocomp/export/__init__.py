@@ -11,6 +11,8 @@ EXPORTERS: Registry[Exporter] = Registry(
     {
         "onnx": "autocomp.export.artifact:ONNX",
         "openvino": "autocomp.export.artifact:OPENVINO",
+        "huggingface": "autocomp.export.huggingface:EXPORTER",
+        "compressed-tensors": "autocomp.export.compressed_tensors:EXPORTER",
     },
 )
 """Export formats by name; other packages add theirs under the entry-point group

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from autocomp.core.errors import InternalError, StorageError, UserError
-from autocomp.core.files import sync_directory
+from autocomp.core.errors import InternalError, UserError
 from autocomp.export.card import model_card
+from autocomp.export.directory import fill_companions, write_directory
 from autocomp.export.protocol import ExportRequest, Verification
 from autocomp.export.tokenizer import verify_tokenizer
 from autocomp.models.vocabulary import load_vocabulary
@@ -26,6 +23,8 @@ class ArtifactExporter:
 
     `suffix` tells the files of the runtime this format is for.
     """
+
+    expresses = "every candidate measured on its runtime: the files that were measured"
 
     def __init__(self, name: str, summary: str, suffix: str) -> None:
         self.name = name
@@ -47,45 +46,14 @@ class ArtifactExporter:
                 f"{request.artifact.path.name}, which nothing is converted to or from. Leave out "
                 f"the format, or search with another target.runtime"
             )
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(f"{directory} is not empty: name a new or empty directory to export to")
-        parent = directory.resolve().parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{directory.name}."))
-        except OSError as error:
-            raise StorageError(f"cannot write to {parent}: {error.strerror or error}") from error
-        try:
-            self._fill(request, temporary)
-            temporary.chmod(0o755)
-            if directory.exists():
-                directory.rmdir()
-            temporary.rename(directory)
-            sync_directory(parent)
-        except OSError as error:
-            raise StorageError(f"cannot write {directory}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        write_directory(directory, lambda temporary: self._fill(request, temporary))
 
     def _fill(self, request: ExportRequest, directory: Path) -> None:
         for file in sorted(request.artifact.path.parent.iterdir()):
             shutil.copyfile(file, directory / file.name)
-        request.companions.ship(directory, load_vocabulary(request.artifact.path.parent))
-        candidate = request.record.candidate.to_json()
-        text = yaml.safe_dump(candidate, sort_keys=False, default_flow_style=None, width=100)
-        (directory / "candidate.yaml").write_text(text, encoding="utf-8")
-        labels = request.companions.label_names
-        if labels:
-            lines = "".join(f"{label}\n" for label in labels)
-            (directory / "labels.txt").write_text(lines, encoding="utf-8")
+        fill_companions(request, directory)
         card = model_card(request, request.artifact.path.name)
         (directory / "README.md").write_text(card, encoding="utf-8")
-        for file in directory.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
     def verify(self, request: ExportRequest, directory: Path, target: Target) -> Verification:
         """See `Exporter.verify`."""

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from autocomp.core.measurement import Measurement
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.export.loading import loading_code
 from autocomp.export.protocol import ExportRequest
 from autocomp.models.vocabulary import load_vocabulary
 
+_MEASURED = "Measured on the exported file, on the target; the estimate came from the cost table."
 
-def model_card(request: ExportRequest, file: str) -> str:
-    """The card, as Markdown."""
+
+def model_card(
+    request: ExportRequest, file: str, loading: str | None = None, remarks: Sequence[str] = ()
+) -> str:
+    """The card, as Markdown.
+
+    Args:
+        file: name of the model's file.
+        loading: how to load it, Python; by default with ONNX Runtime.
+        remarks: what the figures mean for these files, where they were not measured on them.
+    """
     spec, record = request.spec, request.record
     dense = None if request.dense is None else request.dense.measured
     workload = spec.target.workload
@@ -28,14 +40,14 @@ def model_card(request: ExportRequest, file: str) -> str:
         "",
         *_quality(request),
         "",
-        "Measured on the exported file, on the target; the estimate came from the cost table.",
+        *(remarks or [_MEASURED]),
         "What was done to each unit is in `candidate.yaml`.",
         *_vocabulary(request),
         "",
         "## Load",
         "",
         "```python",
-        loading_code(request.companions.inputs, file, workload.generate).rstrip(),
+        (loading or loading_code(request.companions.inputs, file, workload.generate)).rstrip(),
         "```",
         "",
     ]

@@ -25,6 +25,8 @@ class ExportRequest:
         companions: tokenizer or processor files, labels and example inputs of the study.
         dense: the dense trial, for the card.
         report: what the report split said (`quality`, `teacher_quality`), if it was opened.
+        student: where the trial's torch weights are, for formats that are not the runtime's own;
+            the file may be missing.
     """
 
     spec: Spec
@@ -33,6 +35,7 @@ class ExportRequest:
     companions: Companions
     dense: TrialRecord | None
     report: Mapping[str, Any] | None
+    student: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,22 @@ class Verification:
     """What reloading showed.
 
     Attributes:
-        max_difference: largest absolute difference of the reloaded model's logits from the
-            artifact's that was evaluated.
+        max_difference: largest absolute difference of the reloaded model's logits from what the
+            format promises: the artifact's that was evaluated, or those of its weights as floats.
         size_bytes: bytes of the model on disk.
-        measured: cost, measured again.
+        measured: cost, measured again; `None` where the study's target does not run the format.
     """
 
     max_difference: float
     size_bytes: int
-    measured: Measurement
+    measured: Measurement | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping."""
         return {
             "max_difference": self.max_difference,
             "size_bytes": self.size_bytes,
-            "measured": self.measured.to_json(),
+            "measured": None if self.measured is None else self.measured.to_json(),
         }
 
 
@@ -63,10 +66,12 @@ class Exporter(Protocol):
     """An export format.
 
     Call sequence: `supports` → `write` → `verify`. `write` leaves a whole directory or nothing.
+    `expresses` says, for `autocomp ls exporters`, which candidates it can write.
     """
 
     name: str
     summary: str
+    expresses: str
 
     def supports(self, record: TrialRecord) -> str | None:
         """`None` if this format can express the trial's candidate, else the reason it cannot."""
@@ -76,13 +81,15 @@ class Exporter(Protocol):
         """Write the model, tokenizer or processor, `candidate.yaml` and the card.
 
         Raises:
-            UserError: if `directory` exists and is not empty.
+            UserError: if `directory` exists and is not empty, or the format cannot express the
+                model, naming the unit.
+            StudyError: if the format needs the trial's torch weights and they are not there.
             StorageError: if the disk is full.
         """
         ...
 
     def verify(self, request: ExportRequest, directory: Path, target: Target) -> Verification:
-        """Reload from `directory`, compare outputs with the trial's artifact, measure again.
+        """Reload from `directory`, compare outputs with the trial's, measure again if it can.
 
         Raises:
             InternalError: if outputs differ or the size on disk is not the measured one.

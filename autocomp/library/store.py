@@ -153,7 +153,7 @@ class Library:
         except FileNotFoundError:
             return None
         self._touch(key, path)
-        state = _unpack(metadata["sites"], tensors)
+        state = unpack_state(metadata["sites"], tensors)
         self._remember(key, state)
         return state
 
@@ -173,7 +173,7 @@ class Library:
         Raises:
             StorageError: if the disk is full or refuses; what was stored before stays valid.
         """
-        tensors, sites = _pack(state)
+        tensors, sites = pack_state(state)
         metadata = {
             "item": json.dumps({"sites": sites, "info": dict(info or {})}),
             "sha256": _ZEROS.decode(),
@@ -281,7 +281,7 @@ class Library:
                 continue
 
 
-def _pack(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def pack_state(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A quantised site is stored as codes and scales, from which its weight follows exactly.
 
     A sparse one as a bit per weight and, float, the weights that the mask lets be; what it was
@@ -310,7 +310,7 @@ def _pack(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, {name: asdict(site.format) for name, site in state.items()}
 
 
-def _unpack(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> UnitState:
+def unpack_state(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> UnitState:
     state: UnitState = {}
     for name, fields in sites.items():
         form = SiteFormat(**fields)

@@ -83,6 +83,11 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
+def task_class(task: str) -> Any:
+    """transformers' auto class of a task."""
+    return _CLASSES[task]
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in `path`.
 

@@ -177,6 +177,7 @@ def print_kind(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         )
         for name, value in (
             ("options", row.get("options")),
+            ("expresses", row.get("expresses")),
             ("speeds up", ", ".join(row.get("speeds_up") or [])),
             ("shrinks", ", ".join(row.get("shrinks") or [])),
             ("paper", row.get("paper")),

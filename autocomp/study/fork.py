@@ -57,6 +57,7 @@ def _agree(one: Spec, other: Spec, *sections: str) -> bool:
 def _take_over(record: TrialRecord, source: Study, study: Study) -> None:
     if record.artifact is not None:
         _link_tree(source.paths.root / record.artifact, study.paths.root / record.artifact)
+        _link(source.paths.student(record.id), study.paths.student(record.id))
     append_trial(study.ledger, record)
 
 

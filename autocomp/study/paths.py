@@ -48,6 +48,10 @@ class StudyPaths:
         """One directory for each trial's exported model."""
         return self.root / "artifacts"
 
+    def student(self, trial: str) -> Path:
+        """A trial's torch weights, for other export formats; beside no artifact, in no size."""
+        return self.root / "students" / f"{trial}.safetensors"
+
     @property
     def companions(self) -> Path:
         """What every exported model is shipped with: tokenizer or processor, labels, inputs."""

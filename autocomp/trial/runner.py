@@ -28,6 +28,7 @@ from autocomp.core.errors import AutocompError
 from autocomp.core.measurement import Measurement
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
+from autocomp.library.student import save_student, teacher_digest
 from autocomp.models.load import load_model
 from autocomp.models.pruned_table import model_vocabulary
 from autocomp.models.vocabulary import Vocabulary, load_vocabulary
@@ -86,6 +87,12 @@ class CandidateRunner:
         self.task = make_task(trial.spec, trial.model_path)
         self.teacher = load_model(trial.teacher_path, self.task.name, self.task.num_labels)
         self._retokenised: tuple[Vocabulary, Task] | None = None
+        self._about = {
+            "teacher": str(trial.teacher_path.resolve()),
+            "digest": teacher_digest(trial.teacher_path),
+            "task": self.task.name,
+            "num_labels": self.task.num_labels,
+        }
         self.library = Library(trial.library_path)
         self._targets: dict[Runtime, Target] = {}
         self.skeleton = onnx.load(trial.skeleton_path)
@@ -161,6 +168,9 @@ class CandidateRunner:
             if vocabulary is not None:
                 vocabulary.save(directory)
             check_agreement(target, artifact, student, self.task, workload.batch)
+            save_student(
+                self.paths.student(record.id), student, self.teacher, context.units, self._about
+            )
         with _timed(seconds, "evaluate"):
             vocabulary = load_vocabulary(artifact.path.parent)
             evaluation = self._task_of(vocabulary).evaluate(

@@ -49,8 +49,8 @@ class FakePicked:
     def to_json(self) -> dict[str, Any]:
         return TRIAL
 
-    def export(self, directory: Path) -> dict[str, Any]:
-        return {"directory": str(directory), "verified": True}
+    def export(self, directory: Path, format: str | None = None) -> dict[str, Any]:
+        return {"directory": str(directory), "verified": True, "format": format}
 
 
 class FakeStudy:
@@ -208,8 +208,24 @@ class TestPick:
 
     def test_export(self, api: FakeApi) -> None:
         result = run("pick", "runs/tiny", "--export", "out", "--json")
-        assert json.loads(result.stdout)["export"] == {"directory": "out", "verified": True}
+        assert json.loads(result.stdout)["export"] == {
+            "directory": "out",
+            "verified": True,
+            "format": None,
+        }
+        result = run("pick", "runs/tiny", "--export", "out", "--json", "--format", "huggingface")
+        assert json.loads(result.stdout)["export"]["format"] == "huggingface"
         assert "Exported and verified: out" in run("pick", "runs/tiny", "--export", "out").stdout
+
+    def test_formats(self, api: FakeApi) -> None:
+        result = run("pick", "runs/tiny", "--export", "out", "--format", "hugginface")
+        assert result.exit_code == 2
+        assert "Did you mean 'huggingface'?" in result.stderr
+        assert "compressed-tensors, huggingface, onnx, openvino" in result.stderr
+        result = run("pick", "runs/tiny", "--format", "onnx")
+        assert result.exit_code == 2
+        assert "--export DIR" in result.stderr
+        assert api.calls == []
 
     def test_the_next_command_repeats_the_limits(self, api: FakeApi) -> None:
         result = run("pick", "runs/tiny", "--latency", "4 ms")
