@@ -176,7 +176,7 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
     """
     from autocomp.export.companions import Companions
     from autocomp.models.load import load_model
-    from autocomp.targets.skeleton import cached_skeleton, skeleton_path
+    from autocomp.targets.skeleton_store import cached_skeleton, skeleton_path
     from autocomp.tasks.inspect import sample_texts
 
     model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)

@@ -174,7 +174,7 @@ class CpuTarget(ABC):
         return self.recipes.size_bytes(format, self.tokens)
 
     def export(self, model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
-        """The skeleton of a dense model (seconds); see `skeleton.cached_skeleton` to keep it."""
+        """The skeleton of a dense model (seconds); see `skeleton_store` to keep it."""
         from autocomp.targets.skeleton import export_skeleton
 
         return export_skeleton(model, units, task, decode=self.decodes)

@@ -22,8 +22,8 @@ from autocomp.targets.generation import PAST, PRESENT, feeds, first_tokens, gene
 from autocomp.targets.graph import Graph
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget, open_session
 from autocomp.targets.profile import profile
-from autocomp.targets.skeleton import skeleton_key
 from autocomp.targets.skeleton_format import DOMAIN
+from autocomp.targets.skeleton_store import skeleton_key
 
 TASK = TextTask(masked=False)
 PROMPT, NEW = 9, 12

@@ -19,7 +19,7 @@ from autocomp.models.surgery import install, keep_heads, keep_width, skip
 from autocomp.operators import apply_option, option_formats
 from autocomp.operators.protocol import SiteState
 from autocomp.targets.graph import Graph, attribute
-from autocomp.targets.skeleton import cached_skeleton
+from autocomp.targets.skeleton_store import cached_skeleton
 from autocomp.targets.weights import SiteWeights, model_parameters, model_weights
 
 LAYOUTS = ("bert", "llama", "qwen3", "gpt2", "vit", "dinov2")
@@ -250,7 +250,7 @@ def test_skeletons_are_cached_by_content(exported, tmp_path: Path, monkeypatch):
         calls.append(1)
         return skeleton
 
-    monkeypatch.setattr("autocomp.targets.skeleton.export_skeleton", fake)
+    monkeypatch.setattr("autocomp.targets.skeleton_store.export_skeleton", fake)
     first = cached_skeleton(model, units, task, tmp_path)
     again = cached_skeleton(copy.deepcopy(model), units, task, tmp_path)
     assert len(calls) == 1

@@ -21,7 +21,7 @@ from autocomp.models.tokens import install_tokens
 from autocomp.targets.cost_table import CostTable, Entry
 from autocomp.targets.graph import attribute
 from autocomp.targets.profile import check_table, profile
-from autocomp.targets.skeleton import skeleton_key
+from autocomp.targets.skeleton_store import skeleton_key
 from autocomp.targets.token_costs import TokenCosts, measured_lengths
 from autocomp.targets.token_profile import token_costs
 from autocomp.targets.weights import model_weights

@@ -22,6 +22,7 @@ from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InternalError, SpecError
 from autocomp.export.artifact import ONNX
 from autocomp.export.companions import Companions
+from autocomp.export.huggingface import EXPORTER as HUGGINGFACE
 from autocomp.export.protocol import ExportRequest
 from autocomp.library.stitch import stitch
 from autocomp.models.vocabulary import load_vocabulary
@@ -183,6 +184,13 @@ def test_the_artifact_is_evaluated_with_the_tokenizer_it_ships_with(
         feeds = {"input_ids": encoded, "attention_mask": np.ones_like(encoded)}
         right += labels[session.run(None, feeds)[0][0].argmax()] == rows[text]
     assert record.quality == pytest.approx(right / len(task.splits["search"]))
+
+    floats = tmp_path / "floats"
+    stored = replace(request, student=built.study.paths.student(record.id))
+    HUGGINGFACE.write(stored, floats)
+    verified = HUGGINGFACE.verify(stored, floats, runner.context.target(None))
+    assert verified.max_difference < 1e-4
+    assert (floats / "tokenizer.json").read_bytes() == (shipped / "tokenizer.json").read_bytes()
 
     (shipped / "tokenizer.json").write_text(
         (built.plan.model_path / "tokenizer.json").read_text(), encoding="utf-8"
