@@ -35,7 +35,7 @@ from autocomp.spec.schema import TargetSection, WorkloadSection
 from autocomp.targets import make_target
 from autocomp.targets.protocol import Target
 
-TARGET_NAMES = ("onnxruntime-cpu",)
+TARGET_NAMES = ("onnxruntime-cpu", "openvino-cpu")
 SHAPES = ((1, 9), (3, 5))
 ATTENTION, FFN = "layers.*.attention", "layers.*.ffn"
 
@@ -67,6 +67,9 @@ CANDIDATES: dict[str, dict[str, Rule]] = {
 }
 TOLERANCE = {"int8": 5e-2, "mixed": 5e-2, "int4 weights": 2e-3}
 """Of the logits' spread; else 1e-4. An 8-bit activation may fall on the other side of a step."""
+OWN_GRAIN = {"onnxruntime-cpu": 1.0, "openvino-cpu": 4.0}
+"""Times that: OpenVINO quantises activations by groups of a token's columns, torch by tensor; the
+norms of single heads in Qwen3 amplify what that changes."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,8 @@ def test_artifacts_compute_what_torch_does(
         for shape in SHAPES:
             inputs = made.task.example_inputs(*shape)
             difference = target.verify(artifact, model, {k: v.numpy() for k, v in inputs.items()})
-            assert difference < TOLERANCE.get(name, 1e-4) * spread, (name, shape, difference)
+            allowed = TOLERANCE[name] * OWN_GRAIN[target_name] if name in TOLERANCE else 1e-4
+            assert difference < allowed * spread, (name, shape, difference)
         changed = (logits(model, made.task.example_inputs(*SHAPES[0])) - dense).abs().max()
         assert (name == "dense") == (float(changed) == 0.0), name
     assert all(sizes[name] < sizes["dense"] for name in ("narrow", "shallow"))
