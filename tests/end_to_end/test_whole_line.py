@@ -75,6 +75,7 @@ ROWS = {
             "options": {"type": "string"},
             "speeds_up": {"type": "array", "items": {"type": "string"}},
             "shrinks": {"type": "array", "items": {"type": "string"}},
+            "expresses": {"type": "string"},
         }
     ),
 }
