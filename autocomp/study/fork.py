@@ -73,7 +73,7 @@ def _link_tree(source: Path, destination: Path) -> None:
 def _link(source: Path, destination: Path) -> None:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        if destination.exists():
+        if destination.exists() or not source.exists():
             return
         try:
             destination.hardlink_to(source)

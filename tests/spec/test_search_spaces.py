@@ -25,6 +25,7 @@ def test_the_committed_schema_is_the_codes():
 
 def test_they_are_all_here():
     assert [path.stem for path in SPECS] == [
+        "all_operators",
         "llama_cpu",
         "llama_decode_cpu",
         "quickstart",
