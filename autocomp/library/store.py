@@ -32,9 +32,9 @@ from autocomp.core.errors import StorageError
 from autocomp.core.files import write_atomic
 from autocomp.core.hashing import content_key
 from autocomp.core.unit import SiteFormat
+from autocomp.models.codes import dequantise
 from autocomp.operators import OPERATORS
 from autocomp.operators.protocol import SiteState, UnitState
-from autocomp.operators.quantize.grid import dequantise
 
 FORMAT_VERSION = 2
 """Raised when the layout of an item changes: older items are then built again."""

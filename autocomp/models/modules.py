@@ -18,74 +18,21 @@ from torch.nn import functional as F
 
 from autocomp.core.activation_grid import float32, static_grid
 from autocomp.core.unit import SiteFormat
+from autocomp.models.codes import (
+    CODE_RANGE,
+    dequantise,
+    fake_quantise_weight,
+    group_count,
+    quantise,
+)
 from autocomp.models.rounding import (
     Integers,
     fake_quantise_per_tensor,
     fake_quantise_static,
     integer_linear,
     integer_products,
-    straight_through,
 )
 from autocomp.models.sparse import check_mask
-
-CODE_RANGE: dict[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}
-"""Weight bits → smallest and largest code."""
-
-
-def group_size(format: SiteFormat) -> int:
-    """Columns that share a scale: the whole row when `format.group` is `None`."""
-    return format.group or format.columns
-
-
-def group_count(format: SiteFormat) -> int:
-    """Scales per row."""
-    return -(-format.columns // group_size(format))
-
-
-def expand_scales(scales: torch.Tensor, columns: int, group: int) -> torch.Tensor:
-    """Scales `(rows, groups)` so that they broadcast against `(rows, columns)`."""
-    if scales.shape[-1] == 1:
-        return scales
-    return scales.repeat_interleave(group, dim=-1)[..., :columns]
-
-
-def quantise(weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> torch.Tensor:
-    """Codes of `weight`, as float, in the shape of `weight` `(..., columns)`; round half to even.
-
-    `scales` is `(..., groups)`. A group whose scale is zero gets code zero.
-    """
-    low, high = CODE_RANGE[format.weight_bits]
-    steps = expand_scales(scales, weight.shape[-1], group_size(format))
-    divisor = torch.where(steps > 0, steps, torch.inf)
-    return (weight / divisor).round_().clamp_(low, high)
-
-
-def dequantise(codes: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> torch.Tensor:
-    """`codes * scale`, float32, in the shape of `codes` `(..., columns)`."""
-    steps = expand_scales(scales, codes.shape[-1], group_size(format))
-    return codes.to(torch.float32) * steps
-
-
-def _fake_quantise_weight(
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    format: SiteFormat,
-    held: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`weight` `(..., columns)` rounded to its codes and back; gradient clipped to the range.
-
-    Where the mask `held` is false there is no gradient: a weight that is zero there stays zero.
-    """
-    with torch.no_grad():
-        rounded = dequantise(quantise(weight, scales, format), scales, format)
-        mask = None
-        if weight.requires_grad:
-            low, high = CODE_RANGE[format.weight_bits]
-            steps = expand_scales(scales, weight.shape[-1], group_size(format))
-            mask = (weight >= (low - 0.5) * steps) & (weight <= (high + 0.5) * steps)
-            if held is not None:
-                mask &= held
-    return straight_through(weight, rounded, mask)
 
 
 def _check(weight: torch.Tensor, scales: torch.Tensor, format: SiteFormat) -> None:
@@ -213,7 +160,7 @@ class _Quantised(nn.Module):
         if self._rounded is not None and self._rounded.key == self._key():
             return self._rounded
         with torch.inference_mode(False), torch.no_grad():
-            rounded = _fake_quantise_weight(self.weight.detach(), self.scales, self.format)
+            rounded = fake_quantise_weight(self.weight.detach(), self.scales, self.format)
             if torch.equal(rounded, self.weight):
                 rounded = self.weight.detach()  # nothing to round: keep one copy, not two
         return self._keep(rounded)
@@ -334,7 +281,7 @@ class QuantLinear(_Quantised):
         elif self.format.activation_bits == 8:
             x = fake_quantise_per_tensor(x)
         if self._wants_gradient():
-            weight = _fake_quantise_weight(self.weight, self.scales, self.format, self.mask)
+            weight = fake_quantise_weight(self.weight, self.scales, self.format, self.mask)
         else:
             weight = self.dequantised()
         return F.linear(x, weight, self.bias)
@@ -385,7 +332,7 @@ class QuantEmbedding(_Quantised):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Integer `ids` of any shape `(...)` → `(..., width)`."""
         rows = F.embedding(ids, self.weight, self.padding_idx)
-        return _fake_quantise_weight(rows, F.embedding(ids, self.scales), self.format)
+        return fake_quantise_weight(rows, F.embedding(ids, self.scales), self.format)
 
 
 class Skip(nn.Module):

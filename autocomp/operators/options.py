@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
@@ -26,7 +26,7 @@ from autocomp.operators.protocol import (
     UnitState,
     UnitStats,
 )
-from autocomp.spec.schema import RuleSection
+from autocomp.spec.space import RuleSection
 
 OPERATORS: Registry[Operator] = Registry(
     "operators",
@@ -147,7 +147,7 @@ def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> Un
 def _stage_choices(unit: Unit, rule: Rule, stage: Stage) -> list[Step | None]:
     steps: dict[Step, None] = {}
     may_leave_out = True
-    for name in _named(rule, stage):
+    for name in rule.methods(stage):
         operator = OPERATORS.get(name)
         if operator.stage != stage:
             allowed = [known for known in OPERATORS if OPERATORS.get(known).stage == stage]
@@ -159,20 +159,6 @@ def _stage_choices(unit: Unit, rule: Rule, stage: Stage) -> list[Step | None]:
         may_leave_out &= not offered or None in offered
         steps.update((step, None) for step in offered if step is not None)
     return [*([None] if may_leave_out else []), *steps]
-
-
-def _named(rule: Rule, stage: Stage) -> list[str]:
-    """Names of the operators the rule mentions in this stage."""
-    if stage == "structure":
-        return list(rule.structure)
-    axes = {"tokens": rule.tokens, "sparsity": rule.sparsity, "bits": rule.bits}
-    return _as_list(axes.get(stage, {}).get("method", []))
-
-
-def _as_list(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return list(value) if isinstance(value, Iterable) else [value]
 
 
 def _canonical(unit: Unit, steps: list[Step]) -> Option:

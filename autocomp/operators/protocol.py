@@ -95,6 +95,13 @@ class Rule:
     sparsity: Mapping[str, Any] = field(default_factory=dict)
     tokens: Mapping[str, Any] = field(default_factory=dict)
 
+    def methods(self, stage: Stage) -> list[str]:
+        """Names of the operators asked for in `stage`, in the order written."""
+        if stage == "structure":
+            return list(self.structure)
+        named = getattr(self, stage).get("method", [])
+        return [named] if isinstance(named, str) else list(named)
+
 
 class Operator(Protocol):
     """A compression method. Attributes are class-level constants.

@@ -32,7 +32,7 @@ from autocomp.core.errors import UserError
 from autocomp.core.factors import first_of, second_of
 from autocomp.core.unit import Site, SiteFormat, Unit, dense_format
 from autocomp.library.store import Library
-from autocomp.models.modules import CODE_RANGE, group_count
+from autocomp.models.codes import CODE_RANGE, group_count
 from autocomp.operators.protocol import (
     STAGES,
     Operator,

@@ -16,13 +16,14 @@ from autocomp.core.unit import Unit
 from autocomp.export.companions import Companions
 from autocomp.export.protocol import ExportRequest
 from autocomp.library.student import save_student, teacher_digest, unit_state
+from autocomp.models.codes import dequantise
 from autocomp.models.conversion import save_model
 from autocomp.models.discover import find_units
 from autocomp.models.load import load_model
 from autocomp.models.sources import read_config, read_tensor_shapes
 from autocomp.models.surgery import copy_for_surgery, install
 from autocomp.operators.protocol import SiteState, UnitState
-from autocomp.operators.quantize.grid import dequantise, round_to_grid, search_scales
+from autocomp.operators.quantize.grid import round_to_grid, search_scales
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
 from autocomp.targets.protocol import Artifact

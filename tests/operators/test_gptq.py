@@ -10,11 +10,11 @@ import torch
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.unit import SiteFormat
-from autocomp.models import modules
+from autocomp.models.codes import CODE_RANGE, dequantise, group_count, group_size
 from autocomp.operators import apply_option
 from autocomp.operators.gram import Factor, damped, damping_for, factorise, output_error
 from autocomp.operators.protocol import SiteStats
-from autocomp.operators.quantize.grid import SHRINK, dequantise, round_to_grid, search_scales
+from autocomp.operators.quantize.grid import SHRINK, round_to_grid, search_scales
 from autocomp.operators.quantize.solve import solve_columns
 from autocomp.testing.operator_contract import attention, example_state, example_stats, ffn
 
@@ -62,7 +62,7 @@ def test_equals_the_textbook(bits: int, group: int | None) -> None:
     like = form(12, columns, bits, group)
     scales = search_scales(weight, like)
     codes = solve_columns(weight, scales, factorise(gram), like)
-    low, high = modules.CODE_RANGE[bits]
+    low, high = CODE_RANGE[bits]
     expected = textbook(weight.numpy(), gram.numpy(), scales.numpy(), group or columns, low, high)
     # A rounding tie decided the other way in float32 shifts what follows in its row: rows agree
     # wholly or not at all, and nearly all do.
@@ -182,7 +182,7 @@ def test_other_weights_under_the_same_statistics_are_solved_anew() -> None:
 def test_scales_minimise_the_error_over_the_tried_ones(bits: int) -> None:
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
     scales = search_scales(weight, form(5, 40, bits, 16)).numpy()
-    low, high = modules.CODE_RANGE[bits]
+    low, high = CODE_RANGE[bits]
     for row in range(5):
         for index, start in enumerate(range(0, 40, 16)):
             group = weight[row, start : start + 16].numpy().astype(np.float64)
@@ -212,11 +212,14 @@ def test_scales_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("columns", "group"), [(40, 16), (32, 16), (10, 16), (10, None)])
-def test_dequantise_gives_the_bits_the_modules_give(columns: int, group: int | None) -> None:
+def test_dequantise_is_codes_times_the_scale_of_their_group(
+    columns: int, group: int | None
+) -> None:
     like = form(3, columns, 4, group)
     codes = torch.randint(-8, 8, (3, columns), dtype=torch.int8)
-    scales = torch.rand(3, modules.group_count(like)) + 0.1
-    assert torch.equal(dequantise(codes, scales, like), modules.dequantise(codes, scales, like))
+    scales = torch.rand(3, group_count(like)) + 0.1
+    expanded = scales.repeat_interleave(group_size(like), dim=1)[:, :columns]
+    assert torch.equal(dequantise(codes, scales, like), codes.float() * expanded)
 
 
 def test_factor_type_is_plain_data() -> None:

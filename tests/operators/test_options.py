@@ -13,7 +13,7 @@ from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat
 from autocomp.operators import option_formats, rule_of, unit_options
 from autocomp.operators.protocol import Rule
-from autocomp.spec.schema import RuleSection
+from autocomp.spec.space import RuleSection
 from autocomp.testing.operator_contract import attention, embedding, ffn, head
 
 

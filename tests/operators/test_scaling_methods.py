@@ -12,7 +12,7 @@ from autocomp.calibrate.stats import SiteStats
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
-from autocomp.models.modules import CODE_RANGE
+from autocomp.models.codes import CODE_RANGE
 from autocomp.operators import apply_option
 from autocomp.operators.gram import output_error
 from autocomp.operators.protocol import UnitState, UnitStats

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import ModelError, UserError
 from autocomp.core.unit import SiteFormat
+from autocomp.models.codes import dequantise
 from autocomp.operators import apply_option, option_formats, rule_of, unit_options
 from autocomp.operators.gram import damped, factorise, output_error
 from autocomp.operators.protocol import SiteStats, UnitState
-from autocomp.operators.quantize.grid import dequantise, round_to_grid, search_scales
+from autocomp.operators.quantize.grid import round_to_grid, search_scales
 from autocomp.operators.quantize.solve import solve_columns
 from autocomp.operators.sparsify.choices import kept_per_row
 from autocomp.operators.sparsify.masks import lowest_mask, row_mask
 from autocomp.operators.sparsify.solve import solve_sparse
-from autocomp.spec.schema import RuleSection
+from autocomp.spec.space import RuleSection
 from autocomp.testing.operator_contract import (
     attention,
     embedding,

@@ -15,7 +15,7 @@ from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.operators import apply_option, option_formats, rule_of, unit_options
 from autocomp.operators.quantize.ranges import FRACTIONS, static_range
-from autocomp.spec.schema import RuleSection
+from autocomp.spec.space import RuleSection
 from autocomp.testing.operator_contract import (
     attention,
     embedding,

@@ -18,7 +18,7 @@ from autocomp.operators import (
     weight_option,
 )
 from autocomp.operators.protocol import Rule
-from autocomp.spec.schema import RuleSection
+from autocomp.spec.space import RuleSection
 from autocomp.testing.operator_contract import attention, embedding, ffn, head
 
 BOTH = {"method": ["tome", "token_prune"], "ratios": [0.0, 0.25]}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from autocomp.models.layouts.layout import (
     ConfigKeys,
     Layout,
@@ -16,68 +19,62 @@ _HEADS = {"language-modeling": (SiteSpec("head", "lm_head", "vocabulary", "hidde
 _KEYS = ConfigKeys(kv_heads="num_key_value_heads", vocabulary="vocab_size")
 _SLIDING = {"use_sliding_window": (True,), "layer_types": ("sliding_attention",)}
 
-LLAMA = Layout(
-    model_type="llama",
-    prefix="model",
-    blocks="layers",
-    attention=SublayerSpec(
-        sites=projections("self_attn", bias="attention_bias", output_bias="attention_bias"),
-        zero={"self_attn": 2},
-        identity=("input_layernorm",),
-    ),
-    ffn=SublayerSpec(
-        sites=gated(bias="mlp_bias"), zero={"mlp": 1}, identity=("post_attention_layernorm",)
-    ),
-    embeddings=_EMBEDDINGS,
-    heads=_HEADS,
-    keys=_KEYS,
-    defaults={"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False},
-    tied="tie_word_embeddings",
+
+def _rotary(
+    model_type: str,
+    *,
+    bias: bool | str,
+    output_bias: bool | str,
+    ffn_bias: bool | str,
+    defaults: Mapping[str, object],
+    unsupported: Mapping[str, tuple[object, ...]] = MappingProxyType({}),
+) -> Layout:
+    """Norm, rotary attention, norm, gated feed-forward; biases as `projections` takes them."""
+    return Layout(
+        model_type=model_type,
+        prefix="model",
+        blocks="layers",
+        attention=SublayerSpec(
+            sites=projections("self_attn", bias=bias, output_bias=output_bias),
+            zero={"self_attn": 2},
+            identity=("input_layernorm",),
+        ),
+        ffn=SublayerSpec(
+            sites=gated(bias=ffn_bias), zero={"mlp": 1}, identity=("post_attention_layernorm",)
+        ),
+        embeddings=_EMBEDDINGS,
+        heads=_HEADS,
+        keys=_KEYS,
+        defaults={"tie_word_embeddings": False, **defaults},
+        unsupported=unsupported,
+        tied="tie_word_embeddings",
+    )
+
+
+LLAMA = _rotary(
+    "llama",
+    bias="attention_bias",
+    output_bias="attention_bias",
+    ffn_bias="mlp_bias",
+    defaults={"attention_bias": False, "mlp_bias": False},
 )
 
-QWEN2 = Layout(
-    model_type="qwen2",
-    prefix="model",
-    blocks="layers",
-    attention=SublayerSpec(
-        sites=projections("self_attn", bias=True, output_bias=False),
-        zero={"self_attn": 2},
-        identity=("input_layernorm",),
-    ),
-    ffn=SublayerSpec(
-        sites=gated(bias=False), zero={"mlp": 1}, identity=("post_attention_layernorm",)
-    ),
-    embeddings=_EMBEDDINGS,
-    heads=_HEADS,
-    keys=_KEYS,
-    defaults={"num_key_value_heads": 32, "tie_word_embeddings": False},
+QWEN2 = _rotary(
+    "qwen2",
+    bias=True,
+    output_bias=False,
+    ffn_bias=False,
+    defaults={"num_key_value_heads": 32},
     unsupported=_SLIDING,
-    tied="tie_word_embeddings",
 )
 
-QWEN3 = Layout(
-    model_type="qwen3",
-    prefix="model",
-    blocks="layers",
-    attention=SublayerSpec(
-        sites=projections("self_attn", bias="attention_bias", output_bias="attention_bias"),
-        zero={"self_attn": 2},
-        identity=("input_layernorm",),
-    ),
-    ffn=SublayerSpec(
-        sites=gated(bias=False), zero={"mlp": 1}, identity=("post_attention_layernorm",)
-    ),
-    embeddings=_EMBEDDINGS,
-    heads=_HEADS,
-    keys=_KEYS,
-    defaults={
-        "attention_bias": False,
-        "head_dim": 128,
-        "num_key_value_heads": 32,
-        "tie_word_embeddings": False,
-    },
+QWEN3 = _rotary(
+    "qwen3",
+    bias="attention_bias",
+    output_bias="attention_bias",
+    ffn_bias=False,
+    defaults={"attention_bias": False, "head_dim": 128, "num_key_value_heads": 32},
     unsupported=_SLIDING,
-    tied="tie_word_embeddings",
 )
 
 GPT2 = Layout(

@@ -1,8 +1,9 @@
 """Vocabulary: keep the rows of the tokens a task uses; the tokenizer is rewritten to match.
 
-Kept are the tokens of the calibrate and distil splits, special tokens, and the characters any other
-text can be spelt with. Positions and hidden sizes are untouched. Training and stitching go on in
-original ids; a model that is shipped takes the ids of the tokenizer shipped with it.
+Kept are the tokens of at least two examples of the calibrate and distil splits, special tokens, and
+the characters any other text can be spelt with. Positions and hidden sizes are untouched. Training
+and stitching go on in original ids; a model that is shipped takes the ids of the tokenizer shipped
+with it.
 """
 
 from __future__ import annotations

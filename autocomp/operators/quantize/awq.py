@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autocomp.core.candidate import Step
-from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
 from autocomp.operators.quantize.choices import bit_steps, quantised_formats, silent_at_tables
+from autocomp.operators.shared_inputs import shared_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,21 +124,6 @@ class Awq:
         # Remembered with the scale: one for the sites that share it.
         shared = derived(scale, ("factor", damping, reorder), factor)
         return solve_columns(original * scale, scales, shared, form, mask), scales
-
-
-def shared_inputs(operator: str, unit: Unit, state: UnitState, stats: UnitStats) -> list[list[str]]:
-    """The sites of a unit in groups that read one tensor.
-
-    Raises:
-        InternalError: if a site has no statistics.
-    """
-    together: dict[tuple[object, ...], list[str]] = {}
-    for name, site in state.items():
-        if name not in stats:
-            raise InternalError(f"{operator} at {unit.name}: no calibration statistics for {name}")
-        columns = None if site.kept_columns is None else tuple(site.kept_columns.tolist())
-        together.setdefault((id(stats[name].gram), columns), []).append(name)
-    return list(together.values())
 
 
 OPERATOR = Awq(

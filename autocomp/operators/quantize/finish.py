@@ -12,8 +12,8 @@ from torch import Tensor
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
+from autocomp.models.codes import dequantise
 from autocomp.operators.protocol import SiteState, SiteStats
-from autocomp.operators.quantize.grid import dequantise
 from autocomp.operators.quantize.ranges import static_range
 
 

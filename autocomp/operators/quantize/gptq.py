@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autocomp.core.candidate import Step
-from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
 from autocomp.operators.quantize.choices import bit_steps, quantised_formats, silent_at_tables
+from autocomp.operators.shared_inputs import shared_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,15 +63,8 @@ class Gptq:
         from autocomp.operators.sparsify.masks import before_sparsity
 
         formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
-        together: dict[tuple[object, ...], list[str]] = {}
-        for name, site in state.items():
-            if name not in stats:
-                raise InternalError(f"gptq at {unit.name}: no calibration statistics for {name}")
-            columns = None if site.kept_columns is None else tuple(site.kept_columns.tolist())
-            bits = (formats[name].weight_bits, formats[name].group)
-            together.setdefault((id(stats[name].gram), columns, bits), []).append(name)
         result: UnitState = dict(state)
-        for names in together.values():
+        for names in shared_inputs(self.name, unit, state, stats, formats):
             sites = [state[name] for name in names]
             kept, like = state[names[0]].kept_columns, formats[names[0]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autocomp.core.unit import SiteFormat
-from autocomp.models.modules import CODE_RANGE, group_size, quantise
+from autocomp.models.codes import CODE_RANGE, group_size, quantise
 
 SHRINK: dict[int, tuple[float, ...]] = {
     bits: tuple(1.0 - 0.025 * step for step in range(tried))
@@ -64,23 +64,6 @@ def round_to_grid(weight: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
     for rows in row_slices(weight):
         codes[rows] = quantise(weight[rows], scales[rows], format).to(torch.int8)
     return codes
-
-
-def dequantise(codes: Tensor, scales: Tensor, format: SiteFormat) -> Tensor:
-    """`codes * scale`, float32 `(rows, columns)`; the bits `models.modules.dequantise` gives.
-
-    In place and without expanding the scales: stitching spends its time here.
-    """
-    weight = codes.to(torch.float32)
-    columns = weight.shape[1]
-    size = group_size(format)
-    whole = columns // size * size
-    if whole:
-        grouped = torch.unflatten(weight[:, :whole], 1, (-1, size))
-        grouped.mul_(scales[:, : whole // size].unsqueeze(2))
-    if whole < columns:
-        weight[:, whole:].mul_(scales[:, -1:])
-    return weight
 
 
 def grouped(weight: Tensor, size: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autocomp.core.unit import SiteFormat
-from autocomp.models.modules import CODE_RANGE, group_size
+from autocomp.models.codes import CODE_RANGE, group_size
 from autocomp.operators.quantize.grid import grouped, row_slices, search_scales
 
 NORM = 0.7

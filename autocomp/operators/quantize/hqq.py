@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from autocomp.core.candidate import Step
-from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
-from autocomp.operators.quantize.choices import bit_steps, quantised_formats
+from autocomp.core.unit import SiteFormat
+from autocomp.operators.quantize.nearest import Nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class HalfQuadratic:
+class HalfQuadratic(Nearest):
     """Symmetric half-quadratic quantisation: the scale is optimised, weights are rounded to it."""
 
     name = "hqq"
     summary = "Round weights to 8, 4, 3 or 2 bits, forgiving outliers; no calibration."
     paper = "Badri & Shaji, 2023, Half-Quadratic Quantization of Large Machine Learning Models"
-    choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
-    stage: Stage = "bits"
     version = 1
-    speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
-    def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
-        """Every combination of weight and activation bits the rule asks for."""
-        return bit_steps(self.name, unit, rule.bits)
-
-    def formats(
-        self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
-    ) -> dict[str, SiteFormat]:
-        """Same shapes, fewer bits."""
-        return quantised_formats(unit, formats, step)
-
-    def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
-        """Fit the scales of every site and round to them."""
-        from autocomp.operators.quantize.finish import quantised_site
-        from autocomp.operators.quantize.grid import round_to_grid
+    def scales(self, weight: Tensor, format: SiteFormat) -> Tensor:
+        """Scales `(rows, groups)` of least l_p error for `weight (rows, columns)`."""
         from autocomp.operators.quantize.half_quadratic import half_quadratic_scales
 
-        formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
-        result: UnitState = {}
-        for name, site in state.items():
-            scales = half_quadratic_scales(site.weight, formats[name])
-            codes = round_to_grid(site.weight, scales, formats[name])
-            result[name] = quantised_site(site, codes, scales, formats[name], step, stats.get(name))
-        return result
+        return half_quadratic_scales(weight, format)
 
 
 OPERATOR = HalfQuadratic()

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
+from autocomp.models.codes import dequantise
 from autocomp.operators.gram import output_error
 from autocomp.operators.protocol import SiteStats
-from autocomp.operators.quantize.grid import dequantise, round_to_grid, search_scales
+from autocomp.operators.quantize.grid import round_to_grid, search_scales
 
 ALPHAS = tuple(step / 20 for step in range(20))
 """Exponents tried by AWQ, as in the paper's code; 0 is plain rounding."""

@@ -12,7 +12,6 @@ from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
-from autocomp.operators.quantize.awq import shared_inputs
 from autocomp.operators.quantize.choices import (
     asks_for_bits,
     bit_steps,
@@ -20,6 +19,7 @@ from autocomp.operators.quantize.choices import (
     reads_unit_input,
     silent_at_tables,
 )
+from autocomp.operators.shared_inputs import shared_inputs
 
 
 class SmoothQuant:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autocomp.core.unit import SiteFormat
-from autocomp.models.modules import CODE_RANGE, group_size
+from autocomp.models.codes import CODE_RANGE, group_size
 from autocomp.operators.gram import Factor
 
 BLOCK = 128

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from autocomp.core.candidate import Step
-from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
-from autocomp.operators.sparsify.choices import sparse_formats, sparsity_steps
+from autocomp.core.unit import Unit
+from autocomp.operators.protocol import UnitState, UnitStats
+from autocomp.operators.sparsify.sparsifier import Sparsifier
 
 
-class Magnitude:
+class Magnitude(Sparsifier):
     """The smallest weights of every row, or of every group under N:M."""
 
     name = "magnitude"
     summary = "Set the smallest weights of each row to zero; no calibration."
     paper = "Han et al., 2015, Learning both weights and connections, arXiv:1506.02626"
-    choices = "sparsity.levels (fractions of zeros, or N:M)"
-    stage: Stage = "sparsity"
     version = 1
-    speeds_up: tuple[str, ...] = ()
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
-
-    def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
-        """A step per level."""
-        return sparsity_steps(self.name, unit, rule.sparsity)
-
-    def formats(
-        self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
-    ) -> dict[str, SiteFormat]:
-        """Same shapes, fewer weights stored."""
-        return sparse_formats(formats, step)
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Mask every site; the weights that stay are not changed.

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError
-from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
-from autocomp.operators.sparsify.choices import sparse_formats, sparsity_steps
+from autocomp.core.unit import Unit
+from autocomp.operators.protocol import UnitState, UnitStats
+from autocomp.operators.sparsify.sparsifier import Sparsifier
 
 
-class Wanda:
+class Wanda(Sparsifier):
     """Weights and activations; what stays is not changed."""
 
     name = "wanda"
     summary = "Set to zero the weights of each row that meet the least input."
     paper = "Sun et al., 2023, Wanda, arXiv:2306.11695"
-    choices = "sparsity.levels (fractions of zeros, or N:M)"
-    stage: Stage = "sparsity"
     version = 1
-    speeds_up: tuple[str, ...] = ()
-    shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
-
-    def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
-        """A step per level."""
-        return sparsity_steps(self.name, unit, rule.sparsity)
-
-    def formats(
-        self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
-    ) -> dict[str, SiteFormat]:
-        """Same shapes, fewer weights stored."""
-        return sparse_formats(formats, step)
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Mask every site by |W| · ‖x‖, compared within a row (of a group under N:M).

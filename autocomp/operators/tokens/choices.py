@@ -23,7 +23,7 @@ def ratio_steps(name: str, unit: Unit, rule: Rule, *, most: float) -> list[Step 
     Raises:
         UserError: at a unit that is no attention of a vision model, or for a ratio out of range.
     """
-    if not rule.tokens or name not in _methods(rule.tokens.get("method", [])):
+    if name not in rule.methods("tokens"):
         return []
     if unit.kind != "attention":
         raise UserError(
@@ -53,7 +53,3 @@ def protected_tokens(unit: Unit) -> int:
     if unit.protected_tokens is None:
         raise UserError(f"{unit.name}: no tokens can be merged or dropped behind this unit")
     return unit.protected_tokens
-
-
-def _methods(value: object) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
