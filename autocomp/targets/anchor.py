@@ -7,6 +7,7 @@ transformer. (Float and integer kernels suffer differently from a neighbour.)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,39 +17,59 @@ from onnx import TensorProto, helper, numpy_helper
 ROWS, WIDTH, INNER = 32, 384, 1536
 BLOCKS = ("float", "int8", "int8", "int8")
 
+Linear = tuple[list[onnx.NodeProto], list[TensorProto]]
+"""Nodes and constants of one linear."""
+
 
 def anchor_model() -> onnx.ModelProto:
     """The anchor, identical on every call. Input `x` float32 `(32, 384)`, output `y` alike."""
     rng = np.random.default_rng(20240229)
-    nodes: list[onnx.NodeProto] = []
-    constants: list[onnx.TensorProto] = []
 
-    def constant(name: str, values: np.ndarray[Any, np.dtype[Any]]) -> str:
-        constants.append(numpy_helper.from_array(values, name))
-        return name
-
-    def linear(kind: str, x: str, rows: int, columns: int, output: str) -> str:
+    def linear(kind: str, x: str, rows: int, columns: int, output: str) -> Linear:
         if kind == "float":
             weight = (rng.standard_normal((columns, rows)) * 0.05).astype(np.float32)
-            inputs = [x, constant(f"{output}.weight", weight)]
-            nodes.append(helper.make_node("MatMul", inputs, [output]))
-        else:
-            codes = rng.integers(-127, 128, (columns, rows), dtype=np.int8)
-            scales = np.full(rows, 0.05 / 64, np.float32)
-            inputs = [x, constant(f"{output}.codes", codes), constant(f"{output}.scales", scales)]
-            domain = "com.microsoft"
-            nodes.append(helper.make_node("DynamicQuantizeMatMul", inputs, [output], domain=domain))
-        return output
+            constants = [numpy_helper.from_array(weight, f"{output}.weight")]
+            return [helper.make_node("MatMul", [x, f"{output}.weight"], [output])], constants
+        codes = rng.integers(-127, 128, (columns, rows), dtype=np.int8)
+        scales = np.full(rows, 0.05 / 64, np.float32)
+        constants = [
+            numpy_helper.from_array(codes, f"{output}.codes"),
+            numpy_helper.from_array(scales, f"{output}.scales"),
+        ]
+        inputs = [x, *(constant.name for constant in constants)]
+        domain = "com.microsoft"
+        node = helper.make_node("DynamicQuantizeMatMul", inputs, [output], domain=domain)
+        return [node], constants
+
+    return anchor_graph(linear, {"": 20, "com.microsoft": 1})
+
+
+def anchor_graph(
+    linear: Callable[[str, str, int, int, str], Linear], opsets: Mapping[str, int]
+) -> onnx.ModelProto:
+    """The blocks around a runtime's own linears.
+
+    Args:
+        linear: called with a kind of `BLOCKS`, the name of the input, rows, columns and the name
+            of the output; gives nodes and constants.
+        opsets: domain → version.
+    """
+    nodes: list[onnx.NodeProto] = []
+    constants = [numpy_helper.from_array(np.ones(WIDTH, np.float32), "gain")]
+
+    def add(kind: str, x: str, rows: int, columns: int, output: str) -> None:
+        made, values = linear(kind, x, rows, columns, output)
+        nodes.extend(made)
+        constants.extend(values)
 
     x = "x"
-    gain = constant("gain", np.ones(WIDTH, np.float32))
     for index, kind in enumerate(BLOCKS):
-        hidden = linear(kind, x, INNER, WIDTH, f"up{index}")
-        nodes.append(helper.make_node("Relu", [hidden], [f"relu{index}"]))
-        down = linear(kind, f"relu{index}", WIDTH, INNER, f"down{index}")
-        nodes.append(helper.make_node("Add", [down, x], [f"sum{index}"]))
+        add(kind, x, INNER, WIDTH, f"up{index}")
+        nodes.append(helper.make_node("Relu", [f"up{index}"], [f"relu{index}"]))
+        add(kind, f"relu{index}", WIDTH, INNER, f"down{index}")
+        nodes.append(helper.make_node("Add", [f"down{index}", x], [f"sum{index}"]))
         x = "y" if index == len(BLOCKS) - 1 else f"norm{index}"
-        norm = helper.make_node("LayerNormalization", [f"sum{index}", gain], [x], axis=-1)
+        norm = helper.make_node("LayerNormalization", [f"sum{index}", "gain"], [x], axis=-1)
         nodes.append(norm)
     shape = [ROWS, WIDTH]
     graph = helper.make_graph(
@@ -58,7 +79,7 @@ def anchor_model() -> onnx.ModelProto:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
         constants,
     )
-    opset = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    opset = [helper.make_opsetid(*item) for item in opsets.items()]
     return helper.make_model(graph, opset_imports=opset, ir_version=10)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,7 @@ def token_counts(task: Task, rows: int) -> Array:
 
     Padding, which attention does not see, counts once.
     """
-    counts = np.zeros(rows, np.int64)
-    for split in COUNTED:
-        inputs = task.splits[split].inputs
-        ids = inputs["input_ids"]
-        real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
-        counts += np.bincount(ids[real], minlength=rows)
-        counts[ids[~real]] = np.maximum(counts[ids[~real]], 1)
-    return counts
+    return _counted(task, rows, lambda ids, real: ids[real], padding=1)
 
 
 def example_counts(task: Task, rows: int) -> Array:
@@ -44,14 +38,25 @@ def example_counts(task: Task, rows: int) -> Array:
 
     Padding, which attention does not see, counts as often as it takes to be kept.
     """
+
+    def once(ids: Array, real: Array) -> Array:
+        pairs = zip(ids, real, strict=True)
+        return np.concatenate([np.unique(example[seen]) for example, seen in pairs])
+
+    return _counted(task, rows, once, padding=KEPT_FROM)
+
+
+def _counted(
+    task: Task, rows: int, counted: Callable[[Array, Array], Array], *, padding: int
+) -> Array:
+    """Occurrences among what `counted` picks of the ids `(B, T)` and the mask of real tokens."""
     counts = np.zeros(rows, np.int64)
     for split in COUNTED:
         inputs = task.splits[split].inputs
         ids = inputs["input_ids"]
         real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
-        for example, seen in zip(ids, real, strict=True):
-            counts[np.unique(example[seen])] += 1
-        counts[ids[~real]] = np.maximum(counts[ids[~real]], KEPT_FROM)
+        counts += np.bincount(counted(ids, real), minlength=rows)
+        counts[ids[~real]] = np.maximum(counts[ids[~real]], padding)
     return counts
 
 

@@ -31,7 +31,7 @@ from autocomp.library.store import Library
 from autocomp.library.student import save_student, teacher_digest
 from autocomp.models.load import load_model
 from autocomp.models.pruned_table import model_vocabulary
-from autocomp.models.vocabulary import Vocabulary, load_vocabulary
+from autocomp.models.vocabulary import Vocabulary
 from autocomp.study.directory import append_trial
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
@@ -144,11 +144,13 @@ class CandidateRunner:
         workload = context.spec.target.workload
         with _timed(seconds, "stitch"):
             student = stitch(self.teacher, context.units, self.library, context.items, candidate)
+            vocabulary = model_vocabulary(student)
+            task = self._task_of(vocabulary)
         with _timed(seconds, "distil"):
             distil(
                 student,
                 self.teacher,
-                self._task_of(model_vocabulary(student)),
+                task,
                 candidate.distillation,
                 batch=context.spec.distill.batch,
                 seed=context.spec.search.seed,
@@ -164,7 +166,6 @@ class CandidateRunner:
             shutil.rmtree(directory, ignore_errors=True)
             lowered = target.lower(self.skeleton, student, context.units)
             artifact = target.write(lowered, directory)
-            vocabulary = model_vocabulary(student)
             if vocabulary is not None:
                 vocabulary.save(directory)
             check_agreement(target, artifact, student, self.task, workload.batch)
@@ -172,8 +173,7 @@ class CandidateRunner:
                 self.paths.student(record.id), student, self.teacher, context.units, self._about
             )
         with _timed(seconds, "evaluate"):
-            vocabulary = load_vocabulary(artifact.path.parent)
-            evaluation = self._task_of(vocabulary).evaluate(
+            evaluation = task.evaluate(
                 partial(target.run, artifact), "search", teacher=self.expected
             )
         with _timed(seconds, "measure"):
