@@ -1,4 +1,4 @@
-"""A study projected to MLflow, from the ledger, in the background. The only importer of mlflow.
+"""A study projected to MLflow, from the ledger, in the background.
 
 Layout: one experiment for each model and target; a parent run per study (budget, hypervolume,
 `front.json`, `pareto/front.html`); a child run per trial with few parameters, metrics that carry
@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,13 +19,13 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 from autocomp.core.files import write_text_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
 from autocomp.front.view import study_front
 from autocomp.report.html import front_html
+from autocomp.report.mlflow_client import connect, find_experiment, find_runs, without_password
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, view_tag
 from autocomp.report.summary import candidate_figures, trial_metrics
 from autocomp.study.directory import Study
@@ -236,10 +234,10 @@ class _Projection:
 
     def _connect(self) -> MlflowClient:
         """Open the store, find or make experiment, view and parent run; know the runs there are."""
-        client = _client(self._uri)
-        experiment_id = _experiment(client, self._experiment_name, self._uri)
+        client = connect(self._uri)
+        experiment_id = find_experiment(client, self._experiment_name, self._uri)
         study_key = self._study.id
-        for run in _search(client, experiment_id, f"tags.study_key = '{study_key}'"):
+        for run in find_runs(client, experiment_id, f"tags.study_key = '{study_key}'"):
             key = run.data.tags.get("trial_key")
             if key is None:
                 continue
@@ -255,7 +253,7 @@ class _Projection:
             experiment_id, TAG_PREFIX + view_key, view_tag(name, saved_view(name, study_key))
         )
         self.place = {
-            "tracking_uri": _without_password(self._uri),
+            "tracking_uri": without_password(self._uri),
             "experiment_id": experiment_id,
             "run_id": parent,
             "view_key": view_key,
@@ -267,7 +265,7 @@ class _Projection:
         """The study's own run, running."""
         spec = self._study.spec
         query = f"tags.parent_key = '{self._study.id}'"
-        found = _search(client, experiment_id, query)
+        found = find_runs(client, experiment_id, query)
         if found:
             self._parent_params = dict(found[0].data.params)
             run_id = str(found[0].info.run_id)
@@ -380,66 +378,6 @@ class _Projection:
 def _rounded(value: float) -> float:
     """Six digits, as MLflow's tables show every one of sixteen; whole numbers stay exact."""
     return float(value) if float(value).is_integer() else float(f"{value:.6g}")
-
-
-def _client(uri: str) -> MlflowClient:
-    """A client, with MLflow's own printing and telemetry off and a local store in WAL mode."""
-    for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-        ("MLFLOW_LOGGING_LEVEL", "WARNING"),
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
-    ):
-        os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.db_migrations"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    path = _sqlite_path(uri)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.close()
-    return MlflowClient(tracking_uri=uri)
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _experiment(client: MlflowClient, name: str, uri: str) -> str:
-    """The id of the experiment of this name; made, or brought back from deletion, if need be."""
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        path = _sqlite_path(uri)
-        place = None if path is None else (path.resolve().parent / "mlartifacts").as_uri()
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # else: GenAI pages
-        return str(client.create_experiment(name, artifact_location=place, tags=tags))
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
-
-
-def _search(client: MlflowClient, experiment_id: str, query: str) -> list[Any]:
-    """All runs that match, page by page."""
-    runs: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs([experiment_id], query, page_token=token)
-        runs.extend(page)
-        token = page.token
-        if not token:
-            return runs
-
-
-def _without_password(uri: str) -> str:
-    """The address without user and password: it is written to a file."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _milliseconds(finished_at: str | None) -> int:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     field_validator,
     model_validator,
@@ -18,14 +15,12 @@ from autocomp.core.budget import RelativeBudget
 from autocomp.core.errors import UserError
 from autocomp.core.hashing import content_key
 from autocomp.core.quantities import Dimension, parse_limit
+from autocomp.spec.section import Section
+from autocomp.spec.space import RuleSection
 
 TASKS = ("text-classification", "image-classification", "language-modeling")
 AUTO = "auto"
 """As `target.runtime`: every installed runtime of the device."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _limit(dimension: Dimension) -> Any:
@@ -41,7 +36,7 @@ def _limit(dimension: Dimension) -> Any:
     return BeforeValidator(check)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Where the model comes from."""
 
     source: str = Field(
@@ -52,7 +47,7 @@ class ModelSection(_Section):
     trust_remote_code: bool = Field(False, description="Run code shipped with the model.")
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Where the examples come from and how they are split."""
 
     source: str = Field(
@@ -82,7 +77,7 @@ class DataSection(_Section):
     report: int = Field(500, gt=0, description="Examples looked at once, after selection.")
 
 
-class TeacherSection(_Section):
+class TeacherSection(Section):
     """How the teacher is made from the source model."""
 
     fit: Literal["none", "head", "full"] = Field(
@@ -95,7 +90,7 @@ class TeacherSection(_Section):
     batch: int = Field(32, gt=0, description="Examples per step.")
 
 
-class TaskSection(_Section):
+class TaskSection(Section):
     """What the model is for."""
 
     name: str = Field(description=f"One of {', '.join(TASKS)}, or a registered task.")
@@ -103,7 +98,7 @@ class TaskSection(_Section):
     teacher: TeacherSection = TeacherSection()
 
 
-class WorkloadSection(_Section):
+class WorkloadSection(Section):
     """The shape latency is measured at: one run, or with `prompt` and `generate` one token."""
 
     batch: int = Field(1, gt=0, description="Examples per run.")
@@ -145,7 +140,7 @@ class WorkloadSection(_Section):
         return self.generate is not None
 
 
-class TargetSection(_Section):
+class TargetSection(Section):
     """Device, runtime, workload."""
 
     device: str = Field("cpu", description="What the model runs on.")
@@ -182,7 +177,7 @@ class TargetSection(_Section):
         return self if runtime is None else self.model_copy(update={"runtime": runtime})
 
 
-class BudgetSection(_Section):
+class BudgetSection(Section):
     """Hard upper limits, absolute ("4 ms") or relative to dense ("25%")."""
 
     latency: Annotated[str | None, _limit("latency")] = Field(
@@ -210,112 +205,7 @@ class BudgetSection(_Section):
         )
 
 
-class StructureSection(_Section):
-    """Structural choices; fractions of the unit's heads or inner width that are kept."""
-
-    heads: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None,
-        min_length=1,
-        description="Fractions of attention heads (of key-value groups under GQA) kept.",
-    )
-    width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, min_length=1, description="Fractions of the feed-forward width kept."
-    )
-    rank: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None,
-        min_length=1,
-        description="Fractions of the rank at which two factors hold as many weights as the layer.",
-    )
-    vocabulary: bool = Field(
-        False, description="Also offer keeping the embeddings of the task's own tokens alone."
-    )
-    skip: bool = Field(False, description="Also offer dropping the sublayer.")
-
-
-class TokensSection(_Section):
-    """Shortening the sequence of patch tokens behind an attention sublayer (vision)."""
-
-    method: str | list[str] = Field("tome", description="Token operator(s): tome, token_prune.")
-    ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        [0.0],
-        min_length=1,
-        description="Shares of the patch tokens then present that are merged or dropped; 0.0 "
-        "leaves all.",
-    )
-
-
-def _level(value: float | str) -> float | str:
-    if isinstance(value, str):
-        kept, colon, group = value.partition(":")
-        counts = kept.isascii() and kept.isdecimal() and group.isascii() and group.isdecimal()
-        if not (colon and counts and 0 < int(kept) < int(group) <= 64):
-            raise ValueError(
-                f"must be a fraction like 0.5, or N:M like 2:4 (N of every M weights kept, "
-                f"M at most 64), got {value!r}"
-            )
-    elif not 0 <= value < 1:
-        raise ValueError(f"must be a fraction of zeros in [0, 1), or N:M like 2:4, got {value:g}")
-    return value
-
-
-class SparsitySection(_Section):
-    """Which weights become zero. Bytes, not speed: the runtimes multiply by zeros all the same."""
-
-    method: str | list[str] = Field(
-        "sparsegpt", description="Sparsity operator(s): sparsegpt, wanda, magnitude."
-    )
-    levels: list[Annotated[float | str, AfterValidator(_level)]] = Field(
-        [0.0],
-        min_length=1,
-        description="Fractions of zeros, 0.0 for none; or N:M like 2:4, N of every M weights of a "
-        "row kept.",
-    )
-
-
-class BitsSection(_Section):
-    """Precision choices."""
-
-    method: str | list[str] = Field("gptq", description="Quantisation operator(s).")
-    weights: list[Literal["dense"] | int] = Field(
-        ["dense"], min_length=1, description="Weight bits; dense is the target's own."
-    )
-    activations: list[Literal["dense", "static"] | int] = Field(
-        ["dense"],
-        min_length=1,
-        description="Activation bits; dense is the target's own. 8 finds the range of each tensor "
-        "at run time; static is 8 bits with the range fixed at calibration.",
-    )
-    range: Literal["minmax", "percentile", "mse"] = Field(
-        "mse", description="How the range of static activations is fixed."
-    )
-    migration: list[Annotated[float, Field(ge=0, le=1)]] = Field(
-        [0.5],
-        min_length=1,
-        description="smoothquant: how much of the inputs' spread the weights take over.",
-    )
-    per_site: bool = Field(
-        False,
-        description="Also offer each number of bits with one group of sites (the values, the "
-        "output, ...) left at the next higher number.",
-    )
-    group: int = Field(
-        32, ge=0, description="Columns that share a scale, below 8-bit weights. 0: a whole row."
-    )
-
-
-class RuleSection(_Section):
-    """Which units, and what may be done to them. The last rule that matches a unit holds."""
-
-    match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
-    structure: StructureSection = StructureSection()
-    tokens: TokensSection | None = Field(
-        None, description="Shortening the sequence of patches (vision)."
-    )
-    sparsity: SparsitySection = SparsitySection()
-    bits: BitsSection = BitsSection()
-
-
-class FloatRange(_Section):
+class FloatRange(Section):
     """A range to search."""
 
     low: float = Field(description="Smallest value.")
@@ -331,7 +221,7 @@ class FloatRange(_Section):
         return self
 
 
-class DistilSection(_Section):
+class DistilSection(Section):
     """Distillation settings: dimensions of the study."""
 
     loss: list[str] = Field(
@@ -356,7 +246,7 @@ class DistilSection(_Section):
         return lr
 
 
-class SearchSection(_Section):
+class SearchSection(Section):
     """How long to search."""
 
     screen: int = Field(1000, ge=0, description="Candidates screened without training.")
@@ -367,7 +257,7 @@ class SearchSection(_Section):
     seed: int = Field(0, ge=0, description="Of everything random: splits, proposals, training.")
 
 
-class Spec(_Section):
+class Spec(Section):
     """A whole spec file."""
 
     version: Literal[1] = Field(description="Of the spec's format: 1.")

@@ -14,7 +14,7 @@ from samples import BUDGET, baselines, failed, record, records
 
 from autocomp.core.candidate import Candidate
 from autocomp.front.view import study_front
-from autocomp.report import mlflow_log
+from autocomp.report import mlflow_client
 from autocomp.report.dashboard import Dashboard
 from autocomp.report.mlflow_log import MlflowProjector, project, projected_place
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, unpack_view, view_tag, view_url
@@ -72,7 +72,7 @@ def _loggers() -> Iterator[None]:
 
 
 def client(store: str) -> Any:
-    return mlflow_log._client(store)
+    return mlflow_client.connect(store)
 
 
 def children(store: str, study: Study) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def test_a_password_is_not_written_down() -> None:
         ("https://me:secret@host/mlflow", "https://host/mlflow"),
         ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
     ):
-        assert mlflow_log._without_password(uri) == written
+        assert mlflow_client.without_password(uri) == written
 
 
 def test_a_study_on_a_server_is_shown_there(study: Study) -> None:

@@ -1,0 +1,114 @@
+"""The rules of a spec's space: which units, and what may be done to them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from autocomp.spec.section import Section
+
+
+class StructureSection(Section):
+    """Structural choices; fractions of the unit's heads or inner width that are kept."""
+
+    heads: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Fractions of attention heads (of key-value groups under GQA) kept.",
+    )
+    width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, min_length=1, description="Fractions of the feed-forward width kept."
+    )
+    rank: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Fractions of the rank at which two factors hold as many weights as the layer.",
+    )
+    vocabulary: bool = Field(
+        False, description="Also offer keeping the embeddings of the task's own tokens alone."
+    )
+    skip: bool = Field(False, description="Also offer dropping the sublayer.")
+
+
+class TokensSection(Section):
+    """Shortening the sequence of patch tokens behind an attention sublayer (vision)."""
+
+    method: str | list[str] = Field("tome", description="Token operator(s): tome, token_prune.")
+    ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Shares of the patch tokens then present that are merged or dropped; 0.0 "
+        "leaves all.",
+    )
+
+
+def _level(value: float | str) -> float | str:
+    if isinstance(value, str):
+        kept, colon, group = value.partition(":")
+        counts = kept.isascii() and kept.isdecimal() and group.isascii() and group.isdecimal()
+        if not (colon and counts and 0 < int(kept) < int(group) <= 64):
+            raise ValueError(
+                f"must be a fraction like 0.5, or N:M like 2:4 (N of every M weights kept, "
+                f"M at most 64), got {value!r}"
+            )
+    elif not 0 <= value < 1:
+        raise ValueError(f"must be a fraction of zeros in [0, 1), or N:M like 2:4, got {value:g}")
+    return value
+
+
+class SparsitySection(Section):
+    """Which weights become zero. Bytes, not speed: the runtimes multiply by zeros all the same."""
+
+    method: str | list[str] = Field(
+        "sparsegpt", description="Sparsity operator(s): sparsegpt, wanda, magnitude."
+    )
+    levels: list[Annotated[float | str, AfterValidator(_level)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Fractions of zeros, 0.0 for none; or N:M like 2:4, N of every M weights of a "
+        "row kept.",
+    )
+
+
+class BitsSection(Section):
+    """Precision choices."""
+
+    method: str | list[str] = Field("gptq", description="Quantisation operator(s).")
+    weights: list[Literal["dense"] | int] = Field(
+        ["dense"], min_length=1, description="Weight bits; dense is the target's own."
+    )
+    activations: list[Literal["dense", "static"] | int] = Field(
+        ["dense"],
+        min_length=1,
+        description="Activation bits; dense is the target's own. 8 finds the range of each tensor "
+        "at run time; static is 8 bits with the range fixed at calibration.",
+    )
+    range: Literal["minmax", "percentile", "mse"] = Field(
+        "mse", description="How the range of static activations is fixed."
+    )
+    migration: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.5],
+        min_length=1,
+        description="smoothquant: how much of the inputs' spread the weights take over.",
+    )
+    per_site: bool = Field(
+        False,
+        description="Also offer each number of bits with one group of sites (the values, the "
+        "output, ...) left at the next higher number.",
+    )
+    group: int = Field(
+        32, ge=0, description="Columns that share a scale, below 8-bit weights. 0: a whole row."
+    )
+
+
+class RuleSection(Section):
+    """Which units, and what may be done to them. The last rule that matches a unit holds."""
+
+    match: str = Field(description="Glob over unit names: layers.*.attention, embeddings, head.")
+    structure: StructureSection = StructureSection()
+    tokens: TokensSection | None = Field(
+        None, description="Shortening the sequence of patches (vision)."
+    )
+    sparsity: SparsitySection = SparsitySection()
+    bits: BitsSection = BitsSection()
