@@ -3,12 +3,14 @@
 Python raises `KeyboardInterrupt` wherever the main thread happens to be. Third-party code swallows
 it there now and then (a bare `except` while Ray or torch is imported, a callback from C++), and the
 command would go on as if nothing had been said. So the signal is also remembered, and raised again
-at the next step of progress.
+at the next step of progress. Where Python itself cannot pass the exception on (a finaliser, a hook
+of a fork), it would print a traceback: that is left out.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -25,11 +27,17 @@ def listen() -> None:
     _stopped.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    sys.unraisablehook = _unraisable
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _stopped.set()
     raise KeyboardInterrupt
+
+
+def _unraisable(args: Any) -> None:
+    if not issubclass(args.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(args)
 
 
 class _Stoppable:

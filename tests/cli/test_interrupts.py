@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -24,9 +26,11 @@ class Heard(Silent):
 @pytest.fixture(autouse=True)
 def _listening() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
     listen()
     yield
     listen()
+    sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -52,3 +56,20 @@ def test_other_threads_are_not_interrupted() -> None:
     thread.start()
     thread.join()
     assert heard.phases == [("trials", None)]
+
+
+class Dropped:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __del__(self) -> None:
+        raise self.error
+
+
+def test_a_signal_in_a_finaliser_prints_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    Dropped(KeyboardInterrupt())
+    gc.collect()
+    assert capsys.readouterr().err == ""
+    Dropped(ValueError("worth knowing"))
+    gc.collect()
+    assert "worth knowing" in capsys.readouterr().err
