@@ -24,7 +24,8 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/autocomp search search_spaces/quickstart.yaml --study $(STUDY)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup \
+		--no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
