@@ -1,0 +1,126 @@
+"""The seat of a mixer: where softmax attention is computed, in a model of transformers.
+
+transformers computes attention through a function that its config names. A model with mixers names
+ours: it asks the attention module for its `mixer`, and where there is none does as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocomp.core.unit import Unit
+from autocomp.models.mixers.protocol import Mixer, MixerShape
+from autocomp.models.surgery import model_layout, replace_module
+
+INTERFACE = "autocomp-mixers"
+"""Name of the attention function of models that hold mixers."""
+
+MIXER = "mixer"
+"""Attribute of an attention module under which its mixer sits."""
+
+
+class Unread(nn.Module):
+    """In the place of a projection no mixer reads: one head of zeros."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, C)` → `(B, T, D)`."""
+        return x.new_zeros(()).expand(*x.shape[:-1], self.head_dim)
+
+
+def mixer_shape(unit: Unit, *, causal: bool) -> MixerShape:
+    """The shape of an attention unit, as mixers see it."""
+    query = unit.site("query")
+    if query is None or unit.heads is None or unit.kv_heads is None or unit.head_dim is None:
+        raise ValueError(f"{unit.name} is no attention: nothing to replace")
+    return MixerShape(
+        hidden=query.columns,
+        heads=unit.heads,
+        kv_heads=unit.kv_heads,
+        head_dim=unit.head_dim,
+        causal=causal,
+        prefix=unit.protected_tokens,
+    )
+
+
+def core_path(model: nn.Module, unit: Unit) -> str:
+    """Path of the module that calls the attention function: the first that skipping takes out."""
+    layout = model_layout(model)
+    assert unit.layer is not None
+    return f"{layout.block_path(unit.layer)}.{next(iter(layout.attention.zero))}"
+
+
+def install_mixer(model: nn.Module, unit: Unit, mixer: Mixer) -> None:
+    """Seat `mixer` in an attention unit; projections it does not read become `Unread`."""
+    core = model.get_submodule(core_path(model, unit))
+    if mixer_of(model, unit) is None:
+        core.register_forward_pre_hook(_remember, with_kwargs=True)
+    mixer.train(model.training)
+    setattr(core, MIXER, mixer)
+    for site in unit.sites:
+        if site.role != "output" and site.role not in mixer.reads:
+            replace_module(model, site.name, Unread(mixer.shape.head_dim))
+    _use_interface(model)
+
+
+def mixer_of(model: nn.Module, unit: Unit) -> Mixer | None:
+    """The mixer seated in `unit`, if there is one."""
+    if unit.kind != "attention":
+        return None
+    try:
+        core = model.get_submodule(core_path(model, unit))
+    except AttributeError:  # skipped
+        return None
+    found = getattr(core, MIXER, None)
+    return found if isinstance(found, Mixer) else None
+
+
+def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What the projections are about to read, for mixers that read it too."""
+    module.mixer_input = args[0] if args else kwargs["hidden_states"]  # type: ignore[assignment]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H, D)` out."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    mixer = getattr(module, MIXER, None)
+    if mixer is None:
+        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **settings
+        )
+        return result
+    x = module.mixer_input
+    del module.mixer_input
+    return mixer(x, query, key, value, _real(attention_mask)).transpose(1, 2), None
+
+
+def _real(attention_mask: Tensor | None) -> Tensor | None:
+    """Real tokens `(B, T)`: those the last one may look at. Masks are those of `sdpa`."""
+    if attention_mask is None:
+        return None
+    last = attention_mask[:, 0, -1, :]
+    return last if last.dtype == torch.bool else last == 0
+
+
+def _use_interface(model: nn.Module) -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(INTERFACE, _attend)
+    AttentionMaskInterface.register(INTERFACE, sdpa_mask)
+    config: Any = model.config
+    config._attn_implementation = INTERFACE
