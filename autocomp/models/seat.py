@@ -83,7 +83,7 @@ def mixer_of(model: nn.Module, unit: Unit) -> Mixer | None:
 
 def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """What the projections are about to read, for mixers that read it too."""
-    module.mixer_input = args[0] if args else kwargs["hidden_states"]  # type: ignore[assignment]
+    module.mixer_input = args[0] if args else kwargs["hidden_states"]
 
 
 def _attend(
