@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -188,7 +188,7 @@ def test_retention_of_its_paper() -> None:
 
 
 def test_rwkv6_of_its_paper() -> None:
-    """Eagle and Finch (2404.05892), equation 19: wkv_t = diag(u) k_tᵀ v_t + S, S = diag(w) S + kᵀv."""
+    """Eagle and Finch (2404.05892), eq. 19: wkv_t = diag(u) k_tᵀ v_t + S, S = diag(w) S + kᵀv."""
     (receptance, key, value), decay, _, bonus = case("vector", 37, diagonal="u")
     assert decay is not None
     decay = decay.clamp_min(-5.0)

@@ -86,6 +86,14 @@ class Mixer(nn.Module, ABC):
             real: bool `(B, T)`, false at padding, which changes no other token's output.
         """
 
+    def calibrate(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None = None
+    ) -> None:
+        """Before training: bring output scales to those of softmax attention on these inputs.
+
+        The arguments are those of `forward`. A mixer that ends in a norm starts far off without.
+        """
+
     def empty_state(self, batch: int) -> State:
         """The state before the first token.
 
