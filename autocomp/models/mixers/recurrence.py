@@ -114,7 +114,7 @@ def chunkwise(
     T need not be a multiple of `chunk`. A vector decay takes its blocks from gcd(chunk, 16).
     """
     tokens = query.shape[2]
-    chunks = -(-tokens // chunk)
+    chunks = (tokens + chunk - 1) // chunk  # of positive numbers: ONNX divides towards zero
     missing = chunks * chunk - tokens
     own = _own(query, key, value, diagonal)
     q, k, v = (

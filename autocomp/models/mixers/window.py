@@ -110,7 +110,7 @@ class SlidingWindow(Mixer):
         tokens = query.shape[2]
         causal = self.shape.causal
         chunk = self.window if causal else self.window // 2
-        chunks = -(-tokens // chunk)
+        chunks = (tokens + chunk - 1) // chunk  # of positive numbers: ONNX divides towards zero
         missing = chunks * chunk - tokens
         query, key, value = (
             pad(tensor, (0, 0, 0, missing)).unflatten(2, (chunks, chunk))
