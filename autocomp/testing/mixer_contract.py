@@ -13,6 +13,7 @@ A seat is a mixer class in one of the example shapes below; those it refuses are
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pytest
@@ -73,11 +74,12 @@ class Inputs:
 
     def through(self, mixer: Mixer) -> Tensor:
         """The mixer's output."""
-        return mixer(self.x, self.query, self.key, self.value, self.real)
+        out: Tensor = mixer(self.x, self.query, self.key, self.value, self.real)
+        return out
 
-    def changed(self, change: dict[str, Tensor]) -> Inputs:
+    def changed(self, change: Mapping[str, Tensor]) -> Inputs:
         """With other tensors."""
-        return replace(self, **change)  # type: ignore[arg-type]
+        return replace(self, **change)
 
     def tokens(self, start: int, end: int) -> Inputs:
         """A piece of the sequence."""
@@ -161,7 +163,7 @@ class MixerContract:
         mixer, given = seat.trained(), inputs(seat.shape)
         batch, tokens = given.x.shape[:2]
         nothing = torch.full((batch, 1, tokens, seat.shape.head_dim), torch.nan)
-        unread = {role: nothing for role in READ if role not in mixer.reads}
+        unread: dict[str, Tensor] = {role: nothing for role in READ if role not in mixer.reads}
         assert torch.equal(given.changed(unread).through(mixer), given.through(mixer))
 
     def test_padding_changes_no_real_token(self, seat: Seat) -> None:
@@ -239,7 +241,7 @@ class MixerContract:
         read = [getattr(given, role).requires_grad_() for role in mixer.reads]
         out = given.through(mixer)
         rng = torch.Generator().manual_seed(2)
-        (out * torch.randn(out.shape, generator=rng)).sum().backward()
+        torch.autograd.backward((out * torch.randn(out.shape, generator=rng)).sum())
         named = [*mixer.named_parameters(), *zip(mixer.reads, read, strict=True)]
         for name, tensor in named:
             assert tensor.grad is not None, f"no gradient reaches {name}"
@@ -272,7 +274,7 @@ class MixerContract:
             )
             out = scaled.through(mixer)
             assert torch.isfinite(out).all(), (scale, shift)
-            out.mean().backward()
+            torch.autograd.backward(out.mean())
             for name, parameter in mixer.named_parameters():
                 assert parameter.grad is not None
                 assert torch.isfinite(parameter.grad).all(), (name, scale, shift)

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from autocomp.models.mixers.image_tokens import cut_square
 from autocomp.models.mixers.parts import ShortConvolution
-from autocomp.models.mixers.protocol import Mixer, MixerShape, State, hidden_padding, repeated
+from autocomp.models.mixers.protocol import (
+    Mixer,
+    MixerShape,
+    State,
+    hidden_padding,
+    repeated,
+    split_dim,
+)
 
 TAPS = 7
 SIDE = 5
@@ -50,7 +57,7 @@ class Convolution(Mixer):
         mixed = nn.functional.conv2d(
             image, self.kernel, padding=SIDE // 2, groups=self.kernel.shape[0]
         )
-        mixed = mixed.unflatten(1, (self.shape.kv_heads, -1)).flatten(3).transpose(2, 3)
+        mixed = split_dim(mixed, 1, (self.shape.kv_heads, -1)).flatten(3).transpose(2, 3)
         if not self.shape.prefix:
             return mixed
         mean = value.mean(2, keepdim=True) * self.everything

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from autocomp.models.mixers.protocol import MixerShape
+from autocomp.models.mixers.protocol import MixerShape, split_dim
 
 NO_IMAGE = "it mixes a square of patches, and this model reads text"
 
@@ -26,4 +26,4 @@ def cut_square(shape: MixerShape, tokens: Tensor) -> tuple[Tensor, Tensor]:
             "image's patches: search them in layers in front of those that reduce tokens"
         )
     prefix, patches = tokens[:, :, : shape.prefix], tokens[:, :, shape.prefix :]
-    return prefix, patches.unflatten(2, (side, side))
+    return prefix, split_dim(patches, 2, (side, side))

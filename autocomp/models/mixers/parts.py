@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autocomp.models.mixers.protocol import repeated
+from autocomp.models.mixers.protocol import repeated, split_dim
 
 ONE_SILU = 1.2784645
 """silu(ONE_SILU) = 1."""
@@ -83,7 +83,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, C)` → `(B, H, T, D)`."""
         gate = nn.functional.silu(x @ self.down @ self.up + self.bias)
-        return gate.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return split_dim(gate, -1, (self.heads, -1)).transpose(1, 2)
 
 
 def softmax_attention(

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.models.mixers.image_tokens import cut_square
-from autocomp.models.mixers.protocol import Mixer, MixerShape, State, hidden_padding, repeated
+from autocomp.models.mixers.protocol import (
+    Mixer,
+    MixerShape,
+    State,
+    hidden_padding,
+    repeated,
+    split_dim,
+)
 
 REACH = 3
 """Text: so many tokens to each side; twice as many back if causal."""
@@ -66,7 +73,7 @@ class Pooling(Mixer):
         mean = nn.functional.avg_pool2d(
             image, SIDE, stride=1, padding=SIDE // 2, count_include_pad=False
         )
-        near = mean.flatten(2).transpose(1, 2).unflatten(0, (-1, self.shape.kv_heads))
+        near = split_dim(mean.flatten(2).transpose(1, 2), 0, (-1, self.shape.kv_heads))
         everything = value.mean(2, keepdim=True).expand(-1, -1, prefix.shape[2], -1)
         return torch.cat([everything, near], dim=2)
 

@@ -124,3 +124,9 @@ def hidden_padding(real: Tensor | None, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     kept = real[:, None, :, None]
     return [torch.where(kept, tensor, 0.0) for tensor in tensors]
+
+
+def split_dim(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`tensor` with dimension `dim` as several of these sizes; one of them may be -1."""
+    split: Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return split

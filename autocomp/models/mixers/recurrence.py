@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from autocomp.models.mixers.protocol import split_dim
+
 CHUNK = 64
 BLOCK = 16
 VECTOR_FLOOR = -5.0
@@ -92,9 +94,10 @@ def quadratic(
         scores = (pairs * weights.permute(0, 1, 3, 4, 2)).sum(-1)
     out = torch.where(earlier, scores, 0.0) @ value + _own(query, key, value, diagonal)
     if bidirectional:
-        turned = [tensor.flip(2) for tensor in (query, key, value)]
+        query, key, value = (tensor.flip(2) for tensor in (query, key, value))
         back = None if decay is None else decay.flip(2)
-        out = out + quadratic(*turned, back, read_before=read_before, diagonal=0.0).flip(2)
+        turned = quadratic(query, key, value, back, read_before=read_before, diagonal=0.0)
+        out = out + turned.flip(2)
     return out
 
 
@@ -118,7 +121,7 @@ def chunkwise(
     missing = chunks * chunk - tokens
     own = _own(query, key, value, diagonal)
     q, k, v = (
-        pad(tensor, (0, 0, 0, missing)).unflatten(2, (chunks, chunk))
+        split_dim(pad(tensor, (0, 0, 0, missing)), 2, (chunks, chunk))
         for tensor in (query, key, value)
     )
     pairs = _pairs(q, k, decay, tokens, missing, read_before)
@@ -146,10 +149,13 @@ def bidirectional(
     if decay is None:
         out = query @ (key.transpose(-1, -2) @ value)
         return out if _is(diagonal, 1.0) else out + _own(query, key, value, diagonal - 1.0)
-    settings = {"read_before": read_before, "chunk": chunk}
-    forward, _ = chunkwise(query, key, value, decay, diagonal=diagonal, **settings)  # type: ignore[arg-type]
-    turned = [tensor.flip(2) for tensor in (query, key, value, decay)]
-    backward, _ = chunkwise(*turned, diagonal=0.0, **settings)  # type: ignore[arg-type]
+    forward, _ = chunkwise(
+        query, key, value, decay, read_before=read_before, diagonal=diagonal, chunk=chunk
+    )
+    query, key, value, decay = (tensor.flip(2) for tensor in (query, key, value, decay))
+    backward, _ = chunkwise(
+        query, key, value, decay, read_before=read_before, diagonal=0.0, chunk=chunk
+    )
     return forward + backward.flip(2)
 
 
@@ -200,7 +206,7 @@ def _pairs(
         return _Pairs(_earlier(q @ k.transpose(-1, -2)), q, k, None)
     constant = decay.shape[2] == 1
     steps = _steps(decay, q)
-    padded = pad(steps.expand(-1, -1, tokens, -1), (0, 0, 0, missing)).unflatten(2, (-1, chunk))
+    padded = split_dim(pad(steps.expand(-1, -1, tokens, -1), (0, 0, 0, missing)), 2, (-1, chunk))
     if decay.shape[-1] > 1:
         return _vector_pairs(q, k, padded, read_before)
     flat = padded.squeeze(-1)  # (B or 1, H, N, L)
@@ -222,7 +228,7 @@ def _vector_pairs(q: Tensor, k: Tensor, steps: Tensor, read_before: bool) -> _Pa
     chunk = q.shape[3]
     block = math.gcd(chunk, BLOCK)
     blocks = chunk // block
-    cut = steps.unflatten(3, (blocks, block)).transpose(-1, -2)  # (B, H, N, blocks, K, block)
+    cut = split_dim(steps, 3, (blocks, block)).transpose(-1, -2)  # (B, H, N, blocks, K, block)
     so_far = _so_far(cut, read_before).transpose(-1, -2)
     to_come = _to_come(cut).transpose(-1, -2)
     middle = cut[..., : block // 2].sum(-1)[..., None, :]  # (B, H, N, blocks, 1, K)
@@ -235,7 +241,7 @@ def _vector_pairs(q: Tensor, k: Tensor, steps: Tensor, read_before: bool) -> _Pa
     between = between.permute(0, 1, 2, 4, 5, 3)[..., None, :]  # (B, H, N, i, j, 1, K)
     exponents = middle[:, :, :, :, None] + between + to_come[:, :, :, None]
 
-    q_cut, k_cut = q.unflatten(3, (blocks, block)), k.unflatten(3, (blocks, block))
+    q_cut, k_cut = split_dim(q, 3, (blocks, block)), split_dim(k, 3, (blocks, block))
     asking = q_cut * (so_far - middle).exp().to(q.dtype)
     asked = k_cut[:, :, :, None] * exponents.exp().to(q.dtype)  # (B, H, N, i, j, block, K)
     scores = asking @ asked.flatten(4, 5).transpose(-1, -2)
@@ -256,7 +262,7 @@ def _carried(added: Tensor, totals: Tensor | None) -> Tensor:
         return added.cumsum(2)
     weights = segment_sums(pad(totals, (1, 0))).exp().tril().to(added.dtype)
     if totals.shape[2] == 1:
-        return (weights[:, :, 0] @ added.flatten(3)).unflatten(3, added.shape[3:])
+        return split_dim((weights[:, :, 0] @ added.flatten(3)), 3, added.shape[3:])
     return (weights @ added.transpose(2, 3)).transpose(2, 3)
 
 

@@ -73,10 +73,12 @@ class RecurrentMixer(Mixer):
         if self.shape.causal:
             start = self.empty_state(x.shape[0])
             return self._causal(x, (query, key, value), real, start)[0]
-        mixed = hidden_padding(real, query, key, value)
+        query, key, value = hidden_padding(real, query, key, value)
         if self.convolutions:
-            mixed = [self.convolutions[r](m) for r, m in zip(READ, mixed, strict=True)]
-        streams = self.streams(x, *mixed, real)
+            query = self.convolutions["query"](query)
+            key = self.convolutions["key"](key)
+            value = self.convolutions["value"](value)
+        streams = self.streams(x, query, key, value, real)
         out = bidirectional(*streams, read_before=self.read_before, diagonal=self.diagonal())
         return self.finished(x, out, streams.value)
 
@@ -94,7 +96,7 @@ class RecurrentMixer(Mixer):
     def empty_state(self, batch: int) -> State:
         """S `(B, H, D, D)`, and what the convolutions look back on, `(B, H or G, taps - 1, D)`."""
         width = self.shape.head_dim
-        past = {role: part.empty(batch) for role, part in self.convolutions.items()}
+        past = {role: self._convolution(role).empty(batch) for role in self.convolutions}
         return {"state": torch.zeros(batch, self.shape.heads, width, width), **past}
 
     def extend(
@@ -108,10 +110,11 @@ class RecurrentMixer(Mixer):
     ) -> tuple[Tensor, State]:
         mixed, behind = hidden_padding(real, *read), {}
         for index, role in enumerate(READ if self.convolutions else ()):
-            convolution, stream = self.convolutions[role], mixed[index]
+            convolution, stream = self._convolution(role), mixed[index]
             mixed[index] = convolution(stream, state[role])
             behind[role] = convolution.next(stream, state[role])
-        streams = self.streams(x, *mixed, real)
+        query, key, value = mixed
+        streams = self.streams(x, query, key, value, real)
         out, last = advance(
             *streams,
             state=state["state"],
@@ -119,3 +122,8 @@ class RecurrentMixer(Mixer):
             diagonal=self.diagonal(),
         )
         return self.finished(x, out, streams.value), {"state": last, **behind}
+
+    def _convolution(self, role: str) -> ShortConvolution:
+        convolution = self.convolutions[role]
+        assert isinstance(convolution, ShortConvolution)
+        return convolution

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.models.mixers.parts import seeded
-from autocomp.models.mixers.protocol import MixerShape, hidden_padding, repeated
+from autocomp.models.mixers.protocol import MixerShape, hidden_padding, repeated, split_dim
 from autocomp.models.mixers.recurrence import VECTOR_FLOOR, Diagonal
 from autocomp.models.mixers.recurrent_mixer import RecurrentMixer, Streams
 
@@ -52,7 +52,7 @@ class RWKV6(RecurrentMixer):
         heads = self.shape.heads
         rate = self.decay_base + (x @ self.decay_down).tanh() @ self.decay_up
         decay = -rate.clamp_max(math.log(-VECTOR_FLOOR)).exp()  # before exp: no infinite gradient
-        decay = decay.unflatten(-1, (heads, -1)).transpose(1, 2)
+        decay = split_dim(decay, -1, (heads, -1)).transpose(1, 2)
         key, value, decay = hidden_padding(real, key, value, decay)
         key = repeated(heads, key) * -torch.expm1(decay) * self.shape.head_dim**-0.5
         return Streams(query, key, repeated(heads, value), decay)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from autocomp.models.mixers.protocol import Mixer, State, repeated
+from autocomp.models.mixers.protocol import Mixer, State, repeated, split_dim
 
 
 class Sinks(NamedTuple):
@@ -113,10 +113,10 @@ class SlidingWindow(Mixer):
         chunks = (tokens + chunk - 1) // chunk  # of positive numbers: ONNX divides towards zero
         missing = chunks * chunk - tokens
         query, key, value = (
-            pad(tensor, (0, 0, 0, missing)).unflatten(2, (chunks, chunk))
+            split_dim(pad(tensor, (0, 0, 0, missing)), 2, (chunks, chunk))
             for tensor in (query, key, value)
         )
-        cut = pad(real, (0, missing)).unflatten(1, (chunks, chunk))[:, None, ..., None]
+        cut = split_dim(pad(real, (0, missing)), 1, (chunks, chunk))[:, None, ..., None]
         near = _with_neighbours(cut, causal)[..., 0]  # (B, 1, N, 2 or 3 chunks)
         near_key, near_value = (_with_neighbours(tensor, causal) for tensor in (key, value))
 
@@ -135,7 +135,7 @@ class SlidingWindow(Mixer):
             ],
             dim=-1,
         )
-        weights = (scores * self.shape.head_dim**-0.5).softmax(-1)
+        weights = self._softmax(scores)
         out = weights[..., : -self.sinks] @ near_value
         out = out + weights[..., -self.sinks :] @ sinks.value[:, :, None]
         return out.flatten(2, 3)[:, :, :tokens]
@@ -145,8 +145,11 @@ class SlidingWindow(Mixer):
         far = self._behind(key.shape[2] - 1 - sinks.position) & sinks.there
         allowed = torch.cat([real, far], dim=1)[:, None, None]
         scores = query @ torch.cat([key, sinks.key], dim=2).transpose(-1, -2)
-        weights = (_masked(scores, allowed) * self.shape.head_dim**-0.5).softmax(-1)
+        weights = self._softmax(_masked(scores, allowed))
         return weights @ torch.cat([value, sinks.value], dim=2)
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        return (scores * float(self.shape.head_dim) ** -0.5).softmax(-1)
 
     def _inside(self, distance: Tensor) -> Tensor:
         """Whether a token at so many tokens before the reader is in its window."""

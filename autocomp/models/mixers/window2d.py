@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autocomp.models.mixers.image_tokens import NO_IMAGE, cut_square
-from autocomp.models.mixers.protocol import Mixer, MixerShape, repeated
+from autocomp.models.mixers.protocol import Mixer, MixerShape, repeated, split_dim
 
 SIDE = 8
 """The longest side of a window, in patches."""
@@ -57,14 +57,14 @@ class Window2d(Mixer):
         weights = _softmax(torch.cat([to_first, scores], dim=-1))
         prefix = first_key.shape[2]
         out = weights[..., :prefix] @ first_value[:, :, None] + weights[..., prefix:] @ values
-        out = out.unflatten(3, (size, size)).unflatten(2, (count, count))
+        out = split_dim(split_dim(out, 3, (size, size)), 2, (count, count))
         out = out.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :side, :side]
         return torch.cat([first, out.flatten(2, 3)], dim=2)
 
 
 def _windows(square: Tensor, count: int) -> Tensor:
     """`(B, H, side, side, D)` → `(B, H, windows, patches of a window, D)`."""
-    rows = square.unflatten(3, (count, -1)).unflatten(2, (count, -1)).transpose(3, 4)
+    rows = split_dim(split_dim(square, 3, (count, -1)), 2, (count, -1)).transpose(3, 4)
     return rows.flatten(4, 5).flatten(2, 3)
 
 
