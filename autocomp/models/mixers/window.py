@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -149,7 +150,8 @@ class SlidingWindow(Mixer):
         return weights @ torch.cat([value, sinks.value], dim=2)
 
     def _softmax(self, scores: Tensor) -> Tensor:
-        return (scores * float(self.shape.head_dim) ** -0.5).softmax(-1)
+        scale = 1 / math.sqrt(self.shape.head_dim)
+        return (scores * scale).softmax(-1)
 
     def _inside(self, distance: Tensor) -> Tensor:
         """Whether a token at so many tokens before the reader is in its window."""
