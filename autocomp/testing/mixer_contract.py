@@ -217,7 +217,10 @@ class MixerContract:
         mixer, given = seat.trained(), inputs(seat.shape)
         state = mixer.empty_state(2)
         sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-        assert all(tensor.shape[0] == 2 for tensor in state.values())
+        for name, tensor in state.items():
+            assert tensor.shape[0] == 2, f"{name} is not (B, …)"
+            assert tensor.dtype == torch.float32, f"{name}: graphs hold float32"
+            assert not tensor.any(), f"{name} is not zero before the first token"
         pieces = []
         for start, end in itertools.pairwise((0, 1, 2, 4, 70, 134, 135, TOKENS)):
             piece = given.tokens(start, end)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.models.mixers.protocol import Mixer, MixerShape, State, hidden_padding, repeated
-from autocomp.models.mixers.recurrence import advance, bidirectional
+from autocomp.models.mixers.recurrence import bidirectional, chunkwise
 
 
 class LinearAttention(Mixer):
@@ -47,7 +47,7 @@ class LinearAttention(Mixer):
     def _causal(
         self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, state: State
     ) -> tuple[Tensor, State]:
-        out, sums = advance(*self._streams(query, key, value, real), state=state["sums"])
+        out, sums = chunkwise(*self._streams(query, key, value, real), state=state["sums"])
         return _divided(out), {"sums": sums}
 
     def _streams(

@@ -21,7 +21,6 @@ No branch depends on T, so that the export to ONNX stays dynamic in it.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -114,9 +113,15 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Pairs within chunks, states between them: O(T·chunk). As `recurrent`, and equal to it.
 
-    T need not be a multiple of `chunk`. A vector decay takes its blocks from gcd(chunk, 16).
+    T need not be a multiple of `chunk`. A sequence shorter than a chunk is one chunk of its length,
+    so that one token costs what `recurrent` takes for it, in an exported graph too.
     """
     tokens = query.shape[2]
+    vector = decay is not None and decay.shape[-1] > 1
+    chunk = shorter(tokens, chunk)
+    block = shorter(chunk, BLOCK)
+    if vector:  # a whole number of blocks
+        chunk = (chunk + block - 1) // block * block
     chunks = (tokens + chunk - 1) // chunk  # of positive numbers: ONNX divides towards zero
     missing = chunks * chunk - tokens
     own = _own(query, key, value, diagonal)
@@ -124,7 +129,7 @@ def chunkwise(
         split_dim(pad(tensor, (0, 0, 0, missing)), 2, (chunks, chunk))
         for tensor in (query, key, value)
     )
-    pairs = _pairs(q, k, decay, tokens, missing, read_before)
+    pairs = _pairs(q, k, decay, (tokens, missing, chunk, block), read_before)
     written = pairs.writing.transpose(-1, -2) @ v  # (B, H, N, K, V): what each chunk adds
     start = (_empty(key, value) if state is None else state.to(q.dtype))[:, :, None]
     states = _carried(torch.cat([start, written], dim=2), pairs.totals)
@@ -159,19 +164,10 @@ def bidirectional(
     return forward + backward.flip(2)
 
 
-def advance(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor | None = None,
-    *,
-    state: Tensor,
-    read_before: bool = False,
-    diagonal: Diagonal = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """`recurrent` for one token, `chunkwise` for more."""
-    form = recurrent if query.shape[2] == 1 else chunkwise
-    return form(query, key, value, decay, state=state, read_before=read_before, diagonal=diagonal)
+def shorter(one: int, other: int) -> int:
+    """The smaller of two lengths; in an export, of whatever length it is called with."""
+    length: int = torch.sym_min(one, other)  # type: ignore[no-untyped-call]
+    return length
 
 
 def segment_sums(steps: Tensor, *, read_before: bool = False) -> Tensor:
@@ -199,16 +195,16 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(
-    q: Tensor, k: Tensor, decay: Tensor | None, tokens: int, missing: int, read_before: bool
+    q: Tensor, k: Tensor, decay: Tensor | None, sizes: tuple[int, ...], read_before: bool
 ) -> _Pairs:
-    chunk = q.shape[3]
+    tokens, missing, chunk, block = sizes
     if decay is None:
         return _Pairs(_earlier(q @ k.transpose(-1, -2)), q, k, None)
     constant = decay.shape[2] == 1
     steps = _steps(decay, q)
     padded = split_dim(pad(steps.expand(-1, -1, tokens, -1), (0, 0, 0, missing)), 2, (-1, chunk))
     if decay.shape[-1] > 1:
-        return _vector_pairs(q, k, padded, read_before)
+        return _vector_pairs(q, k, padded, (chunk // block, block), read_before)
     flat = padded.squeeze(-1)  # (B or 1, H, N, L)
     pattern = steps.expand(-1, -1, chunk, -1).transpose(-1, -2) if constant else flat
     within = segment_sums(pattern, read_before=read_before).exp().to(q.dtype)
@@ -220,14 +216,14 @@ def _pairs(
     )
 
 
-def _vector_pairs(q: Tensor, k: Tensor, steps: Tensor, read_before: bool) -> _Pairs:
+def _vector_pairs(
+    q: Tensor, k: Tensor, steps: Tensor, sizes: tuple[int, int], read_before: bool
+) -> _Pairs:
     """Blocks of up to 16 tokens: the decay between two tokens is cut at the reader's block.
 
     The exponents are then those of a block at most, half of it to each side of its middle.
     """
-    chunk = q.shape[3]
-    block = math.gcd(chunk, BLOCK)
-    blocks = chunk // block
+    blocks, block = sizes
     cut = split_dim(steps, 3, (blocks, block)).transpose(-1, -2)  # (B, H, N, blocks, K, block)
     so_far = _so_far(cut, read_before).transpose(-1, -2)
     to_come = _to_come(cut).transpose(-1, -2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autocomp.models.mixers.parts import Gate, HeadNorm, ShortConvolution, softmax_attention
 from autocomp.models.mixers.protocol import Mixer, MixerShape, State, hidden_padding
-from autocomp.models.mixers.recurrence import Diagonal, advance, bidirectional
+from autocomp.models.mixers.recurrence import Diagonal, bidirectional, chunkwise
 
 READ = ("query", "key", "value")
 
@@ -115,7 +115,7 @@ class RecurrentMixer(Mixer):
             behind[role] = convolution.next(stream, state[role])
         query, key, value = mixed
         streams = self.streams(x, query, key, value, real)
-        out, last = advance(
+        out, last = chunkwise(
             *streams,
             state=state["state"],
             read_before=self.read_before,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autocomp.models.mixers.protocol import Mixer, State, repeated, split_dim
+from autocomp.models.mixers.recurrence import shorter
 
 
 class Sinks(NamedTuple):
@@ -54,7 +55,9 @@ class SlidingWindow(Mixer):
         index = position.clamp_max(tokens - 1)
         there = real.gather(1, index) & (position < tokens)
         sinks = Sinks(_taken(key, index), _taken(value, index), position, there)
-        return self._local(query, key, value, real, sinks)
+        before, behind = self._reach()
+        key, value = (pad(tensor, (0, 0, before, behind)) for tensor in (key, value))
+        return self._near(query, key, value, pad(real, (before, behind)), sinks)
 
     def empty_state(self, batch: int) -> State:
         """The last `window - 1` keys and values, the first `sinks`, and how many tokens so far."""
@@ -66,7 +69,7 @@ class SlidingWindow(Mixer):
             "values": last.clone(),
             "sink_keys": first,
             "sink_values": first.clone(),
-            "seen": torch.zeros(batch, dtype=torch.int64),
+            "seen": torch.zeros(batch),
         }
 
     def extend(
@@ -74,7 +77,7 @@ class SlidingWindow(Mixer):
     ) -> tuple[Tensor, State]:
         """See `Mixer.extend`."""
         tokens, past = query.shape[2], self.window - 1
-        seen = state["seen"][:, None]
+        seen = state["seen"].to(torch.int64)[:, None]
         position = torch.arange(self.sinks, device=x.device).expand(x.shape[0], -1)
         new = (position - seen).clamp(0, tokens - 1)
         known = (position < seen)[:, None, :, None]
@@ -93,77 +96,57 @@ class SlidingWindow(Mixer):
         sinks = Sinks(
             repeated(heads, sink_key),
             repeated(heads, sink_value),
-            position - seen + past,
+            position - seen,
             position < seen + tokens,
         )
-        # in the numbering of `keys` and `values`, the first tokens of which may not have been
+        # the first tokens in `keys` and `values` may not have been
         real = torch.arange(past + tokens, device=x.device) >= past - seen
         keys, values = repeated(heads, keys), repeated(heads, values)
-        if tokens == 1:
-            return self._one(query, keys, values, real, sinks), behind
-        queries = pad(query, (0, 0, past, 0))
-        return self._local(queries, keys, values, real, sinks)[:, :, past:], behind
+        return self._near(query, keys, values, real, sinks), behind
 
-    def _local(
+    def _reach(self) -> tuple[int, int]:
+        """Tokens that a window holds in front of the reader and behind it."""
+        half = self.window // 2
+        return (self.window - 1, 0) if self.shape.causal else (half, half)
+
+    def _near(
         self, query: Tensor, key: Tensor, value: Tensor, real: Tensor, sinks: Sinks
     ) -> Tensor:
-        """In chunks, each with the one in front of it and, for encoders, the one behind."""
+        """In chunks. Keys, values and `real` have `_reach()` more tokens in front and behind."""
         tokens = query.shape[2]
-        causal = self.shape.causal
-        chunk = self.window if causal else self.window // 2
+        chunk = shorter(tokens, self.window)
         chunks = (tokens + chunk - 1) // chunk  # of positive numbers: ONNX divides towards zero
         missing = chunks * chunk - tokens
-        query, key, value = (
-            split_dim(pad(tensor, (0, 0, 0, missing)), 2, (chunks, chunk))
-            for tensor in (query, key, value)
-        )
-        cut = split_dim(pad(real, (0, missing)), 1, (chunks, chunk))[:, None, ..., None]
-        near = _with_neighbours(cut, causal)[..., 0]  # (B, 1, N, 2 or 3 chunks)
-        near_key, near_value = (_with_neighbours(tensor, causal) for tensor in (key, value))
-
+        before, behind = self._reach()
+        width = before + chunk + behind
         offset = torch.arange(chunk, device=query.device)
-        other = torch.arange(near.shape[-1], device=query.device)
-        inside = self._inside(offset[:, None] + chunk - other)
-        allowed = inside & near[:, :, :, None]
-        position = torch.arange(chunks, device=query.device)[:, None] * chunk + offset
-        far = self._behind(position[..., None] - sinks.position[:, None, None])
-        allowed_sinks = (far & sinks.there[:, None, None])[:, None]  # (B, 1, N, L, S)
+        other = torch.arange(width, device=query.device)
+        start = torch.arange(chunks, device=query.device)[:, None] * chunk
+        index = (start + other).flatten()
+        query = split_dim(pad(query, (0, 0, 0, missing)), 2, (chunks, chunk))
+        key, value = (
+            split_dim(pad(tensor, (0, 0, 0, missing)).index_select(2, index), 2, (chunks, width))
+            for tensor in (key, value)
+        )
+        there = split_dim(pad(real, (0, missing)).index_select(1, index), 1, (chunks, width))
+        distance = offset[:, None] + before - other  # (chunk, width)
+        inside = (distance <= before) & (distance >= -behind)
+        allowed = inside & there[:, None, :, None]  # (B, 1, N, chunk, width)
+        far = (start + offset)[..., None] - sinks.position[:, None, None]
+        far = (far > before) | (far < -behind) if behind else far > before
+        allowed_sinks = (far & sinks.there[:, None, None])[:, None]  # (B, 1, N, chunk, S)
 
         scores = torch.cat(
             [
-                _masked(query @ near_key.transpose(-1, -2), allowed),
+                _masked(query @ key.transpose(-1, -2), allowed),
                 _masked(query @ sinks.key[:, :, None].transpose(-1, -2), allowed_sinks),
             ],
             dim=-1,
         )
-        weights = self._softmax(scores)
-        out = weights[..., : -self.sinks] @ near_value
+        weights = (scores * (1 / math.sqrt(self.shape.head_dim))).softmax(-1)
+        out = weights[..., : -self.sinks] @ value
         out = out + weights[..., -self.sinks :] @ sinks.value[:, :, None]
         return out.flatten(2, 3)[:, :, :tokens]
-
-    def _one(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor, sinks: Sinks) -> Tensor:
-        """The last token alone: all of `key` is inside its window."""
-        far = self._behind(key.shape[2] - 1 - sinks.position) & sinks.there
-        allowed = torch.cat([real, far], dim=1)[:, None, None]
-        scores = query @ torch.cat([key, sinks.key], dim=2).transpose(-1, -2)
-        weights = self._softmax(_masked(scores, allowed))
-        return weights @ torch.cat([value, sinks.value], dim=2)
-
-    def _softmax(self, scores: Tensor) -> Tensor:
-        scale = 1 / math.sqrt(self.shape.head_dim)
-        return (scores * scale).softmax(-1)
-
-    def _inside(self, distance: Tensor) -> Tensor:
-        """Whether a token at so many tokens before the reader is in its window."""
-        if self.shape.causal:
-            return (distance >= 0) & (distance < self.window)
-        return distance.abs() <= self.window // 2
-
-    def _behind(self, distance: Tensor) -> Tensor:
-        """Whether a sink so far before the reader is seen, and not in its window anyway."""
-        if self.shape.causal:
-            return distance >= self.window
-        return distance.abs() > self.window // 2
 
 
 def _masked(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -175,11 +158,3 @@ def _taken(tensor: Tensor, index: Tensor) -> Tensor:
     """Tokens `index` `(B, S)` of `(B, H, T, D)`."""
     _, heads, _, width = tensor.shape
     return tensor.gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
-
-
-def _with_neighbours(chunks: Tensor, causal: bool) -> Tensor:
-    """`(B, H, N, L, D)` → `(B, H, N, 2 or 3 L, D)`: zero or false outside the sequence."""
-    around = [pad(chunks, (0, 0, 0, 0, 1, 0))[:, :, :-1], chunks]
-    if not causal:
-        around.append(pad(chunks, (0, 0, 0, 0, 0, 1))[:, :, 1:])
-    return torch.cat(around, dim=3)
