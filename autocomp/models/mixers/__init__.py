@@ -12,6 +12,15 @@ if TYPE_CHECKING:
 MIXERS: Registry[type[Mixer]] = Registry(
     "mixers",
     {
+        "convolution": "autocomp.models.mixers.convolution:Convolution",
         "elu": "autocomp.models.mixers.linear_attention:EluLinearAttention",
+        "fourier": "autocomp.models.mixers.fourier:Fourier",
+        "hedgehog": "autocomp.models.mixers.linear_attention:HedgehogAttention",
+        "mamba2": "autocomp.models.mixers.mamba2:Mamba2",
+        "pooling": "autocomp.models.mixers.pooling:Pooling",
+        "retention": "autocomp.models.mixers.retention:Retention",
+        "rwkv6": "autocomp.models.mixers.rwkv6:RWKV6",
+        "window": "autocomp.models.mixers.window:SlidingWindow",
+        "window2d": "autocomp.models.mixers.window2d:Window2d",
     },
 )

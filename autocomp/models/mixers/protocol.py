@@ -86,6 +86,14 @@ class Mixer(nn.Module, ABC):
             real: bool `(B, T)`, false at padding, which changes no other token's output.
         """
 
+    def calibrate(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None = None
+    ) -> None:
+        """Before training: bring output scales to those of softmax attention on these inputs.
+
+        The arguments are those of `forward`. A mixer that ends in a norm starts far off without.
+        """
+
     def empty_state(self, batch: int) -> State:
         """The state before the first token.
 
@@ -116,3 +124,9 @@ def hidden_padding(real: Tensor | None, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     kept = real[:, None, :, None]
     return [torch.where(kept, tensor, 0.0) for tensor in tensors]
+
+
+def split_dim(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`tensor` with dimension `dim` as several of these sizes; one of them may be -1."""
+    split: Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return split
