@@ -24,6 +24,7 @@ from autocomp.calibrate.record import Call, Recording
 from autocomp.core.unit import Role, Unit
 from autocomp.models.mixers.protocol import Mixer
 from autocomp.models.seat import mixer_shape
+from autocomp.operators.gram import damped, damping_for, inverse
 from autocomp.operators.protocol import MixerState, SiteStats, UnitState
 from autocomp.operators.replace.sublayer import Layers, Sublayer
 
@@ -47,14 +48,14 @@ class Settings:
 
     steps: int = 300
     warm_up: int = 20
-    step_tokens: int = 8192
+    step_tokens: int = 4096
     rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     inherited: float = 0.1
     trial_steps: int = 20
     held_out: int = 8
     check_every: int = 25
     patience: int = 4
-    seconds: float = 300.0
+    seconds: float = 600.0
 
 
 SETTINGS = Settings()
@@ -113,6 +114,7 @@ def distil(
         student = Sublayer(recording, unit, state)
         student.seat(seated)
         trainer = _Trainer(student, seated, train, held, settings, started)
+        trainer.refit_output()
         run, tried = trainer.best_run()
         trainer.restore(run.state)
         stats = _output_stats(student, recording.calls)
@@ -122,7 +124,8 @@ def distil(
         parameters={name: value.detach().clone() for name, value in seated.state_dict().items()},
         stats=stats,
         training={
-            "error_before": trainer.start_error,
+            "error_before": trainer.inherited_error,
+            "error_refitted": trainer.start_error,
             "error": run.error,
             "rate": max(tried, key=lambda rate: (-tried[rate], -rate)) if tried else None,
             "rates": {f"{rate:g}": error for rate, error in tried.items()},
@@ -156,7 +159,36 @@ class _Trainer:
         self._bias = None if student.output.bias is None else student.output.bias.detach().clone()
         self._energy = self._mean_energy(train), self._mean_energy(self._held)
         self.start = self._snapshot()
-        self.start_error = self._error()
+        self.start_error = self.inherited_error = self._error()
+
+    @torch.no_grad()
+    def refit_output(self) -> None:
+        """Start from the output projection that fits the inherited mixer best, if that is better.
+
+        Least squares on what it reads now, drawn towards the inherited weight as compensation after
+        pruning is: W + Σ (y − W z − b) zᵀ (G + λI)⁻¹, G = Σ z zᵀ, in float64.
+        """
+        output = self._student.output
+        gram = torch.zeros(output.in_features, output.in_features, dtype=torch.float64)
+        cross = torch.zeros(output.out_features, output.in_features, dtype=torch.float64)
+        seen: list[Tensor] = []
+        handle = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for example in self._train:
+            found = self._student.run(example.call)
+            z = seen.pop()[example.real].double()
+            gram += z.t() @ z
+            cross += (example.target.float() - found)[example.real].double().t() @ z
+        handle.remove()
+        tokens = sum(example.tokens for example in self._train)
+        if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+            return
+        ridge = damped(gram, damping_for(output.in_features, tokens))
+        output.weight += (cross @ inverse(ridge)).float()
+        error = self._error()
+        if error < self.start_error:
+            self.start, self.start_error = self._snapshot(), error
+        else:
+            self.restore(self.start)
 
     def best_run(self) -> tuple[_Run, dict[float, float]]:
         """The whole run at the best of the rates; rate → held-out error after its trial."""
