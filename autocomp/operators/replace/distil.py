@@ -5,8 +5,8 @@ is the squared error relative to the target's energy. Mixer and inherited projec
 together, the projections at a tenth of the mixer's rate, by AdamW under a cosine with warm-up. The
 rate is found: each of `rates` trains a short schedule of its own from the same start, and the one
 of least error on held-out sequences is used. The state of least held-out error is kept, the start
-included. Everything is seeded; only the clock, which is noted when it strikes, can end a run
-elsewhere.
+included, and its output projection refitted in closed form. Everything is seeded; only the clock,
+which is noted when it strikes, can end a run elsewhere.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def distil(
         student = Sublayer(recording, unit, state)
         student.seat(seated)
         trainer = _Trainer(student, seated, train, held, settings, started)
-        trainer.refit_output()
         run, tried = trainer.best_run()
         trainer.restore(run.state)
+        error = trainer.refit_output(run.error)
         stats = _output_stats(student, recording.calls)
     return student.layers(), MixerState(
         name=mixer.name,
@@ -124,9 +124,9 @@ def distil(
         parameters={name: value.detach().clone() for name, value in seated.state_dict().items()},
         stats=stats,
         training={
-            "error_before": trainer.inherited_error,
-            "error_refitted": trainer.start_error,
-            "error": run.error,
+            "error_before": trainer.start_error,
+            "error_trained": run.error,
+            "error": error,
             "rate": max(tried, key=lambda rate: (-tried[rate], -rate)) if tried else None,
             "rates": {f"{rate:g}": error for rate, error in tried.items()},
             "steps": run.steps,
@@ -159,14 +159,15 @@ class _Trainer:
         self._bias = None if student.output.bias is None else student.output.bias.detach().clone()
         self._energy = self._mean_energy(train), self._mean_energy(self._held)
         self.start = self._snapshot()
-        self.start_error = self.inherited_error = self._error()
+        self.start_error = self._error()
 
     @torch.no_grad()
-    def refit_output(self) -> None:
-        """Start from the output projection that fits the inherited mixer best, if that is better.
+    def refit_output(self, error: float) -> float:
+        """Give the output projection its best weight, if held-out sequences agree; their error.
 
-        Least squares on what it reads now, drawn towards the inherited weight as compensation after
-        pruning is: W + Σ (y − W z − b) zᵀ (G + λI)⁻¹, G = Σ z zᵀ, in float64.
+        Least squares on what it reads now, drawn towards the weight that is there as compensation
+        after pruning is: W + Σ (y − ŷ) zᵀ (G + λI)⁻¹, G = Σ z zᵀ, in float64. `error` is that of
+        now.
         """
         output = self._student.output
         gram = torch.zeros(output.in_features, output.in_features, dtype=torch.float64)
@@ -179,16 +180,17 @@ class _Trainer:
             gram += z.t() @ z
             cross += (example.target.float() - found)[example.real].double().t() @ z
         handle.remove()
-        tokens = sum(example.tokens for example in self._train)
         if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
-            return
-        ridge = damped(gram, damping_for(output.in_features, tokens))
-        output.weight += (cross @ inverse(ridge)).float()
-        error = self._error()
-        if error < self.start_error:
-            self.start, self.start_error = self._snapshot(), error
-        else:
-            self.restore(self.start)
+            return error
+        tokens = sum(example.tokens for example in self._train)
+        before = output.weight.detach().clone()
+        change = cross @ inverse(damped(gram, damping_for(output.in_features, tokens)))
+        output.weight += change.float()
+        refitted = self._error()
+        if refitted < error:
+            return refitted
+        output.weight.copy_(before)
+        return error
 
     def best_run(self) -> tuple[_Run, dict[float, float]]:
         """The whole run at the best of the rates; rate → held-out error after its trial."""

@@ -1,4 +1,7 @@
-"""A teacher with recorded inputs, and a mixer with parameters of its own, for tests of `replace`."""
+"""A teacher with recorded inputs, and a mixer with parameters of its own: for tests of `replace`.
+
+Imported by the tests of several rooms.
+"""
 
 from __future__ import annotations
 
