@@ -17,7 +17,7 @@ from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.unit import Unit, dense_format
 from autocomp.models.surgery import copy_for_surgery, install
-from autocomp.operators import OPERATORS, apply_option, apply_step, option_formats, unit_options
+from autocomp.operators import OPERATORS, apply_step, option_formats, unit_options
 from autocomp.operators.protocol import Operator, Rule, UnitState, UnitStats
 from autocomp.operators.replace import distil as distil_module
 from autocomp.operators.replace.distil import Settings, distil
@@ -41,6 +41,17 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module", params=list(EXAMPLES))
 def any_made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+_replaced: dict[tuple[int, Step], UnitState] = {}
+
+
+def replaced(one: Case, step: Step) -> UnitState:
+    """Trained once for all tests."""
+    key = id(one), step
+    if key not in _replaced:
+        _replaced[key] = apply_step(one.unit, one.state, step, one.stats)
+    return _replaced[key]
 
 
 def attention_output(one: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -97,7 +108,7 @@ def test_distillation_lowers_the_held_out_error_and_is_deterministic(made: Case)
 
 def test_the_error_told_is_that_of_the_installed_unit(made: Case) -> None:
     """Independently: the replaced model's sublayer against the teacher's, on all sequences."""
-    state = apply_step(made.unit, made.state, DISTANCES, made.stats)
+    state = replaced(made, DISTANCES)
     recording = load_recording(made.stats.recording)
     teacher = Sublayer(recording, made.unit, made.state)
     model = copy_for_surgery(teacher.model)
@@ -127,7 +138,7 @@ def output_bias(one: Case) -> torch.Tensor:
 
 @pytest.mark.parametrize("step", [ELU, DISTANCES], ids=["elu", "distances"])
 def test_statistics_are_those_of_the_installed_model(made: Case, step: Step) -> None:
-    state = apply_step(made.unit, made.state, step, made.stats)
+    state = replaced(made, step)
     name = next(site.name for site in made.unit.sites if site.role == "output")
     mixer = state[name].mixer
     assert mixer is not None
@@ -151,8 +162,8 @@ def test_statistics_are_those_of_the_installed_model(made: Case, step: Step) -> 
 
 def test_bits_behind_a_mixer_are_solved_on_its_statistics(made: Case) -> None:
     bits = Step.of("gptq", weights=4, activations=32, group=16)
-    prefix = apply_step(made.unit, made.state, DISTANCES, made.stats)
-    both = apply_option(made.unit, made.state, Option((DISTANCES, bits)), made.stats)
+    prefix = replaced(made, DISTANCES)
+    both = apply_step(made.unit, prefix, bits, dict(made.stats))
     name = next(site.name for site in made.unit.sites if site.role == "output")
     mixer = prefix[name].mixer
     assert mixer is not None
@@ -270,3 +281,32 @@ class TestContract(OperatorContract):
             after = operator.apply(self.made.unit, zero, step, self.made.stats)
             formats = operator.formats(self.made.unit, dense_format(self.made.unit), step)
             self._assert_sound(after, formats, step.label())
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (Step.of("sparsegpt", level=0.5), Step.of("gptq", weights=8, activations=32, group=0)),
+        (Step.of("rtn", weights=8, activations=8, group=0, range="mse"),),
+        (Step.of("smoothquant", weights=8, activations=8, group=0, migration=0.5),),
+        (Step.of("awq", weights=4, activations=32, group=16),),
+    ],
+    ids=lambda steps: steps[0].operator,
+)
+def test_later_steps_keep_the_mixer(made: Case, steps: tuple[Step, ...]) -> None:
+    """And their formats are those foreseen; a static range is that of the mixer's output."""
+    state = replaced(made, DISTANCES)
+    for step in steps:
+        state = apply_step(made.unit, state, step, dict(made.stats))
+    formats = option_formats(made.unit, Option((DISTANCES, *steps)))
+    assert formats == {name: site.format for name, site in state.items()}
+    output = next(site for site in state.values() if site.mixer is not None)
+    assert output.mixer is not None
+    assert output.mixer.stats is not None
+    if output.input_range is not None:
+        assert output.mixer.stats.low is not None
+        assert output.input_range[0] >= float(output.mixer.stats.low.min()) - 1e-5
+    model = copy_for_surgery(made.model)
+    install(model, made.unit, state)
+    with torch.no_grad():
+        assert torch.isfinite(model(**made.batches[0]).logits).all()

@@ -61,7 +61,7 @@ def test_mixers_are_trained_with_the_rest(name: str) -> None:
     padded = copy.deepcopy(student)
     task: Any = Texts(name)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
-    settings = Distillation(tokens=4000, lr=3e-3, temperature=1.0)
+    settings = Distillation(tokens=2000, lr=3e-3, temperature=1.0)
     result = distil(student, teacher, cast(Task, task), settings, batch=24, seed=0, gate=Open())
     assert result.last_loss < 0.7 * result.first_loss
     mixer = mixer_of(student, unit)

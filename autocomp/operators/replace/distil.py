@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,7 @@ def distil(
         seated = mixer.inherit(mixer_shape(unit, causal=unit.causal), weights)
         student = Sublayer(recording, unit, state)
         student.seat(seated)
+        _calibrate(student, seated, train)
         trainer = _Trainer(student, seated, train, held, settings, started)
         run, tried = trainer.best_run()
         trainer.restore(run.state)
@@ -286,6 +288,19 @@ class _Trainer:
 
     def _late(self) -> bool:
         return time.perf_counter() - self._started > self._settings.seconds
+
+
+@torch.no_grad()
+def _calibrate(student: Sublayer, mixer: Mixer, examples: Sequence[_Example]) -> None:
+    """Show a mixer that wants to see them the inputs it will be trained on."""
+    calibrate = getattr(mixer, "calibrate", None)
+    if calibrate is None:
+        return
+    seen: list[tuple[Any, ...]] = []
+    handle = mixer.register_forward_pre_hook(lambda _, args: seen.append(args))
+    student.run(max(examples, key=lambda example: example.tokens).call)
+    handle.remove()
+    calibrate(*seen[0])
 
 
 @torch.no_grad()
