@@ -7,7 +7,7 @@ from typing import Any
 from autocomp.core.errors import UserError, did_you_mean
 from autocomp.core.registry import Registry
 
-KINDS = ("operators", "targets", "tasks", "exporters")
+KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
 
 
 def list_kind(kind: str) -> list[dict[str, Any]]:
@@ -47,6 +47,10 @@ def _registry(kind: str) -> Registry[Any]:
         from autocomp.operators import OPERATORS
 
         return OPERATORS
+    if kind == "mixers":
+        from autocomp.models.mixers import MIXERS
+
+        return MIXERS
     if kind == "targets":
         from autocomp.targets import TARGETS
 

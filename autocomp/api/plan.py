@@ -17,6 +17,7 @@ from autocomp.core.errors import UserError
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.discover import find_units, rest_parameters
+from autocomp.models.mixers import MIXERS
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
 from autocomp.models.vocabulary import Vocabulary
 from autocomp.operators import (
@@ -26,7 +27,7 @@ from autocomp.operators import (
     token_reduction,
     unit_options,
 )
-from autocomp.search.space import Space
+from autocomp.search.space import Cap, Space
 from autocomp.spec.loader import LoadedSpec, load_spec
 from autocomp.spec.names import check_names, match_rules
 from autocomp.spec.schema import Spec
@@ -82,7 +83,17 @@ class Plan:
     @cached_property
     def space(self) -> Space:
         """The search space."""
-        return Space(self.units, self.options, self.spec.distill)
+        return Space(self.units, self.options, self.spec.distill, self.caps)
+
+    @property
+    def caps(self) -> tuple[Cap, ...]:
+        """How many units of each rule may be replaced, where the rule says so."""
+        found = []
+        for index, rule in enumerate(self.spec.space):
+            if rule.structure.at_most is not None:
+                units = tuple(unit for unit, its in self.rules.items() if its == index)
+                found.append(Cap(units, "replace", rule.structure.at_most))
+        return tuple(found)
 
     @cached_property
     def formats(self) -> dict[str, dict[str, dict[str, SiteFormat]]]:
@@ -144,6 +155,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
             "space[*].sparsity.method": ("operators", OPERATORS.names()),
             "space[*].bits.method": ("operators", OPERATORS.names()),
             "space[*].tokens.method": ("operators", OPERATORS.names()),
+            "space[*].structure.replace": ("mixers", MIXERS.names()),
         },
     )
     try:

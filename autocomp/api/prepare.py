@@ -27,6 +27,8 @@ from autocomp.trial.context import TrialContext
 from autocomp.workers.cluster import Cluster
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from autocomp.targets.cost_table import CostTable
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ def prepare_library(
 
     `cluster` starts the workers; it is called only if there is something to build.
     """
+    from autocomp.calibrate.stats import recording_path
     from autocomp.calibrate.stream import calibrate, fingerprint
     from autocomp.core.hashing import file_digest
     from autocomp.library.build import build_unit, plan_build
@@ -97,7 +100,9 @@ def prepare_library(
     digest = content_key([file_digest(file) for file in weight_files(teacher.path)])
     batches = list(teacher.task.batches("calibrate", CALIBRATION_BATCH, trim=True))
     statistics = fingerprint(batches, digest)
-    directory = cache_directory() / "statistics" / statistics[:16]
+    more = _recorded_batches(plan, teacher.task)
+    recording = fingerprint(more, digest) if more else ""
+    directory = cache_directory() / "statistics" / f"{statistics[:16]}{recording[:16]}"
     paths = {
         u.name: directory / f"{u.name}.safetensors" for u in plan.units if u.kind != "embedding"
     }
@@ -110,22 +115,54 @@ def prepare_library(
         statistics,
         library,
         {unit: content_key([statistics, path.name]) for unit, path in counted.items()},
+        recording,
     )
     if build.tasks:
         model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
-        for _ in calibrate(model, plan.units, batches, directory, progress=progress.advance):
+        recorded = build.recorded
+        for _ in calibrate(
+            model,
+            plan.units,
+            batches,
+            directory,
+            record=recorded,
+            record_batches=more if recorded else (),
+            progress=progress.advance,
+        ):
             pass
-    progress.phase("library", build.missing)
+        del model
+    progress.phase("library", build.weight)
     if build.tasks:
-        sizes = [len(task.options) for task in build.tasks]
 
         def advance(done: int, total: int) -> None:
-            progress.advance(sum(sizes) * done // max(total, 1))
+            progress.advance(build.weight_of(done))
 
         run_tasks(build_unit, build.tasks, cluster().workers, advance)
     for path in (paths | counted).values():
         path.unlink(missing_ok=True)
+        recording_path(path).unlink(missing_ok=True)
     return build.keys
+
+
+def _recorded_batches(plan: Plan, task: Task) -> list[dict[str, Tensor]]:
+    """Examples of the distil split that replacements are trained on, behind the calibration's.
+
+    As many as can be recorded; none where no option is trained.
+    """
+    from autocomp.calibrate.record import TOKENS
+    from autocomp.operators import training_step
+
+    options = (option for offered in plan.options.values() for option in offered)
+    if all(training_step(option) is None for option in options):
+        return []
+    found: list[dict[str, Tensor]] = []
+    tokens = 0
+    for batch in task.batches("distil", CALIBRATION_BATCH, trim=True):
+        found.append(batch)
+        tokens += task.tokens(batch)
+        if tokens >= TOKENS:
+            break
+    return found
 
 
 def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:

@@ -52,6 +52,19 @@ UnitStats = Mapping[str, SiteStats]
 """Site name → statistics; tables have `rows` alone, or none."""
 
 
+class RecordedStats(dict[str, SiteStats]):
+    """Statistics of a unit, and the file that holds what its attention was called with."""
+
+    def __init__(self, stats: UnitStats, recording: Path) -> None:
+        super().__init__(stats)
+        self.recording = recording
+
+
+def recording_path(stats_path: Path) -> Path:
+    """Where what a unit's attention was called with is kept, beside the unit's statistics."""
+    return stats_path.with_name(f"{stats_path.stem}.recording.safetensors")
+
+
 def save_stats(path: Path, stats: UnitStats) -> None:
     """Write the statistics of one unit, atomically; shared Gram matrices once.
 

@@ -12,7 +12,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from autocomp.calibrate.accumulate import Accumulator
-from autocomp.calibrate.stats import VERSION, save_stats
+from autocomp.calibrate.record import Recorder
+from autocomp.calibrate.stats import VERSION, recording_path, save_stats
 from autocomp.core.errors import InternalError, StorageError
 from autocomp.core.unit import Unit
 from autocomp.models.surgery import blocks as blocks_of
@@ -61,6 +62,8 @@ def calibrate(
     batches: Sequence[Batch],
     directory: Path,
     *,
+    record: Collection[str] = (),
+    record_batches: Sequence[Batch] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Path]]]:
     """Write the statistics of every unit to `directory`, block by block.
@@ -73,6 +76,9 @@ def calibrate(
     Args:
         batches: keyword arguments of the model, `input_ids (B, T)` or `pixel_values`; positions
             where `attention_mask (B, T)` is zero are left out. `labels` are not passed on.
+        record: names of the attention units whose inputs are recorded too, beside their statistics
+            (see `calibrate.record`). Without any, nothing of this is done.
+        record_batches: examples that are recorded behind `batches` and count in no statistics.
         progress: called with (blocks done, blocks + 1).
 
     Raises:
@@ -86,11 +92,13 @@ def calibrate(
         for index, group in plan.items()
     }
     directory.mkdir(parents=True, exist_ok=True)
-    done = all(path.exists() for group in files.values() for path in group.values())
-    if done:
+    wanted = [path for group in files.values() for path in group.values()]
+    wanted += [recording_path(directory / f"{name}.safetensors") for name in record]
+    if all(path.exists() for path in wanted):
         steps: Iterator[int] = iter(range(count + 1))
     else:
-        steps = _run(model, plan, files, [_inputs(batch) for batch in batches], directory)
+        together = [_inputs(batch) for batch in (*batches, *(record_batches if record else ()))]
+        steps = _run(model, plan, files, together, len(batches), directory, record)
     for index in steps:
         if progress is not None:
             progress(index + 1, count + 1)
@@ -102,8 +110,11 @@ def _run(
     plan: Mapping[int, Sequence[Unit]],
     files: Mapping[int, Mapping[str, Path]],
     batches: Sequence[dict[str, Tensor]],
+    counted: int,
     directory: Path,
+    record: Collection[str],
 ) -> Iterator[int]:
+    """The first `counted` batches make the statistics."""
     masks = [_mask(batch) for batch in batches]
     chain = blocks_of(model)
     with ExitStack() as stack:
@@ -119,15 +130,23 @@ def _run(
         for index, block in enumerate(chain):
             group = plan.get(index, ())
             accumulator = Accumulator(_modules(model, group))
-            for call, mask in zip(calls, masks, strict=True):
-                with torch.no_grad(), accumulator.watching(mask):
+            recorder = Recorder(model, [unit for unit in group if unit.name in record])
+            for number, (call, mask) in enumerate(zip(calls, masks, strict=True)):
+                with torch.no_grad(), ExitStack() as watched:
+                    watched.enter_context(recorder.watching(mask))
+                    if number < counted:
+                        watched.enter_context(accumulator.watching(mask))
                     call.run(block)
             _save(accumulator, group, files.get(index, {}))
+            for unit in group:
+                if unit.name in record:
+                    recorder.save(unit.name, recording_path(files[index][unit.name]))
             yield index
         behind = plan.get(len(chain), ())
         if behind:
             accumulator = Accumulator(_modules(model, behind))
-            for batch, call, mask in zip(batches, calls, masks, strict=True):
+            first = zip(batches[:counted], calls[:counted], masks[:counted], strict=True)
+            for batch, call, mask in first:
                 with torch.no_grad(), _replayed(chain, call), accumulator.watching(mask):
                     model(**batch)
             _save(accumulator, behind, files[len(chain)])

@@ -57,6 +57,7 @@ class Unit:
     `layer` is the index of its block, `None` outside the blocks. `heads`, `kv_heads` and
     `head_dim` are set for attention; `width` (the inner width) for a feed-forward sublayer.
     `tied_to` names the unit whose weight this one shares, if any.
+    `causal` says whether a token attends to earlier ones alone.
     `protected_tokens` counts the leading tokens (class, distillation, registers) that stay when
     patch tokens are merged or dropped behind this unit; `None` where that cannot be done.
     """
@@ -72,6 +73,7 @@ class Unit:
     skippable: bool = False
     tied_to: str | None = None
     protected_tokens: int | None = None
+    causal: bool = False
 
     @property
     def parameters(self) -> int:
@@ -111,6 +113,7 @@ class SiteFormat:
         static: whether the range of 8-bit activations is fixed at calibration, not at run time.
         scaled: whether inputs are multiplied by a vector first, the weight having been divided.
         nonzeros: weights stored where the site is sparse, in total; `None` is all of them.
+        mixer: at the output of attention: what makes its input; `None` is softmax attention.
     """
 
     rows: int
@@ -123,6 +126,7 @@ class SiteFormat:
     static: bool = False
     scaled: bool = False
     nonzeros: int | None = None
+    mixer: str | None = None
 
 
 UnitFormat = Mapping[str, SiteFormat]

@@ -111,6 +111,11 @@ def inexpressible(record: TrialRecord) -> str | None:
                     f"{unit}: {step.label()} merges or drops tokens, which no config of "
                     f"transformers expresses. Leave out --format for the runtime's own"
                 )
+            if step.operator == "replace":
+                return (
+                    f"{unit}: {step['mixer']} in the place of attention, which no config of "
+                    f"transformers expresses. Leave out --format for the runtime's own"
+                )
     return None
 
 

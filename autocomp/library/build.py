@@ -2,7 +2,9 @@
 
 A task builds all missing options of one unit in one go, so that what they have in common (a
 factorised Gram matrix, a pruned weight) is computed once, and stores each as soon as it is made: a
-build that is interrupted continues where it was. No ray here: the caller brings the `map`.
+build that is interrupted continues where it was. What begins with a step that trains is a task of
+its own, and what that step leaves is an item, asked for or not: nothing is trained twice. No ray
+here: the caller brings the `map`.
 """
 
 from __future__ import annotations
@@ -11,24 +13,27 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from autocomp.calibrate.stats import UnitStats, load_stats
+from autocomp.calibrate.stats import RecordedStats, UnitStats, load_stats, recording_path
 from autocomp.core.candidate import Option, Step
-from autocomp.core.errors import ModelError
+from autocomp.core.errors import InternalError, ModelError
 from autocomp.core.unit import Unit, dense_format
+from autocomp.library.errors import relative_errors
+from autocomp.library.mixers import without_stats
 from autocomp.library.store import Library, item_key
 from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
-from autocomp.operators import apply_step, option_formats, weight_option
-from autocomp.operators.factorize.factors import multiplied
-from autocomp.operators.gram import derived, output_error
-from autocomp.operators.protocol import SiteState, SiteStats, UnitState
+from autocomp.operators import apply_step, option_formats, training_step, weight_option
+from autocomp.operators.protocol import SiteState, UnitState
+
+TRAINING_WEIGHT = 100
+"""Options of another kind that take about as long as training a replacement does."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +44,13 @@ no item; those that differ in token steps alone share one."""
 
 @dataclass(frozen=True)
 class BuildTask:
-    """All missing options of one unit. Picklable; small.
+    """All missing options of one unit, or those that begin with one step that trains. Picklable.
 
     Attributes:
         model_path: directory of the teacher, safetensors.
         options: option with the key its item is stored under.
+        trained: the step that trains, which all of them begin with, with the key of its own item.
+        trains: whether that item is missing.
         stats_path: the unit's statistics; `None` for an embedding.
         library_root, capacity_bytes: see `Library`.
     """
@@ -54,6 +61,13 @@ class BuildTask:
     stats_path: Path | None
     library_root: Path
     capacity_bytes: int | None = None
+    trained: tuple[Step, str] | None = None
+    trains: bool = False
+
+    @property
+    def weight(self) -> int:
+        """About how long it takes, in options that are not trained."""
+        return len(self.options) + (TRAINING_WEIGHT if self.trains else 0)
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,20 @@ class BuildPlan:
         """Items to build."""
         return sum(len(task.options) for task in self.tasks)
 
+    @property
+    def recorded(self) -> list[str]:
+        """Units whose inputs have to be recorded: something is trained on them."""
+        return list(dict.fromkeys(task.unit.name for task in self.tasks if task.trains))
+
+    @property
+    def weight(self) -> int:
+        """About how long it takes; see `BuildTask.weight`."""
+        return self.weight_of(len(self.tasks))
+
+    def weight_of(self, done: int) -> int:
+        """The part of `weight` behind us once this many tasks have ended: they start in order."""
+        return sum(task.weight for task in self.tasks[:done])
+
 
 def plan_build(
     model_path: Path,
@@ -100,14 +128,18 @@ def plan_build(
     stats_fingerprint: str,
     library: Library,
     own_fingerprints: Mapping[str, str] | None = None,
+    recording_fingerprint: str = "",
 ) -> BuildPlan:
-    """One task per unit with missing items, largest first; items that are there are checked.
+    """Tasks for the missing items, slowest first; items that are there are checked.
+
+    One task a unit, and one for every replacement at it that is trained.
 
     Args:
         options: unit name → its options, as `unit_options` gives them.
         stats_paths: unit name → file of statistics; an embedding may have none.
         own_fingerprints: unit name → fingerprint of its statistics, where they are not those of
             `stats_fingerprint` alone.
+        recording_fingerprint: of the examples that attention's inputs are recorded on.
 
     Raises:
         ModelError: if the teacher lacks a tensor, or one holds NaN or infinity.
@@ -121,25 +153,29 @@ def plan_build(
         if not built:
             continue
         digest = _digest(unit, reader.state(unit))
-        missing: dict[str, Option] = {}
+        plain = own.get(unit.name, stats_fingerprint)
+        groups: dict[Step | None, dict[str, Option]] = {}
         for option in built:
-            stored = weight_option(option)
-            key = item_key(digest, stored, own.get(unit.name, stats_fingerprint))
+            stored, trained = weight_option(option), training_step(option)
+            data = plain if trained is None else f"{plain} {recording_fingerprint}"
+            key = item_key(digest, stored, data)
             keys[unit.name, option.key] = key
             if not library.contains(key):
-                missing[key] = stored
-        if missing:
-            tasks.append(
-                BuildTask(
-                    model_path=model_path,
-                    unit=unit,
-                    options=tuple((option, key) for key, option in missing.items()),
-                    stats_path=stats_paths.get(unit.name),
-                    library_root=library.root,
-                    capacity_bytes=library.capacity_bytes,
-                )
+                groups.setdefault(trained, {})[key] = stored
+        for trained, missing in groups.items():
+            task = BuildTask(
+                model_path=model_path,
+                unit=unit,
+                options=tuple((option, key) for key, option in missing.items()),
+                stats_path=stats_paths.get(unit.name),
+                library_root=library.root,
+                capacity_bytes=library.capacity_bytes,
             )
-    tasks.sort(key=lambda task: -task.unit.parameters * len(task.options))
+            if trained is not None:
+                key = item_key(digest, Option((trained,)), f"{plain} {recording_fingerprint}")
+                task = replace(task, trained=(trained, key), trains=not library.contains(key))
+            tasks.append(task)
+    tasks.sort(key=lambda task: (not task.trains, -task.unit.parameters * len(task.options)))
     return BuildPlan(tasks, keys)
 
 
@@ -164,7 +200,9 @@ def build(
 
 
 def build_unit(task: BuildTask) -> list[ItemInfo]:
-    """Build and store every option of one unit. A worker's task: nothing is kept in memory.
+    """Build and store every option of a task. A worker's task: nothing is kept in memory.
+
+    What a step that trains leaves is loaded if it is stored, and stored if it is not.
 
     Raises:
         ModelError: if a tensor holds NaN or infinity, by name.
@@ -175,9 +213,12 @@ def build_unit(task: BuildTask) -> list[ItemInfo]:
     stats = {} if task.stats_path is None else load_stats(task.stats_path)
     states: dict[tuple[Step, ...], UnitState] = {(): original}
     items: list[ItemInfo] = []
+    begun = time.perf_counter()
+    if task.trained is not None:
+        states[task.trained[:1]] = _trained(task, library, original, stats)
     # Options that begin alike are neighbours; of the rest only the common beginnings are kept.
     for option, key in sorted(task.options, key=_beginnings):
-        started = time.perf_counter()
+        started = begun
         for known in [steps for steps in states if option.steps[: len(steps)] != steps]:
             del states[known]
         for count in range(1, len(option.steps) + 1):
@@ -191,18 +232,48 @@ def build_unit(task: BuildTask) -> list[ItemInfo]:
         state = states[option.steps]
         errors = relative_errors(original, states.get(option.steps[:-1], original), state, stats)
         seconds = time.perf_counter() - started
-        size = library.put(
-            key,
-            state,
-            {
-                "unit": task.unit.name,
-                "option": option.to_json(),
-                "seconds": seconds,
-                "error": errors,
-            },
-        )
+        if task.trained is not None and key == task.trained[1]:
+            size = library.path(key).stat().st_size
+        else:
+            size = library.put(key, without_stats(state), _info(task.unit, option, seconds, errors))
         items.append(ItemInfo(task.unit.name, option, key, seconds, errors, size))
+        begun = time.perf_counter()
     return items
+
+
+def _trained(task: BuildTask, library: Library, original: UnitState, stats: UnitStats) -> UnitState:
+    """What the task's step that trains leaves: as it is stored, which is done first if need be."""
+    assert task.trained is not None
+    step, key = task.trained
+    state = library.get(key)
+    if state is None:
+        assert task.stats_path is not None
+        started = time.perf_counter()
+        recorded = RecordedStats(stats, recording_path(task.stats_path))
+        made = apply_step(task.unit, original, step, recorded)
+        errors = relative_errors(original, original, made, stats)
+        seconds = time.perf_counter() - started
+        training = next(site.mixer.training for site in made.values() if site.mixer is not None)
+        info = _info(task.unit, Option((step,)), seconds, errors) | {"training": dict(training)}
+        library.put(key, made, info)
+        state = library.get(key)
+    if state is None:  # removed the moment it was written
+        raise InternalError(
+            f"{library.path(key)} is gone: the library is too small for what is built, or "
+            f"something else removes its items. Raise its capacity and start the same command again"
+        )
+    return state
+
+
+def _info(
+    unit: Unit, option: Option, seconds: float, errors: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "unit": unit.name,
+        "option": option.to_json(),
+        "seconds": seconds,
+        "error": dict(errors),
+    }
 
 
 def load_unit(model_path: Path, unit: Unit) -> UnitState:
@@ -219,62 +290,8 @@ def unit_digest(model_path: Path, unit: Unit) -> str:
     return _digest(unit, load_unit(model_path, unit))
 
 
-def relative_errors(
-    original: UnitState, before: UnitState, after: UnitState, stats: UnitStats
-) -> dict[str, float]:
-    """Site → ‖Wx − Ŵx‖² / ‖Wx‖² over the calibration tokens, biases included in the difference.
-
-    Where outputs were removed there is no original to compare with: `before`, the state before the
-    last step, stands in, and where the last step removed them, the kept ones are unchanged. Factors
-    are multiplied: the error is that of the site they stand for.
-    """
-    errors: dict[str, float] = {}
-    before, after = multiplied(before), multiplied(after)
-    for name, site in after.items():
-        reference = original[name]
-        if reference.weight.shape[0] != site.weight.shape[0]:
-            reference = before[name]
-            if reference.weight.shape[0] != site.weight.shape[0]:
-                errors[name] = 0.0
-                continue
-        errors[name] = _relative_error(reference, site, stats.get(name))
-    return errors
-
-
-def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | None) -> float:
-    weight, after = reference.weight, site.on_plain_inputs()
-    if weight.shape != after.shape:
-        assert site.kept_columns is not None
-        after = torch.zeros_like(weight)
-        after[:, site.kept_columns] = site.on_plain_inputs()
-    if stats is None or stats.rows is not None:
-        return _relative_distance(weight, after)
-    difference = weight - after
-    gram, mean = stats.gram, stats.mean
-    if reference.kept_columns is not None and weight.shape[1] != gram.shape[0]:
-        kept = reference.kept_columns
-        gram, mean = gram[kept][:, kept], mean[kept]
-    error = output_error(difference, gram)
-    if reference.bias is not None and site.bias is not None:
-        shift = (reference.bias - site.bias).double()
-        drift = difference.double() @ mean.double()
-        error += float(stats.count * (shift @ shift + 2 * (shift @ drift)))
-    key = ("energy", id(weight), weight._version)
-    energy = derived(stats.gram, key, lambda: (weight, output_error(weight, gram)))[1]
-    return max(error, 0.0) / energy if energy > 0 else 0.0
-
-
 def _beginnings(entry: tuple[Option, str]) -> list[str]:
     return [step.label() for step in entry[0].steps]
-
-
-def _relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """‖one − other‖² / ‖one‖², a thousand rows at a time: tables are large."""
-    error = energy = 0.0
-    for left, right in zip(torch.split(one, 1024), torch.split(other, 1024), strict=True):
-        error += float((left - right).square().sum())
-        energy += float(left.square().sum())
-    return error / energy if energy > 0 else 0.0
 
 
 def _has_item(unit: Unit, option: Option) -> bool:

@@ -32,14 +32,16 @@ from autocomp.core.errors import StorageError
 from autocomp.core.files import write_atomic
 from autocomp.core.hashing import content_key
 from autocomp.core.unit import SiteFormat
+from autocomp.library.mixers import pack_mixer, unpack_mixer
 from autocomp.models.codes import dequantise
-from autocomp.operators import OPERATORS
+from autocomp.operators import step_versions
 from autocomp.operators.protocol import SiteState, UnitState
 
 FORMAT_VERSION = 2
 """Raised when the layout of an item changes: older items are then built again."""
 
 STALE_SECONDS = 3600.0
+_MIXER = "mixer_state"
 _ZEROS = b"0" * 64
 _MARK = b'"sha256":"'
 
@@ -47,15 +49,13 @@ logger = logging.getLogger(__name__)
 
 
 def item_key(unit_digest: str, option: Option, stats_fingerprint: str) -> str:
-    """An item's key: the unit's weights, the option, the calibration data, operator versions."""
+    """An item's key: the unit's weights, the option, the calibration data, versions."""
     return content_key(
         {
             "weights": unit_digest,
             "option": [[step.operator, dict(step.args)] for step in option.steps],
             "stats": stats_fingerprint,
-            "operators": {
-                step.operator: OPERATORS.get(step.operator).version for step in option.steps
-            },
+            "operators": step_versions(option),
             "format": FORMAT_VERSION,
         },
         length=40,
@@ -79,6 +79,7 @@ class _Recent:
                 site.row_of,
                 site.input_scale,
                 site.mask,
+                *(() if site.mixer is None else site.mixer.parameters.values()),
             )
             if tensor is not None
         ]
@@ -286,9 +287,10 @@ def pack_state(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
     A sparse one as a bit per weight and, float, the weights that the mask lets be; what it was
     before sparsity is only needed while it is built. The ends of a static range are float32 values,
-    so nothing of them is lost either.
+    so nothing of them is lost either. A mixer is stored with the site whose input it makes.
     """
     tensors: dict[str, torch.Tensor] = {}
+    sites: dict[str, Any] = {}
     for name, site in state.items():
         parts = {
             "bias": site.bias,
@@ -307,13 +309,18 @@ def pack_state(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any
         for part, tensor in parts.items():
             if tensor is not None:
                 tensors[f"{name}|{part}"] = tensor.detach().contiguous()
-    return tensors, {name: asdict(site.format) for name, site in state.items()}
+        sites[name] = asdict(site.format)
+        if site.mixer is not None:
+            packed, sites[name][_MIXER] = pack_mixer(site.mixer)
+            tensors |= {f"{name}|{part}": tensor for part, tensor in packed.items()}
+    return tensors, sites
 
 
 def unpack_state(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> UnitState:
     state: UnitState = {}
     for name, fields in sites.items():
-        form = SiteFormat(**fields)
+        about = fields.get(_MIXER)
+        form = SiteFormat(**{part: value for part, value in fields.items() if part != _MIXER})
         codes, scales = tensors.get(f"{name}|codes"), tensors.get(f"{name}|scales")
         bits = tensors.get(f"{name}|bits")
         mask = None if bits is None else unpack_mask(bits, (form.rows, form.columns))
@@ -336,6 +343,7 @@ def unpack_state(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
             kept_rows=tensors.get(f"{name}|kept_rows"),
             row_of=tensors.get(f"{name}|row_of"),
             mask=mask,
+            mixer=None if about is None else unpack_mixer(about, tensors, f"{name}|"),
         )
     return state
 

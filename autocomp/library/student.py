@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from autocomp.library.store import pack_state, unpack_state
 from autocomp.models.discover import find_units
 from autocomp.models.factors import LowRank
 from autocomp.models.load import load_model
+from autocomp.models.mixers.protocol import Mixer
 from autocomp.models.modules import QuantEmbedding, QuantLinear
 from autocomp.models.pruned_table import PrunedTable
+from autocomp.models.seat import MIXER, core_path, mixer_of
 from autocomp.models.sources import read_config, read_tensor_shapes, weight_files
 from autocomp.models.sparse import SparseLinear
 from autocomp.models.surgery import install, unit_modules
-from autocomp.operators.protocol import SiteState, UnitState
+from autocomp.operators.protocol import MixerState, SiteState, UnitState
 
 FORMAT_VERSION = 1
 
@@ -52,7 +55,20 @@ def unit_state(model: nn.Module, unit: Unit) -> UnitState:
             state[second_of(name)] = _site_state(name, module.second)
         else:
             state[name] = _site_state(name, module)
+    mixer = mixer_of(model, unit)
+    if mixer is not None:
+        output = unit.site("output")
+        assert output is not None
+        site = state[output.name]
+        state[output.name] = replace(
+            site, format=replace(site.format, mixer=mixer.name), mixer=_mixer_state(mixer)
+        )
     return state
+
+
+def _mixer_state(mixer: Mixer) -> MixerState:
+    parameters = {name: value.detach() for name, value in mixer.state_dict().items()}
+    return MixerState(mixer.name, mixer.shape, parameters)
 
 
 def _site_state(name: str, module: nn.Module) -> SiteState:
@@ -113,6 +129,8 @@ def save_student(
             continue
         state = unit_state(student, unit)
         inside.update(f"{site.name}." for site in unit.sites)
+        if mixer_of(student, unit) is not None:
+            inside.add(f"{core_path(student, unit)}.{MIXER}.")
         parts, packed[unit.name] = pack_state(state)
         tensors |= {f"{unit.name}|{name}": tensor for name, tensor in parts.items()}
     known = teacher.state_dict()
@@ -135,9 +153,11 @@ def save_student(
 
 
 def _dense(student: nn.Module, unit: Unit) -> bool:
-    """Whether every site is a plain layer of its original shape."""
+    """Whether every site is a plain layer of its original shape, and attention is softmax."""
     modules = unit_modules(student, unit)
-    return bool(modules) and all(
+    if not modules or mixer_of(student, unit) is not None:
+        return False
+    return all(
         type(modules[site.name]) in (nn.Linear, nn.Embedding)
         and tuple(modules[site.name].weight.shape) == (site.rows, site.columns)  # type: ignore[arg-type]
         for site in unit.sites

@@ -335,6 +335,18 @@ class QuantEmbedding(_Quantised):
         return fake_quantise_weight(rows, F.embedding(ids, self.scales), self.format)
 
 
+class Unread(nn.Module):
+    """In the place of a projection no mixer reads: one head of zeros."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(B, T, C)` → `(B, T, D)`."""
+        return x.new_zeros(()).expand(*x.shape[:-1], self.head_dim)
+
+
 class Skip(nn.Module):
     """Stands where a sublayer was: whatever comes in, a zero that broadcasts goes out.
 

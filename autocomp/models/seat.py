@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autocomp.core.unit import Unit
 from autocomp.models.mixers.protocol import Mixer, MixerShape
+from autocomp.models.modules import Unread
 from autocomp.models.surgery import model_layout, replace_module
 
 INTERFACE = "autocomp-mixers"
@@ -20,18 +21,6 @@ INTERFACE = "autocomp-mixers"
 
 MIXER = "mixer"
 """Attribute of an attention module under which its mixer sits."""
-
-
-class Unread(nn.Module):
-    """In the place of a projection no mixer reads: one head of zeros."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` → `(B, T, D)`."""
-        return x.new_zeros(()).expand(*x.shape[:-1], self.head_dim)
 
 
 def mixer_shape(unit: Unit, *, causal: bool) -> MixerShape:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,11 +19,25 @@ from autocomp.core.factors import first_of, second_of, site_of
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.factors import LowRank
 from autocomp.models.layouts import Layout, SublayerSpec, layout_of
-from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
+from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip, Unread
 from autocomp.models.pruned_table import PrunedTable
 from autocomp.models.sparse import SparseLinear
 
+if TYPE_CHECKING:
+    from autocomp.models.mixers.protocol import Mixer, MixerShape
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class MixerStateLike(Protocol):
+    """What `install` reads of an operator's `MixerState`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> MixerShape: ...
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]: ...
 
 
 class SiteStateLike(Protocol):
@@ -39,6 +53,9 @@ class SiteStateLike(Protocol):
     mask: torch.Tensor | None
     kept_rows: torch.Tensor | None
     row_of: torch.Tensor | None
+
+    @property
+    def mixer(self) -> MixerStateLike | None: ...
 
 
 def copy_for_surgery(model: Model) -> Model:
@@ -60,9 +77,10 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
 
     A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, a `SparseLinear` if it has
     a mask alone, else a plain layer of its new shape; `LowRank` where the state holds its two
-    factors, `PrunedTable` around a table that lost rows. The tensors of `state` are used as they
-    are. A table and a head that shared their weight no longer do once either is installed: each
-    then has its own.
+    factors, `PrunedTable` around a table that lost rows. Where the output brings a mixer, that is
+    seated, and projections it does not read are gone. The tensors of `state` are used as they are.
+    A table and a head that shared their weight no longer do once either is installed: each then has
+    its own.
 
     Raises:
         ValueError: if `state` does not hold exactly the sites of the unit, or the unit was skipped.
@@ -70,7 +88,12 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
     if not state:
         skip(model, unit)
         return
-    names = [site.name for site in unit.sites]
+    mixer = _mixer_of(state)
+    names = [
+        site.name
+        for site in unit.sites
+        if mixer is None or site.role == "output" or site.role in mixer.reads
+    ]
     if sorted(names) != sorted({site_of(name) for name in state}):
         raise ValueError(f"{unit.name} has sites {names}, but the state holds {sorted(state)}")
     modules = unit_modules(model, unit)
@@ -84,8 +107,25 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
             first, second = state[first_of(name)], state[second_of(name)]
             new = LowRank(_layer(first, padding_idx), _layer(second, None))
         replace_module(model, name, new)
+    if mixer is not None:
+        from autocomp.models.seat import install_mixer
+
+        install_mixer(model, unit, mixer)
     if unit.kind in ("embedding", "head"):
         _untie(model)
+
+
+def _mixer_of(state: Mapping[str, SiteStateLike]) -> Mixer | None:
+    """The mixer that a state brings, around the state's own tensors."""
+    brought = next((site.mixer for site in state.values() if site.mixer is not None), None)
+    if brought is None:
+        return None
+    from autocomp.models.mixers import MIXERS
+
+    with torch.random.fork_rng(devices=[]):
+        mixer = MIXERS.get(brought.name)(brought.shape)
+    mixer.load_state_dict(dict(brought.parameters), assign=True)
+    return mixer
 
 
 def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
@@ -151,7 +191,10 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def unit_modules(model: nn.Module, unit: Unit) -> dict[str, nn.Module]:
-    """Site name → module now there; empty when the unit is skipped."""
+    """Site name → module now there; empty when the unit is skipped.
+
+    A projection that the unit's mixer does not read is not there.
+    """
     try:
         modules = {site.name: model.get_submodule(site.name) for site in unit.sites}
     except AttributeError:
@@ -160,7 +203,9 @@ def unit_modules(model: nn.Module, unit: Unit) -> dict[str, nn.Module]:
         raise ValueError(
             f"this model has no {unit.name}: {unit.sites[0].name} is missing"
         ) from None
-    return {} if any(isinstance(module, Skip) for module in modules.values()) else modules
+    if any(isinstance(module, Skip) for module in modules.values()):
+        return {}
+    return {name: module for name, module in modules.items() if not isinstance(module, Unread)}
 
 
 def _skipped(model: nn.Module, unit: Unit) -> bool:

@@ -7,8 +7,10 @@ from autocomp.operators.options import (
     option_formats,
     rule_of,
     sequence_lengths,
+    step_versions,
     token_reduction,
     tokens_kept,
+    training_step,
     unit_options,
     weight_option,
 )
@@ -20,8 +22,10 @@ __all__ = [
     "option_formats",
     "rule_of",
     "sequence_lengths",
+    "step_versions",
     "token_reduction",
     "tokens_kept",
+    "training_step",
     "unit_options",
     "weight_option",
 ]

@@ -23,6 +23,7 @@ from autocomp.operators.protocol import (
     Rule,
     Stage,
     TokenOperator,
+    TrainingOperator,
     UnitState,
     UnitStats,
 )
@@ -34,6 +35,7 @@ OPERATORS: Registry[Operator] = Registry(
         "heads": "autocomp.operators.prune.heads:OPERATOR",
         "width": "autocomp.operators.prune.width:OPERATOR",
         "skip": "autocomp.operators.prune.skip:OPERATOR",
+        "replace": "autocomp.operators.replace.replace:OPERATOR",
         "rank": "autocomp.operators.factorize.rank:OPERATOR",
         "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
         "tome": "autocomp.operators.tokens.tome:OPERATOR",
@@ -55,9 +57,11 @@ def rule_of(section: RuleSection) -> Rule:
     """The part of a spec's rule that operators read; axes that were not asked for are dropped."""
     structure = {
         name: value
-        for name, value in section.structure.model_dump().items()
+        for name, value in section.structure.model_dump(exclude={"at_most"}).items()
         if value is not None and value is not False
     }
+    if section.structure.at_most == 0:
+        structure.pop("replace", None)
     return Rule(
         structure=structure,
         bits=section.bits.model_dump(),
@@ -125,6 +129,26 @@ def weight_option(option: Option) -> Option:
     return Option(tuple(steps))
 
 
+def training_step(option: Option) -> Step | None:
+    """The step of `option` that trains, which is its first; `None` if there is none."""
+    if not option.steps:
+        return None
+    first = option.steps[0]
+    return first if getattr(OPERATORS.get(first.operator), "trains", False) else None
+
+
+def step_versions(option: Option) -> dict[str, int | list[int]]:
+    """Operator name → its version; with that of what the step names, where it trains."""
+    versions: dict[str, int | list[int]] = {}
+    for step in option.steps:
+        operator = OPERATORS.get(step.operator)
+        versions[step.operator] = operator.version
+        if getattr(operator, "trains", False):
+            named = cast(TrainingOperator, operator).step_version(step)
+            versions[step.operator] = [operator.version, named]
+    return versions
+
+
 def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats) -> UnitState:
     """Carry out every step of `option`, in order. Does not modify `state`."""
     for step in option.steps:
@@ -135,8 +159,16 @@ def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats)
 def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
     """Carry out one step. Does not modify `state`.
 
-    The factors of a low-rank site have statistics like any other: see `factor_stats`.
+    The factors of a low-rank site have statistics like any other: see `factor_stats`. Behind a
+    mixer, the output projection's are those the mixer brought.
     """
+    mixed = {
+        name: site.mixer.stats
+        for name, site in state.items()
+        if site.mixer is not None and site.mixer.stats is not None
+    }
+    if mixed:
+        stats = {**stats, **mixed}
     if factored_sites(state):
         from autocomp.operators.factorize.factors import factor_stats
 

@@ -20,14 +20,18 @@ from autocomp.core.unit import SiteFormat, Unit
 if TYPE_CHECKING:
     import torch
 
+    from autocomp.models.mixers.protocol import MixerShape
+
 __all__ = [
     "STAGES",
+    "MixerState",
     "Operator",
     "Rule",
     "SiteState",
     "SiteStats",
     "Stage",
     "TokenOperator",
+    "TrainingOperator",
     "UnitState",
     "UnitStats",
 ]
@@ -35,6 +39,26 @@ __all__ = [
 Stage = Literal["structure", "tokens", "sparsity", "bits"]
 STAGES: tuple[Stage, ...] = ("structure", "tokens", "sparsity", "bits")
 """Steps of an option are applied in this order. Those of `tokens` change no weight."""
+
+
+@dataclass(frozen=True)
+class MixerState:
+    """What makes the input of attention's output projection, in place of softmax.
+
+    Attributes:
+        name: of the mixer, as in `MIXERS`.
+        shape: what it was made for.
+        parameters: its `state_dict`; shapes are the mixer's own.
+        stats: of the input that it gives the output projection; for operators of later stages,
+            `None` once nothing is to be built on it.
+        training: how it was trained: errors before and after, rates, loss curve. Plain values.
+    """
+
+    name: str
+    shape: MixerShape
+    parameters: Mapping[str, torch.Tensor]
+    stats: SiteStats | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,6 +79,7 @@ class SiteState:
         input_range: smallest and largest input, where activations are static.
         kept_rows: of a table, int64 `(rows,)`, ascending: the original rows that remain.
         row_of: with it, int64 `(original rows,)`: which row stands for each original one.
+        mixer: at the output of attention: what replaces its softmax. Later steps keep it.
     """
 
     weight: torch.Tensor
@@ -69,6 +94,7 @@ class SiteState:
     input_range: tuple[float, float] | None = None
     kept_rows: torch.Tensor | None = None
     row_of: torch.Tensor | None = None
+    mixer: MixerState | None = None
 
     def on_plain_inputs(self) -> torch.Tensor:
         """The weight as it acts on inputs that are not scaled, `(rows, columns)`."""
@@ -143,6 +169,20 @@ class Operator(Protocol):
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Carry `step` out. Does not modify `state`. Same input, same result, bit for bit."""
+        ...
+
+
+class TrainingOperator(Operator, Protocol):
+    """An operator that trains, on what the unit's attention was called with.
+
+    It has an attribute `trains`, and `apply` is given `RecordedStats`. Its steps come first in an
+    option; what one leaves is stored by itself, so that nothing is trained twice.
+    """
+
+    trains: bool
+
+    def step_version(self, step: Step) -> int:
+        """The version of what `step` names, beside that of the operator."""
         ...
 
 

@@ -106,6 +106,12 @@ class Costs:
                 np.where(np.isfinite(sizes), peak_memory.per_byte, 1.0) * sizes
                 for sizes in self.terms["size_bytes"]
             ]
+        self.caps: list[tuple[list[NDArray[np.float64]], int]] = [
+            ([np.array([float(cap.counts(*o)) for o in os]) for os in offered], cap.most)
+            for cap in space.caps
+        ]
+        """Costs of another kind: 1 for every option a cap counts, and how many may be chosen. They
+        hold under any limits, whatever share of those is asked for."""
         self.possible = [np.isfinite(sizes) for sizes in self.terms["size_bytes"]]
         """Per unit, which options the runtime can carry out."""
 
@@ -165,9 +171,17 @@ class Costs:
         return {metric: self.total(metric, vector) / limits[metric] - 1.0 for metric in limits}
 
     def fits(self, vector: Sequence[int], limits: Limits) -> bool:
-        """Whether every option is possible and every limit is met, to a rounding error."""
-        return all(self.possible[u][o] for u, o in enumerate(vector)) and all(
-            value <= TOLERANCE for value in self.excess(vector, limits).values()
+        """Whether every option is possible, caps hold and limits are met, to a rounding error."""
+        return (
+            all(self.possible[u][o] for u, o in enumerate(vector))
+            and self.within_caps(vector)
+            and all(value <= TOLERANCE for value in self.excess(vector, limits).values())
+        )
+
+    def within_caps(self, vector: Sequence[int]) -> bool:
+        """Whether no cap of the space is exceeded."""
+        return all(
+            sum(terms[u][o] for u, o in enumerate(vector)) <= most for terms, most in self.caps
         )
 
     def smallest(self, metric: str) -> float:

@@ -1,7 +1,8 @@
 """Solve for a budget: one option per unit, least summed score, every limit met.
 
 A multiple-choice knapsack as a mixed-integer linear programme (`scipy.optimize.milp`, HiGHS):
-minimise Σ score[u, o]·x[u, o], Σ_o x[u, o] = 1, base + Σ cost[u, o]·x[u, o] ≤ limit per metric.
+minimise Σ score[u, o]·x[u, o], Σ_o x[u, o] = 1, base + Σ cost[u, o]·x[u, o] ≤ limit per metric,
+and Σ x[u, o] ≤ most over the options that a cap of the space counts.
 """
 
 from __future__ import annotations
@@ -81,10 +82,7 @@ def _solve_expanded(
         vector = _solve_linear(weights, costs, limits, base, terms, avoid, seconds, near)
         if best is None:
             if vector is None:  # out of reach, as it seems from here: look from the cheapest
-                vector = tuple(
-                    int(np.argmin(np.where(np.isfinite(row), cost, np.inf)))
-                    for row, cost in zip(weights, terms, strict=True)
-                )
+                vector = _cheapest(weights, costs, terms, seconds)
             if vector in seen:
                 vector = _cheapened(vector, weights, costs, limits)
             if vector is None:
@@ -106,6 +104,19 @@ def _solve_expanded(
                 break
         base, terms = costs.around(best[1])
     return None if best is None else best[1]
+
+
+def _cheapest(
+    weights: Weights, costs: Costs, terms: Sequence[NDArray[np.float64]], seconds: float
+) -> Vector | None:
+    """The allowed options of least cost, within the caps."""
+    allowed = [
+        np.where(np.isfinite(row), cost, np.inf) for row, cost in zip(weights, terms, strict=True)
+    ]
+    vector = tuple(int(np.argmin(row)) for row in allowed)
+    if costs.within_caps(vector):
+        return vector
+    return _solve_linear(allowed, costs, {}, 0.0, terms, (), seconds)
 
 
 def _apart(vector: Vector, avoid: Sequence[tuple[Vector, int]]) -> bool:
@@ -161,6 +172,8 @@ def _solve_linear(
         row = np.where(np.isfinite(terms), terms, 0.0) / limit
         room = 1.0 - (base_ms if latency else costs.base[metric]) / limit
         constraints.append(LinearConstraint(row[None, :], -np.inf, room))
+    for counted, most in costs.caps:
+        constraints.append(LinearConstraint(np.concatenate(counted)[None, :], -np.inf, most))
     for vector, distance in avoid:
         same = np.zeros((1, columns))
         same[0, starts[:-1] + np.array(vector)] = 1.0
@@ -250,6 +263,14 @@ def why_infeasible(weights: Weights, costs: Costs, limits: Limits) -> str:
             float(terms[ok].min()) for terms, ok in zip(costs.terms[metric], usable, strict=True)
         ]
         smallest = costs.base[metric] + sum(shares)
+        if costs.caps:
+            terms = [
+                np.where(ok, t, np.inf) for t, ok in zip(costs.terms[metric], usable, strict=True)
+            ]
+            lowest = _cheapest(terms, costs, terms, 5.0)
+            if lowest is not None:
+                shares = [float(row[o]) for row, o in zip(terms, lowest, strict=True)]
+                smallest = costs.base[metric] + sum(shares)
         if smallest > limit:
             largest = int(np.argmax(shares))
             name, most = costs.space.names[largest], shares[largest]

@@ -59,6 +59,13 @@ class Repair:
             [costs.base[m] / n for m, n in zip(metrics, norms, strict=True)]
         )
         self._room: Floats = np.full(len(metrics), 1.0 if limits else np.inf)
+        self._spendable = len(metrics)  # what comes behind them are the caps
+        for terms, most in costs.caps:
+            norm = max(most, 1)
+            self._cost = np.vstack([self._cost, np.concatenate(terms) / norm])
+            self._base = np.append(self._base, 0.0)
+            self._room = np.append(self._room, most / norm)
+            self._missed = np.append(self._missed, 0.0)
         self._free: Flags = np.array([count > 1 for count in counts])
         self._usable = [np.flatnonzero(np.isfinite(row)) for row in weights]
 
@@ -166,8 +173,8 @@ class Repair:
         """Spend what room is left, on better scores or, without scores, on cost."""
         while True:
             used, change, score = self._deltas(vector)
-            fits = (used[:, None] + change <= self._room[:, None]).all(axis=0)
-            spent = change.sum(axis=0)
+            fits = (used[:, None] + change <= self._room[:, None] + _SLACK).all(axis=0)
+            spent = change[: self._spendable].sum(axis=0)
             better = score < -_SLACK if scored else spent > _SLACK
             moves = np.flatnonzero(mask & fits & better)
             if len(moves) == 0:

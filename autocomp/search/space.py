@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +20,19 @@ from autocomp.spec.schema import DistilSection
 Vector = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Cap:
+    """At most `most` of these units may have an option with a step of `operator`."""
+
+    units: tuple[str, ...]
+    operator: str
+    most: int
+
+    def counts(self, unit: str, option: Option) -> bool:
+        """Whether this option of this unit is one of those that are capped."""
+        return unit in self.units and option.step(self.operator) is not None
+
+
 class Space:
     """What may be done to each unit.
 
@@ -26,6 +40,8 @@ class Space:
         units: every unit of the model, in model order.
         options: unit name → its options; a unit that is not named stays dense.
         distill: the ranges of the distillation settings.
+        caps: on how many units an operator may be used, no unit under two of them; those that
+            cannot bind are dropped.
 
     Raises:
         InternalError: for options of a unit that does not exist, none at all, or duplicates.
@@ -36,6 +52,7 @@ class Space:
         units: Sequence[Unit],
         options: Mapping[str, Sequence[Option]],
         distill: DistilSection | None = None,
+        caps: Sequence[Cap] = (),
     ) -> None:
         self.units = tuple(units)
         self.names = tuple(unit.name for unit in units)
@@ -54,6 +71,7 @@ class Space:
             for name, offered in self.options.items()
         }
         self.levels = tuple(len(self.options[name]) for name in self.names)
+        self.caps = tuple(cap for cap in caps if self._counted(cap) > cap.most)
 
     def __len__(self) -> int:
         """Number of units."""
@@ -61,8 +79,20 @@ class Space:
 
     @property
     def size(self) -> int:
-        """Number of candidates, distillation settings aside."""
-        return math.prod(self.levels)
+        """Number of candidates within the caps, distillation settings aside."""
+        total = math.prod(self.levels)
+        for cap in self.caps:
+            ways, every = [1] + [0] * cap.most, 1  # by how many of the cap's units count
+            for name in cap.units:
+                counted = sum(cap.counts(name, option) for option in self.options[name])
+                plain = len(self.options[name]) - counted
+                ways = [
+                    plain * here + counted * fewer
+                    for here, fewer in zip(ways, [0, *ways], strict=False)
+                ]
+                every *= plain + counted
+            total = total // every * sum(ways)
+        return total
 
     @property
     def free(self) -> tuple[int, ...]:
@@ -108,6 +138,11 @@ class Space:
         pairs = zip(self.names, vector, strict=True)
         options = {name: self.options[name][i] for name, i in pairs}
         return Candidate.of(options, distillation, runtime)
+
+    def _counted(self, cap: Cap) -> int:
+        return sum(
+            any(cap.counts(name, option) for option in self.options[name]) for name in cap.units
+        )
 
     def random(self, rng: np.random.Generator) -> Vector:
         """A vector drawn uniformly; seldom within a budget."""

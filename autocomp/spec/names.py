@@ -48,10 +48,10 @@ def _find(data: Any, words: Sequence[str], above: Parts) -> list[tuple[Parts, An
     """Every (place, value) a pattern reaches; lists at its end are opened."""
     if isinstance(data, list) and (not words or words[0] == "*"):
         return [f for i, x in enumerate(data) for f in _find(x, words[1:], (*above, i))]
+    if data is None:  # left out
+        return []
     if not words:
         return [(above, data)]
-    if data is None:  # a section that was left out
-        return []
     return _find(data[words[0]], words[1:], (*above, words[0]))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from autocomp.spec.section import Section
 
@@ -29,6 +29,25 @@ class StructureSection(Section):
         False, description="Also offer keeping the embeddings of the task's own tokens alone."
     )
     skip: bool = Field(False, description="Also offer dropping the sublayer.")
+    replace: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Also offer replacing attention by these mixers; see `autocomp ls mixers`.",
+    )
+    at_most: int | None = Field(
+        None,
+        ge=0,
+        description="How many of the units of this rule a candidate may replace; all by default.",
+    )
+
+    @model_validator(mode="after")
+    def _at_most_of_something(self) -> Self:
+        if self.at_most is not None and self.replace is None:
+            raise ValueError(
+                "at_most caps how many units are replaced, and nothing replaces any. Add replace: "
+                "[...], or leave at_most out"
+            )
+        return self
 
 
 class TokensSection(Section):

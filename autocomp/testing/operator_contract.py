@@ -176,12 +176,17 @@ class _Case:
 def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
     parts: tuple[str, ...] = ("weight", "bias", "codes", "scales", "input_scale", "mask")
     parts += ("kept_columns", "kept_rows", "row_of")
-    return {
+    tensors = {
         f"{name}.{part}": getattr(site, part)
         for name, site in state.items()
         for part in parts
         if getattr(site, part) is not None
     }
+    for name, site in state.items():
+        if site.mixer is not None:
+            held = site.mixer.parameters.items()
+            tensors |= {f"{name}.mixer.{part}": tensor for part, tensor in held}
+    return tensors
 
 
 def assert_same(one: UnitState, other: UnitState, what: str) -> None:
@@ -189,6 +194,11 @@ def assert_same(one: UnitState, other: UnitState, what: str) -> None:
     assert {n: s.format for n, s in one.items()} == {n: s.format for n, s in other.items()}, what
     ranges = [{name: site.input_range for name, site in state.items()} for state in (one, other)]
     assert ranges[0] == ranges[1], what
+    mixers = [
+        {name: (site.mixer.name, site.mixer.shape) for name, site in state.items() if site.mixer}
+        for state in (one, other)
+    ]
+    assert mixers[0] == mixers[1], what
     left, right = _tensors(one), _tensors(other)
     assert left.keys() == right.keys(), what
     for name, tensor in left.items():
@@ -211,6 +221,14 @@ class OperatorContract:
         """The units it is tried on."""
         return example_units()
 
+    def state(self, unit: Unit) -> UnitState:
+        """What the operator starts from."""
+        return example_state(unit)
+
+    def stats(self, unit: Unit) -> UnitStats:
+        """What it reads."""
+        return example_stats(unit)
+
     def _cases(self, operator: Operator) -> Iterator[_Case]:
         found = False
         for unit in self.units():
@@ -223,7 +241,7 @@ class OperatorContract:
                 steps.update((step, None) for step in offered if step is not None)
             for step in steps:
                 found = True
-                yield _Case(unit, example_state(unit), example_stats(unit), step)
+                yield _Case(unit, self.state(unit), self.stats(unit), step)
         assert found, f"{operator.name} offers no step at any example unit: supply other rules"
 
     def test_says_what_it_is(self, operator: Operator) -> None:
@@ -268,7 +286,7 @@ class OperatorContract:
             again = operator.apply(case.unit, case.state, case.step, case.stats)
             assert_same(first, again, f"{case} applied twice")
             fresh = operator.apply(
-                case.unit, example_state(case.unit), case.step, example_stats(case.unit)
+                case.unit, self.state(case.unit), case.step, self.stats(case.unit)
             )
             assert_same(first, fresh, f"{case} applied afresh")
 
@@ -291,6 +309,7 @@ class OperatorContract:
             if site.bias is not None:
                 assert tuple(site.bias.shape) == (form.rows,), f"{what}: {name}"
                 assert torch.isfinite(site.bias).all(), f"{what}: {name}"
+            assert (None if site.mixer is None else site.mixer.name) == form.mixer, what
             assert (site.mask is None) == (form.nonzeros is None), f"{what}: {name}"
             if site.mask is not None:
                 assert site.mask.dtype == torch.bool
@@ -332,6 +351,9 @@ class OperatorContract:
                 continue
             readers, writer = INNER_ROLES.get(case.unit.kind, ((), ""))
             for site in case.unit.sites:
+                mixed = any(form.mixer for form in formats.values())
+                if mixed and site.role in readers and site.name not in formats:
+                    continue  # a projection that the mixer does not read
                 rows, columns = _shape(formats, site)
                 if site.role in readers or not readers:
                     assert columns == site.columns, f"{case}: {site.name}"

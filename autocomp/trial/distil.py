@@ -8,7 +8,7 @@ hold most of a small model's bytes and move little within the tokens a trial can
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,16 @@ from torch import nn
 from autocomp.core.candidate import Distillation
 from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
+from autocomp.models.mixers.protocol import Mixer
 from autocomp.models.modules import QuantEmbedding
 from autocomp.tasks.divergence import teacher_kl
 from autocomp.tasks.protocol import Task
 
 WARM_UP = 0.1
 MAX_GRAD_NORM = 1.0
+MIXER_RATE = 3.0
+"""Mixers learn this much faster: they are young where the rest was pre-trained."""
+
 BLOWN_UP = 10.0
 """Clipped gradients keep a diverging loss finite; this often its first value is divergence too."""
 
@@ -63,6 +67,22 @@ def trainable_parameters(student: nn.Module) -> list[nn.Parameter]:
         if parameter.requires_grad:
             chosen.append(parameter)
     return chosen
+
+
+def _groups(
+    student: nn.Module, parameters: Sequence[nn.Parameter], lr: float
+) -> list[dict[str, Any]]:
+    """Parameter groups: everything at `lr`, mixers at `MIXER_RATE` times that."""
+    mixers = {
+        id(parameter)
+        for module in student.modules()
+        if isinstance(module, Mixer)
+        for parameter in module.parameters()
+    }
+    plain = [parameter for parameter in parameters if id(parameter) not in mixers]
+    young = [parameter for parameter in parameters if id(parameter) in mixers]
+    groups = [{"params": plain, "lr": lr}, {"params": young, "lr": MIXER_RATE * lr}]
+    return [group for group in groups if group["params"]]
 
 
 def _unshare(student: nn.Module) -> None:
@@ -112,7 +132,9 @@ def distil(
         return DistillationResult(0, 0, 0.0, 0.0)
     _unshare(student)
     parameters = trainable_parameters(student)
-    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
+    groups = _groups(student, parameters, settings.lr)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    peaks = [float(group["lr"]) for group in groups]
     student.train()
     for module in student.modules():
         if isinstance(module, nn.Dropout):
@@ -125,8 +147,8 @@ def distil(
             with gate.working():
                 done = seen / settings.tokens
                 rate = min(1.0, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
-                for group in optimiser.param_groups:
-                    group["lr"] = settings.lr * rate
+                for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                    group["lr"] = peak * rate
                 target = _target(task, teacher, teacher_logits, inputs)
                 ignorant = settings.temperature**2 * math.log(target.shape[-1])
                 loss = logit_loss(task.logits(student, inputs), target, settings.temperature)

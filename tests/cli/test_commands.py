@@ -277,6 +277,7 @@ class TestInspect:
     def test_ls(self, api: FakeApi) -> None:
         assert json.loads(run("ls", "operators", "--json").stdout)[0]["name"] == "gptq"
         assert "shrinks: onnxruntime-cpu" in run("ls", "operators").stdout
+        assert json.loads(run("ls", "mixers", "--json").stdout)
         assert run("ls", "planets").exit_code == 2
 
 

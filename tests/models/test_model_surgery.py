@@ -40,6 +40,7 @@ class State:
     input_range: tuple[float, float] | None = None
     kept_rows: torch.Tensor | None = None
     row_of: torch.Tensor | None = None
+    mixer: None = None
     mask: torch.Tensor | None = None
 
 

@@ -1,4 +1,7 @@
-"""Every registered operator keeps the contract, and the contract catches those that do not."""
+"""Every registered operator keeps the contract, and the contract catches those that do not.
+
+`replace` needs inputs that were recorded: see `test_replace`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ VOCABULARY = Rule(structure={"vocabulary": {"keep": len(USED_ROWS), "unknown": 3
 
 
 class TestRegistered(OperatorContract):
-    @pytest.fixture(params=sorted(OPERATORS))
+    @pytest.fixture(params=sorted(name for name in OPERATORS if name != "replace"))
     def operator(self, request: pytest.FixtureRequest) -> Operator:
         return OPERATORS.get(request.param)
 

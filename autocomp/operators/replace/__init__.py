@@ -1,0 +1,1 @@
+"""Replacing attention by mixers, trained to do what attention did."""

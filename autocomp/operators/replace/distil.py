@@ -1,0 +1,364 @@
+"""Local distillation: a mixer learns what attention did, on the unit's own inputs. Torch.
+
+The target is what the sublayer adds to the residual stream, behind its output projection; the loss
+is the squared error relative to the target's energy. Mixer and inherited projections are trained
+together, the projections at a tenth of the mixer's rate, by AdamW under a cosine with warm-up. The
+rate is found: each of `rates` trains a short schedule of its own from the same start, and the one
+of least error on held-out sequences is used. The state of least held-out error is kept, the start
+included, and its output projection refitted in closed form. Everything is seeded; only the clock,
+which is noted when it strikes, can end a run elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocomp.calibrate.accumulate import Accumulator
+from autocomp.calibrate.record import Call, Recording
+from autocomp.core.unit import Role, Unit
+from autocomp.models.mixers.protocol import Mixer
+from autocomp.models.seat import mixer_shape
+from autocomp.operators.gram import damped, damping_for, inverse
+from autocomp.operators.protocol import MixerState, SiteStats, UnitState
+from autocomp.operators.replace.sublayer import Layers, Sublayer
+
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a mixer is trained.
+
+    Attributes:
+        steps, warm_up: of the whole run.
+        step_tokens: real tokens a step; fewer where there are fewer.
+        rates: tried for what is new; inherited projections get `inherited` of it.
+        trial_steps: steps each rate is tried for.
+        held_out: one sequence in this many is not trained on.
+        check_every: steps between looks at held-out sequences.
+        patience: looks without a better state, after which a run ends.
+        seconds: wall time after which it ends.
+    """
+
+    steps: int = 300
+    warm_up: int = 20
+    step_tokens: int = 4096
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    inherited: float = 0.1
+    trial_steps: int = 20
+    held_out: int = 8
+    check_every: int = 25
+    patience: int = 4
+    seconds: float = 600.0
+
+
+SETTINGS = Settings()
+MAX_GRAD_NORM = 1.0
+CHUNK_TOKENS = 4096
+"""Tokens, padding included, that run through the sublayer at a time."""
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Sequences with the target `(B, T, C)` at them; `real` bool `(B, T)`."""
+
+    call: Call
+    target: Tensor
+    real: Tensor
+    tokens: int
+
+
+@dataclass
+class _Run:
+    """What one training run found: the best state, its held-out error, and the way there."""
+
+    error: float = math.inf
+    state: dict[str, Tensor] = field(default_factory=dict)
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    steps: int = 0
+    ended: str = "steps"
+
+
+def distil(
+    unit: Unit,
+    state: UnitState,
+    mixer: type[Mixer],
+    recording: Recording,
+    settings: Settings | None = None,
+) -> tuple[Layers, MixerState]:
+    """Train `mixer` in the place of the attention of `unit`.
+
+    Args:
+        state: the dense unit.
+        recording: what its attention was called with.
+
+    Returns:
+        The projections that are left, and the mixer with the statistics of its output. The curve
+        in its `training` holds (step, training error, held-out error); errors are relative to the
+        energy of the target, ‖ŷ − y‖² / ‖y − b‖².
+    """
+    settings = settings or SETTINGS
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(SEED)
+        teacher = Sublayer(recording, unit, state)
+        train, held = _examples(teacher, recording.calls, settings)
+        weights: dict[Role, Tensor] = {site.role: state[site.name].weight for site in unit.sites}
+        seated = mixer.inherit(mixer_shape(unit, causal=unit.causal), weights)
+        student = Sublayer(recording, unit, state)
+        student.seat(seated)
+        _calibrate(student, seated, train)
+        trainer = _Trainer(student, seated, train, held, settings, started)
+        run, tried = trainer.best_run()
+        trainer.restore(run.state)
+        error = trainer.refit_output(run.error)
+        stats = _output_stats(student, recording.calls)
+    return student.layers(), MixerState(
+        name=mixer.name,
+        shape=seated.shape,
+        parameters={name: value.detach().clone() for name, value in seated.state_dict().items()},
+        stats=stats,
+        training={
+            "error_before": trainer.start_error,
+            "error_trained": run.error,
+            "error": error,
+            "rate": max(tried, key=lambda rate: (-tried[rate], -rate)) if tried else None,
+            "rates": {f"{rate:g}": error for rate, error in tried.items()},
+            "steps": run.steps,
+            "ended": run.ended,
+            "seconds": round(time.perf_counter() - started, 2),
+            "tokens": sum(example.tokens for example in train),
+            "held_out_tokens": sum(example.tokens for example in held),
+            "curve": run.curve,
+        },
+    )
+
+
+class _Trainer:
+    """Trains a student from the same start as often as asked."""
+
+    def __init__(
+        self,
+        student: Sublayer,
+        mixer: Mixer,
+        train: Sequence[_Example],
+        held: Sequence[_Example],
+        settings: Settings,
+        started: float,
+    ) -> None:
+        self._student, self._settings, self._started = student, settings, started
+        self._train, self._held = train, held or train
+        self._new = [p for p in mixer.parameters() if p.is_floating_point()]
+        self._old = [p for linear in student.projections().values() for p in linear.parameters()]
+        self._module = nn.ModuleList([mixer, *student.projections().values()])
+        self._bias = None if student.output.bias is None else student.output.bias.detach().clone()
+        self._energy = self._mean_energy(train), self._mean_energy(self._held)
+        self.start = self._snapshot()
+        self.start_error = self._error()
+
+    @torch.no_grad()
+    def refit_output(self, error: float) -> float:
+        """Give the output projection its best weight, if held-out sequences agree; their error.
+
+        Least squares on what it reads now, drawn towards the weight that is there as compensation
+        after pruning is: W + Σ (y − ŷ) zᵀ (G + λI)⁻¹, G = Σ z zᵀ, in float64. `error` is that of
+        now.
+        """
+        output = self._student.output
+        gram = torch.zeros(output.in_features, output.in_features, dtype=torch.float64)
+        cross = torch.zeros(output.out_features, output.in_features, dtype=torch.float64)
+        seen: list[Tensor] = []
+        handle = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for example in self._train:
+            found = self._student.run(example.call)
+            z = seen.pop()[example.real].double()
+            gram += z.t() @ z
+            cross += (example.target.float() - found)[example.real].double().t() @ z
+        handle.remove()
+        if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+            return error
+        tokens = sum(example.tokens for example in self._train)
+        before = output.weight.detach().clone()
+        change = cross @ inverse(damped(gram, damping_for(output.in_features, tokens)))
+        output.weight += change.float()
+        refitted = self._error()
+        if refitted < error:
+            return refitted
+        output.weight.copy_(before)
+        return error
+
+    def best_run(self) -> tuple[_Run, dict[float, float]]:
+        """The whole run at the best of the rates; rate → held-out error after its trial."""
+        settings = self._settings
+        tried: dict[float, float] = {}
+        if len(settings.rates) > 1:
+            for rate in settings.rates:
+                if self._late():
+                    break
+                tried[rate] = self._run(rate, settings.trial_steps, settings.trial_steps).error
+        best = min(tried, key=lambda rate: (tried[rate], rate)) if tried else settings.rates[0]
+        return self._run(best, settings.steps, settings.check_every), tried
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put a snapshot back."""
+        self._module.load_state_dict(state)
+
+    def _run(self, rate: float, steps: int, check_every: int) -> _Run:
+        settings = self._settings
+        self.restore(self.start)
+        run = _Run(self.start_error, self.start, [(0, math.nan, self.start_error)])
+        groups = [(self._new, 1.0), (self._old, settings.inherited)]
+        optimiser = torch.optim.AdamW(
+            [{"params": params, "lr": rate * share} for params, share in groups if params],
+            weight_decay=0.0,
+        )
+        peaks = [float(group["lr"]) for group in optimiser.param_groups]
+        draws = _steps(self._train, settings.step_tokens)
+        warm_up = max(1, min(settings.warm_up, steps // 5))
+        waited, summed, since = 0, 0.0, 0
+        for step in range(steps):
+            share = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
+            loss = self._step(optimiser, next(draws))
+            run.steps = step + 1
+            if not math.isfinite(loss):
+                run.ended = "diverged"
+                break
+            summed, since = summed + loss, since + 1
+            if (step + 1) % check_every and step + 1 != steps:
+                if self._late():
+                    run.ended = "clock"
+                    break
+                continue
+            error = self._error()
+            run.curve.append((step + 1, summed / since, error))
+            summed, since = 0.0, 0
+            if error < run.error:
+                run.error, run.state, waited = error, self._snapshot(), 0
+            else:
+                waited += 1
+            if waited >= settings.patience:
+                run.ended = "patience"
+                break
+        return run
+
+    def _step(self, optimiser: torch.optim.Optimizer, examples: Sequence[_Example]) -> float:
+        """One step on these examples; their relative error before it."""
+        optimiser.zero_grad(set_to_none=True)
+        scale = 1.0 / (self._energy[0] * sum(example.tokens for example in examples))
+        total = 0.0
+        for example in examples:
+            loss = self._squared(example) * scale
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
+        if math.isfinite(total):
+            nn.utils.clip_grad_norm_([*self._new, *self._old], MAX_GRAD_NORM)
+            optimiser.step()
+        return total
+
+    def _squared(self, example: _Example) -> Tensor:
+        found = self._student.run(example.call)
+        return (found - example.target.float())[example.real].square().sum()
+
+    @torch.no_grad()
+    def _error(self) -> float:
+        """Relative error on held-out sequences; infinite where it is no number."""
+        error = sum(float(self._squared(example)) for example in self._held)
+        error /= self._energy[1] * sum(example.tokens for example in self._held)
+        return error if math.isfinite(error) else math.inf
+
+    def _mean_energy(self, examples: Sequence[_Example]) -> float:
+        """Mean ‖y − b‖² of a real token, above zero."""
+        total = 0.0
+        for example in examples:
+            y = example.target.float()[example.real]
+            total += float((y if self._bias is None else y - self._bias).square().sum())
+        return max(total / max(sum(example.tokens for example in examples), 1), 1e-12)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self._module.state_dict().items()}
+
+    def _late(self) -> bool:
+        return time.perf_counter() - self._started > self._settings.seconds
+
+
+@torch.no_grad()
+def _calibrate(student: Sublayer, mixer: Mixer, examples: Sequence[_Example]) -> None:
+    """Show a mixer that wants to see them the inputs it will be trained on."""
+    calibrate = getattr(mixer, "calibrate", None)
+    if calibrate is None:
+        return
+    seen: list[tuple[Any, ...]] = []
+    handle = mixer.register_forward_pre_hook(lambda _, args: seen.append(args))
+    student.run(max(examples, key=lambda example: example.tokens).call)
+    handle.remove()
+    calibrate(*seen[0])
+
+
+@torch.no_grad()
+def _examples(
+    teacher: Sublayer, calls: Sequence[Call], settings: Settings
+) -> tuple[list[_Example], list[_Example]]:
+    """Chunks to train on and held-out ones, with the teacher's output at them."""
+    train: list[_Example] = []
+    held: list[_Example] = []
+    sequences = sum(len(call.hidden) for call in calls)
+    every = min(settings.held_out, sequences)  # the last of so many; none where there is but one
+    number = 0
+    for call in calls:
+        batch, tokens = call.hidden.shape[:2]
+        numbers = torch.arange(number, number + batch)
+        number += batch
+        out = (numbers % every == every - 1) if every > 1 else torch.zeros(batch, dtype=torch.bool)
+        height = max(1, CHUNK_TOKENS // tokens)
+        for rows, part in ((~out, train), (out, held)):
+            for index in torch.split(rows.nonzero().flatten(), height):
+                if len(index):
+                    part.append(_example(teacher, call.rows(index)))
+    return train, held
+
+
+def _example(teacher: Sublayer, call: Call) -> _Example:
+    target = teacher.run(call)
+    batch, tokens = call.hidden.shape[:2]
+    real = torch.ones(batch, tokens, dtype=torch.bool) if call.real is None else call.real
+    if call.hidden.dtype == torch.float16 and float(target[real].abs().max()) < 6e4:
+        target = target.half()
+    return _Example(call, target, real, int(real.sum()))
+
+
+def _steps(examples: Sequence[_Example], tokens: int) -> Iterator[list[_Example]]:
+    """For ever: the examples of a step, in an order drawn anew every time all were seen."""
+    generator = torch.Generator().manual_seed(SEED)
+    drawn: list[_Example] = []
+    while True:
+        for index in torch.randperm(len(examples), generator=generator).tolist():
+            drawn.append(examples[index])
+            if sum(example.tokens for example in drawn) >= tokens:
+                yield drawn
+                drawn = []
+        if drawn and sum(example.tokens for example in examples) <= tokens:
+            yield drawn
+            drawn = []
+
+
+@torch.no_grad()
+def _output_stats(student: Sublayer, calls: Sequence[Call]) -> SiteStats:
+    """Of what the output projection reads now, over every recorded token."""
+    name = next(site.name for site in student.unit.sites if site.role == "output")
+    accumulator = Accumulator({name: student.output})
+    for call in calls:
+        height = max(1, CHUNK_TOKENS // call.hidden.shape[1])
+        for index in torch.split(torch.arange(len(call.hidden)), height):
+            part = call.rows(index)
+            with accumulator.watching(part.real):
+                student.run(part)
+    return accumulator.stats([name])[name]
