@@ -111,6 +111,8 @@ class SiteFormat:
         static: whether the range of 8-bit activations is fixed at calibration, not at run time.
         scaled: whether inputs are multiplied by a vector first, the weight having been divided.
         nonzeros: weights stored where the site is sparse, in total; `None` is all of them.
+        mixer: name of the mixer that makes this site's input in place of softmax attention; None is
+            the model's own attention.
     """
 
     rows: int
@@ -123,6 +125,7 @@ class SiteFormat:
     static: bool = False
     scaled: bool = False
     nonzeros: int | None = None
+    mixer: str | None = None
 
 
 UnitFormat = Mapping[str, SiteFormat]
