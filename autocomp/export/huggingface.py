@@ -54,7 +54,7 @@ class HuggingFaceExporter:
     summary = "config.json and float safetensors that stock transformers loads, with tokenizer."
     expresses = (
         "pruned heads, width, layers and vocabulary (zeros fill what layers differ by), sparse and "
-        "quantised weights (as floats); not low rank, not token merging"
+        "quantised weights (as floats); not low rank, not token merging, not replaced attention"
     )
 
     def supports(self, record: TrialRecord) -> str | None:
@@ -110,6 +110,11 @@ def inexpressible(record: TrialRecord) -> str | None:
                 return (
                     f"{unit}: {step.label()} merges or drops tokens, which no config of "
                     f"transformers expresses. Leave out --format for the runtime's own"
+                )
+            if step.operator == "replace":
+                return (
+                    f"{unit}: {step.label()} is another attention, which no config of transformers "
+                    f"expresses. Leave out --format for the runtime's own"
                 )
     return None
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from autocomp.core.errors import InternalError
 from autocomp.models.mixers.protocol import Mixer
+from autocomp.targets.graph import Graph
 from autocomp.targets.torch_export import to_onnx
 
 PROJECTIONS = ("query", "key", "value")
@@ -188,8 +189,8 @@ def _export(mixer: Mixer, masked: bool, decode: bool, tokens: int | None) -> Mix
     shape, length = mixer.shape, tokens or _TOKENS
     state = empty_state(mixer) if decode else {}
     heads = {"query": shape.heads, "key": shape.kv_heads, "value": shape.kv_heads}
-    inputs = {f"parameter.{name}": tensor.detach() for name, tensor in mixer.state_dict().items()}
-    fixed = len(inputs)
+    parameters = mixer.state_dict()
+    inputs = {f"parameter.{name}": tensor.detach() for name, tensor in parameters.items()}
     inputs["x"] = torch.randn(_BATCH, length, shape.hidden)
     for role in mixer.reads:
         inputs[role] = torch.randn(_BATCH, heads[role], length, shape.head_dim)
@@ -197,28 +198,20 @@ def _export(mixer: Mixer, masked: bool, decode: bool, tokens: int | None) -> Mix
         inputs["real"] = torch.ones(_BATCH, length, dtype=torch.bool)
     for name, tensor in state.items():
         inputs[f"past.{name}"] = tensor.expand(_BATCH, *tensor.shape[1:]).clone()
-    open_axes = [
-        {
-            axis: torch.export.Dim.DYNAMIC
-            for axis in ((0,) if name.startswith("past.") or tokens else (0, _tokens_axis(value)))
-        }
-        for name, value in list(inputs.items())[fixed:]
-    ]
+    open_axes: list[dict[int, Any] | None] = [None] * len(parameters)
+    for name, value in list(inputs.items())[len(parameters) :]:
+        axes = [0] if name.startswith("past.") or tokens else [0, 2 if value.ndim == 4 else 1]
+        open_axes.append(dict.fromkeys(axes, torch.export.Dim.DYNAMIC))
     outputs = ["out", *(f"present.{name}" for name in state)]
     what = f"mixer {mixer.name!r}"
     model = to_onnx(
         _Function(mixer, list(inputs), decode=decode),
         inputs,
-        {"inputs": (*([None] * fixed), *open_axes)},
+        {"inputs": tuple(open_axes)},
         outputs,
         what=what,
     )
     return _tidy(model, list(inputs), outputs, state, what)
-
-
-def _tokens_axis(value: Tensor) -> int:
-    """Axis of T in `x` `(B, T, C)`, `real` `(B, T)` and projections `(B, H, T, D)`."""
-    return 2 if value.ndim == 4 else 1
 
 
 def _tidy(
@@ -229,8 +222,6 @@ def _tidy(
     what: str,
 ) -> MixerGraph:
     """What is left of an export: short names, no metadata, nothing dead."""
-    from autocomp.targets.graph import Graph
-
     if len(model.functions):
         from onnx import inliner
 

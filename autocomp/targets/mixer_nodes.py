@@ -107,9 +107,9 @@ def _place(graph: Graph, node: onnx.NodeProto, seat: Seat) -> _Placed:
     ahead = f"{attribute(node, 'layer')}."
     for name, shape in made.state.items():
         past, present = f"{PAST_STATE}{ahead}{name}", f"{PRESENT_STATE}{ahead}{name}"
-        info = (TensorProto.FLOAT, ["batch", *shape])
-        graph.input_infos.append(helper.make_tensor_value_info(past, *info))
-        graph.output_infos.append(helper.make_tensor_value_info(present, *info))
+        for infos, tensor in ((graph.input_infos, past), (graph.output_infos, present)):
+            dims = ["batch", *shape]
+            infos.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, dims))
         names.append(f"past.{name}")
         tensors.append(past)
         outputs.append(present)

@@ -164,6 +164,11 @@ class CpuTarget(ABC):
 
     def formats_supported(self, format: SiteFormat) -> str | None:
         """Why this format cannot be lowered, or `None` if it can."""
+        if format.mixer is not None and self.decodes:
+            from autocomp.targets.mixer_profile import undecodable
+
+            if (reason := undecodable(format.mixer)) is not None:
+                return reason
         return self.recipes.unsupported(format, self.tokens)
 
     def tokens_supported(self, reduction: TokenReduction) -> str | None:
