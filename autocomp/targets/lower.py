@@ -21,7 +21,7 @@ from autocomp.targets.cache import drop_dead_caches, settle_cache
 from autocomp.targets.factors import split_factors
 from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
-from autocomp.targets.mixer_nodes import Placed, Seats, lower_mixer, place_mixers
+from autocomp.targets.mixer_nodes import Placed, Seats, check_reductions, lower_mixer, place_mixers
 from autocomp.targets.skeleton_format import DOMAIN
 from autocomp.targets.storage import Piece
 from autocomp.targets.token_nodes import Reductions, resolve_tokens
@@ -119,6 +119,7 @@ def lower(
     graph = Graph(skeleton)
     graph.nodes, constants = resolve_tokens(graph.nodes, reductions or {})
     graph.initializers.update(constants)
+    check_reductions(seats or {}, reductions or {})
     placed = place_mixers(graph, seats or {})
     split_factors(graph, weights)
     sites = {

@@ -4,8 +4,8 @@
 
 and, where it decodes, `past.NAME` → `present.NAME` for every tensor of its state. Parameters are
 inputs of the export, so that none is folded into a constant: candidates that differ in values alone
-share one export. Batch and tokens stay open; in an image the number of tokens is fixed, as a mixer
-may read a square of patches from it.
+share one export. Batch and tokens stay open; only of a mixer that reads a square of patches from
+the number of tokens, and so cannot be exported for any, is there a graph for each number.
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ class _Extended(nn.Module):
 
 
 _KEPT: dict[object, MixerGraph] = {}
+_FIXED: set[object] = set()
+"""Structures that have no graph for any number of tokens."""
 
 
 def mixer_graph(
@@ -133,15 +135,27 @@ def mixer_graph(
     Args:
         masked: whether an input says which tokens are real.
         decode: `extend` instead of `forward`.
-        tokens: T where it is fixed.
+        tokens: T where one number will do, as in an image.
 
     Raises:
         InternalError: if torch cannot export it, or it is asked to decode and cannot, with why.
     """
-    key = (_structure(mixer), masked, decode, tokens)
-    if key not in _KEPT:
-        _KEPT[key] = _export(copy.deepcopy(mixer).eval(), masked, decode, tokens)
-    return _KEPT[key]
+    form = (_structure(mixer), masked, decode)
+
+    def kept(tokens: int | None) -> MixerGraph:
+        if (form, tokens) not in _KEPT:
+            copied = copy.deepcopy(mixer).eval()
+            _KEPT[form, tokens] = _export(copied, masked, decode, tokens)
+        return _KEPT[form, tokens]
+
+    if tokens is None:
+        return kept(None)
+    if form not in _FIXED:
+        try:
+            return kept(None)
+        except InternalError:
+            _FIXED.add(form)
+    return kept(tokens)
 
 
 def _structure(mixer: Mixer) -> object:

@@ -32,6 +32,7 @@ from autocomp.targets.storage import Piece
 if TYPE_CHECKING:
     from autocomp.models.mixers.protocol import Mixer
     from autocomp.targets.mixer_graph import MixerGraph
+    from autocomp.targets.token_nodes import Reductions
 
 _ROLES = ("query", "key", "value")
 
@@ -89,6 +90,19 @@ def place_mixers(graph: Graph, seats: Seats) -> Placed:
     if placed:
         graph.prune()
     return placed
+
+
+def check_reductions(seats: Seats, reductions: Reductions) -> None:
+    """Raises InternalError where tokens go by keys or queries that a mixer does not read."""
+    for seat in seats.values():
+        needed = {"key"} if seat.unit in reductions else set()
+        if needed and reductions[seat.unit].method != "tome":
+            needed.add("query")
+        if missing := sorted(needed - set(seat.mixer.reads)):
+            raise InternalError(
+                f"{seat.unit}: tokens are chosen by its {' and '.join(missing)}, which mixer "
+                f"{seat.mixer.name!r} does not read: reduce tokens behind another unit"
+            )
 
 
 def _place(graph: Graph, node: onnx.NodeProto, seat: Seat) -> _Placed:

@@ -91,6 +91,19 @@ def second_or_own(formats: UnitFormat, site: Site | None) -> SiteFormat | None:
     return formats.get(site.name) or formats.get(second_of(site.name))
 
 
+def takes(unit: Unit, formats: UnitFormat, tokens: int | None, *, causal: bool) -> bool:
+    """Whether so many patches may arrive at a unit in these formats; `None` is text."""
+    from autocomp.targets.mixer_graph import mixer_graph
+
+    if tokens is None or mixer_name(formats) is None:
+        return True
+    try:
+        mixer_graph(made_up_mixer(unit, formats, causal=causal), tokens=tokens)
+    except InternalError:
+        return False
+    return True
+
+
 def format_seats(
     skeleton: onnx.ModelProto,
     units: Iterable[Unit],

@@ -17,10 +17,11 @@ import onnx
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets.cost_table import Choice, CostTable, Entry
-from autocomp.targets.mixer_profile import format_seats
+from autocomp.targets.mixer_profile import causal, format_seats, takes
 from autocomp.targets.profile_pieces import UnitFormats, UnitPieces, cost_key, in_range
 from autocomp.targets.runtime import Array, CpuTarget
 from autocomp.targets.skeleton_format import dense_formats
+from autocomp.targets.token_nodes import sequence_lengths
 from autocomp.targets.token_profile import (
     UnitReductions,
     chosen_reductions,
@@ -99,6 +100,7 @@ def profile(
         unit.name: min(unit_formats[unit.name], key=lambda k: entries[unit.name][k].latency_ms)
         for unit in units
     }
+    smallest = _realisable(skeleton, units, unit_formats, reductions, smallest)
     measure = partial(
         _measure_choice, target, skeleton, units, unit_formats, inputs=inputs, reductions=reductions
     )
@@ -118,6 +120,7 @@ def profile(
     rng = random.Random(seed)
     for index in range(candidates):
         choice = random_choice(rng, unit_formats)
+        choice = _realisable(skeleton, units, unit_formats, reductions, choice)
         pairs.append((choice, measure(choice)))
         _report(progress, 3 + index, total)
     table.fit(pairs)
@@ -158,6 +161,7 @@ def check_table(
     pairs = []
     for _ in range(candidates):
         choice = random_choice(rng, unit_formats)
+        choice = _realisable(skeleton, units, unit_formats, reductions, choice)
         predicted = table.predict(choice).latency_ms
         assert predicted is not None
         measured = _measure_choice(
@@ -198,6 +202,27 @@ def random_choice(rng: random.Random, unit_formats: UnitFormats) -> dict[str, st
         position = min(max(rng.gauss(1.0 - lean, 0.3), 0.0), 1.0)
         choice[unit] = kept[round(position * (len(kept) - 1))]
     return choice
+
+
+def _realisable(
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    unit_formats: UnitFormats,
+    reductions: UnitReductions | None,
+    choice: Choice,
+) -> dict[str, str]:
+    """`choice`, with another option where a mixer cannot take the patches that are left to it."""
+    found = dict(choice)
+    for unit in units:
+        shorter = chosen_reductions(reductions or {}, found)
+        tokens = sequence_lengths(skeleton.graph.node, shorter).get(unit.name)
+        options, looks_back = unit_formats[unit.name], causal(skeleton, unit)
+        found[unit.name] = next(
+            key
+            for key in (found[unit.name], *options)
+            if takes(unit, options[key], tokens, causal=looks_back)
+        )
+    return found
 
 
 def lower_formats(

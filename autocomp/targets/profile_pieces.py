@@ -12,13 +12,12 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from autocomp.core.errors import InternalError
 from autocomp.core.factors import site_of
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets.generation import PAST
 from autocomp.targets.graph import Graph, attribute, cut
 from autocomp.targets.mixer_nodes import Seat
-from autocomp.targets.mixer_profile import arriving, causal, made_up_mixer, mixer_name
+from autocomp.targets.mixer_profile import arriving, causal, made_up_mixer, mixer_name, takes
 from autocomp.targets.runtime import Array, CpuTarget
 from autocomp.targets.skeleton_format import DOMAIN, dense_formats
 from autocomp.targets.token_profile import Piece
@@ -68,14 +67,11 @@ class UnitPieces:
         }
 
     def at_length(self, key: object, tokens: int) -> onnx.ModelProto | None:
-        """A piece for `tokens` patches; `None` where its mixer cannot be for so many."""
+        """A piece for `tokens` patches; `None` where its mixer takes another number alone."""
         unit, formats = self._wanted[key]
-        try:
-            return self._lower(unit, formats, tokens)
-        except InternalError:
-            if mixer_name(formats) is None:
-                raise
+        if not takes(unit, formats, tokens, causal=causal(self._skeleton, unit)):
             return None
+        return self._lower(unit, formats, tokens)
 
     def mixer_bytes(self, unit: Unit, formats: UnitFormat) -> int:
         """Bytes on disk of a unit's mixer beyond those of attention; 0 without one."""

@@ -33,7 +33,7 @@ def to_onnx(
         what: what is exported, for errors.
 
     Raises:
-        InternalError: if torch cannot, with the first line of its reason.
+        InternalError: if torch cannot, with the first line of the first cause.
     """
     with (
         torch.no_grad(),
@@ -53,9 +53,11 @@ def to_onnx(
                 verbose=False,
             )
         except Exception as error:
-            raise InternalError(
-                f"torch cannot export {what} to ONNX: {str(error).strip().splitlines()[0]}"
-            ) from error
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = [*str(cause).strip().splitlines(), type(cause).__name__][0]
+            raise InternalError(f"torch cannot export {what} to ONNX: {reason}") from error
     assert program is not None
     return program.model_proto
 

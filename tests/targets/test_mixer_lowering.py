@@ -186,7 +186,9 @@ def test_scaled_inputs_fold_into_the_norm_beside_a_mixer_that_reads_none(exporte
         read = [s for s in attention(units, 0).sites if s.role in mixer.reads]
         for site in read:
             dense = student.get_submodule(site.name)
-            spec = SiteFormat(site.rows, site.columns, False, weight_bits=8, scaled=True)
+            spec = SiteFormat(
+                site.rows, site.columns, False, weight_bits=8, activation_bits=8, scaled=True
+            )
             scales = dense.weight.detach().abs().amax(1, keepdim=True) / 127
             vector = torch.linspace(0.5, 2.0, site.columns)
             module = QuantLinear(dense.weight.detach(), None, scales, spec, input_scale=vector)
@@ -330,14 +332,17 @@ def test_patches_keep_their_square_behind_fewer_tokens():
     the = target("onnxruntime")
     skeleton = the.export(model, units, task)
     student = with_mixers("dinov2", model, units, {0: Square, 2: Square})
-    merged = TokenReduction("tome", 11 / 37, 1)  # 36 patches become 25
-    install_tokens(student, units, {"layers.0.attention": merged})
-    seats = student_seats(skeleton, student, units, {"layers.0.attention": merged})
+    merged = TokenReduction("tome", 11.5 / 36, 1)  # 36 patches become 25
+    install_tokens(student, units, {"layers.1.attention": merged})
+    seats = student_seats(skeleton, student, units, {"layers.1.attention": merged})
     assert [seat.tokens for seat in seats.values()] == [37, 26]
     lowered = the.lower(skeleton, student, units)
     (value,) = the.run_graph(lowered, arrays(task, 2, 0), ["logits"]).values()
     expected = student(**task.example_inputs(2, 0)).logits.detach().numpy()
     np.testing.assert_allclose(value, expected, atol=1e-4)
+    install_tokens(student, units, {"layers.0.attention": merged})
+    with pytest.raises(InternalError, match=r"layers\.0\.attention: tokens are chosen by its key"):
+        the.lower(skeleton, student, units)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -363,14 +368,16 @@ def test_mixers_have_their_price(exported, layout, runtime, monkeypatch):
     gate = 4 * (32 * 32 + 32 + 3 * 32)
     unread = 2 * 4 * 32 * 32 if layout == "bert" else 4 * 32 * (32 + 16)
     beyond = entries["convolved"].size_bytes - (entries["dense"].size_bytes - unread + gate)
-    assert abs(beyond) < (4_000 if runtime == "onnxruntime" else 30_000)
+    assert abs(beyond) < (6_000 if runtime == "onnxruntime" else 30_000)
     dense = {unit.name: "dense" for unit in units}
     before = the.lowered_bytes(lower_formats(the, skeleton, units, chosen(formats, dense)))
     for key in ("elu", "convolved"):
         choice = dense | {"layers.0.attention": key, "layers.1.attention": f"{key} 8"}
         lowered = lower_formats(the, skeleton, units, chosen(formats, choice))
         added = table.predict(choice).size_bytes - table.predict(dense).size_bytes
-        assert added == pytest.approx(the.lowered_bytes(lowered) - before, abs=0.02 * before)
+        # What reads the mask counts at every unit, though units share it.
+        over = added - (the.lowered_bytes(lowered) - before)
+        assert -500 < over < (1_000 if runtime == "onnxruntime" else 8_000)
 
 
 def chosen(formats: Any, choice: dict[str, str]) -> dict[str, Any]:
