@@ -113,7 +113,8 @@ class SiteFormat:
         static: whether the range of 8-bit activations is fixed at calibration, not at run time.
         scaled: whether inputs are multiplied by a vector first, the weight having been divided.
         nonzeros: weights stored where the site is sparse, in total; `None` is all of them.
-        mixer: at the output of attention: what makes its input; `None` is softmax attention.
+        mixer: name of the mixer that makes this site's input in place of softmax attention; None is
+            the model's own attention.
     """
 
     rows: int

@@ -104,7 +104,8 @@ class CompressedTensorsExporter:
     summary = "Packed 4- and 8-bit or int8 weights of a decoder, as vLLM loads them."
     expresses = (
         "decoders: 8 or 4 bits per row or group of 32, 64, 128; 8-bit weights per row with 8-bit "
-        "activations; pruning as huggingface; not 3 or 2 bits, low rank, Conv1D layers (GPT-2)"
+        "activations; pruning as huggingface; not 3 or 2 bits, low rank, replaced attention, "
+        "Conv1D layers (GPT-2)"
     )
 
     def supports(self, record: TrialRecord) -> str | None:

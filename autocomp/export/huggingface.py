@@ -54,7 +54,7 @@ class HuggingFaceExporter:
     summary = "config.json and float safetensors that stock transformers loads, with tokenizer."
     expresses = (
         "pruned heads, width, layers and vocabulary (zeros fill what layers differ by), sparse and "
-        "quantised weights (as floats); not low rank, not token merging"
+        "quantised weights (as floats); not low rank, not token merging, not replaced attention"
     )
 
     def supports(self, record: TrialRecord) -> str | None:

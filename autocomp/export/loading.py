@@ -53,7 +53,7 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file("tokenizer.json")
 ids = new = tokenizer.encode("She opened the door and").ids
 caches = {caches}  # past_key_values.N.key, .value: (batch, heads, past, width)
-past = {{{name}: np.zeros((1, {heads}, 0, {width}), np.float32) for c in caches}}
+past = {{{name}: np.zeros({shape}, {type}) for c in caches}}
 for _ in range({tokens}):
     logits, *present = {run}
     past = dict(zip(past, present))
@@ -73,8 +73,8 @@ _ONNXRUNTIME_GENERATE = {
     "open": 'session = ort.InferenceSession("{file}")',
     "caches": "session.get_inputs()[1:]",
     "name": "c.name",
-    "heads": "c.shape[1]",
-    "width": "c.shape[3]",
+    "shape": 'tuple({{"batch": 1, "past": 0}}.get(n, n) for n in c.shape)',
+    "type": '"int64" if "int64" in c.type else "float32"',
     "run": 'session.run(None, {{"input_ids": np.array([new]), **past}})',
 }
 _OPENVINO = {
@@ -89,8 +89,12 @@ _OPENVINO_GENERATE = {
 model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})""",
     "caches": "model.inputs[1:]",
     "name": "c.any_name",
-    "heads": "c.get_partial_shape()[1].get_length()",
-    "width": "c.get_partial_shape()[3].get_length()",
+    "shape": """\
+tuple(
+    n.get_length() if n.is_static else int(axis == 0)  # one example, nothing past
+    for axis, n in enumerate(c.get_partial_shape())
+)""",
+    "type": "c.element_type.to_dtype()",
     "run": 'model({{"input_ids": np.array([new]), **past}}).to_tuple()',
 }
 

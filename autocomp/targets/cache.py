@@ -4,13 +4,16 @@
     present.N.key, .value           (B, kv heads of layer N, P + T, D)
 
 One graph serves prompt (P = 0) and generation (T = 1); N is the layer's number in the dense model,
-and a layer without attention has none of the four. The attention is the standard operator
-`Attention` with a past: it concatenates, masks causally from position P on and shares keys among
-queries. Measured in ONNX Runtime 1.31 on one core, both rotary embeddings included, T = 1 after 144
-tokens, µs (6 heads of 32 on 2 groups / 12 of 64 on 4): Attention 21.6 / 61, the same decomposed
-23.3 / 61, com.microsoft GroupQueryAttention 28.0 / 74, with its own rotary 26.4 / 79; 128 tokens at
-once: 281 / 751 against 392 / 893. GroupQueryAttention also refuses more than one token after a past
-when the batch is more than one, and MultiHeadAttention knows no groups.
+and a layer without attention has none of the four. Positions are counted by any of the caches;
+where none is left, by `past_length` and `present_length`, int64 `(1,)`.
+
+The attention is the standard operator `Attention` with a past: it concatenates, masks causally from
+position P on and shares keys among queries. Measured in ONNX Runtime 1.31 on one core, both rotary
+embeddings included, T = 1 after 144 tokens, µs (6 heads of 32 on 2 groups / 12 of 64 on 4):
+Attention 21.6 / 61, the same decomposed 23.3 / 61, com.microsoft GroupQueryAttention 28.0 / 74,
+with its own rotary 26.4 / 79; 128 tokens at once: 281 / 751 against 392 / 893. GroupQueryAttention
+also refuses more than one token after a past when the batch is more than one, and
+MultiHeadAttention knows no groups.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from autocomp.core.errors import InternalError
-from autocomp.targets.generation import PAST, PRESENT
+from autocomp.targets.generation import (
+    PAST,
+    PAST_LENGTH,
+    PAST_STATE,
+    PRESENT,
+    PRESENT_LENGTH,
+)
 from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.skeleton_format import DOMAIN
 
@@ -74,27 +83,42 @@ def drop_dead_caches(graph: Graph) -> None:
 def settle_cache(graph: Graph, kv_heads: Callable[[onnx.NodeProto], int]) -> None:
     """Fix the shapes of the caches that are left after pruning; drop the inputs of the others.
 
-    Raises:
-        InternalError: if positions are counted by a cache, but no attention is left.
+    Caches, then states, in the order of the outputs that go on with them.
+    Where no attention is left and positions are needed, a counter of its own gives them.
     """
     heads: dict[str, int] = {}
     for node in _markers(graph):
         for name in (*node.input[4:], *node.output[1:]):
             heads[name] = kv_heads(node)
-    kept = [value for value in graph.input_infos if not value.name.startswith(PAST)]
+    kept = [v for v in graph.input_infos if not v.name.startswith((PAST, PAST_STATE))]
+    states = [v for v in graph.input_infos if v.name.startswith(PAST_STATE)]
     left = [value for value in graph.input_infos if value.name in heads]
     for index, node in enumerate(graph.nodes):
         if node.op_type == "Shape" and node.input[0].startswith(PAST):
             if not left:
-                raise InternalError(
-                    "no attention is left, so nothing counts the tokens that positions need"
-                )
-            if node.input[0] not in heads:
+                graph.nodes[index] = helper.make_node("Identity", [PAST_LENGTH], node.output)
+            elif node.input[0] not in heads:
                 graph.nodes[index] = onnx.NodeProto()
                 graph.nodes[index].CopyFrom(node)
                 _read_length(graph.nodes[index], left[0].name)
-    graph.input_infos = [*kept, *(_with_heads(value, heads) for value in left)]
+    graph.input_infos = [*kept, *(_with_heads(value, heads) for value in left), *states]
     graph.output_infos = [_with_heads(value, heads) for value in graph.output_infos]
+    if graph.users(PAST_LENGTH):
+        _count_tokens(graph)
+
+
+def _count_tokens(graph: Graph) -> None:
+    """Keep the number of tokens so far, `(1,)`, as an input and an output of the graph."""
+    read = f"{PAST_LENGTH}.read"
+    graph.nodes += [
+        helper.make_node("Shape", [graph.inputs[0]], [read], start=1, end=2),
+        helper.make_node("Add", [PAST_LENGTH, read], [PRESENT_LENGTH]),
+    ]
+    for infos, name in (
+        (graph.input_infos, PAST_LENGTH),
+        (graph.output_infos, PRESENT_LENGTH),
+    ):
+        infos.append(helper.make_tensor_value_info(name, TensorProto.INT64, [1]))
 
 
 def _markers(graph: Graph) -> list[onnx.NodeProto]:

@@ -2,8 +2,9 @@
 
     norm(x; γ, β) · t  =  norm(x; γ t, β t)
 
-holds where everything that reads the norm's output multiplies it by the same vector t. After a
-post-norm the residual reads it too: there the multiplication stays.
+holds where everything that reads the norm's output (not its shape alone) multiplies it by the same
+vector t. After a post-norm the residual reads it too, and so may a mixer: there the multiplication
+stays.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def fold_scales(graph: Graph) -> int:
         output = norm.output[0]
         if norm.op_type not in _NORMS or output in graph.outputs or not _plain(norm, graph):
             continue
-        users = readers.get(output, [])
+        users = [user for user in readers.get(output, []) if user.op_type != "Shape"]
         vectors = [_vector(user, output, graph) for user in users]
         first = vectors[0] if vectors else None
         if first is None or not all(v is not None and np.array_equal(v, first) for v in vectors):

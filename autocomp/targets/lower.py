@@ -21,6 +21,7 @@ from autocomp.targets.cache import drop_dead_caches, settle_cache
 from autocomp.targets.factors import split_factors
 from autocomp.targets.fold_scales import fold_scales
 from autocomp.targets.graph import Graph, attribute, fold_zeros
+from autocomp.targets.mixer_nodes import Placed, Seats, check_reductions, lower_mixer, place_mixers
 from autocomp.targets.skeleton_format import DOMAIN
 from autocomp.targets.storage import Piece
 from autocomp.targets.token_nodes import Reductions, resolve_tokens
@@ -96,6 +97,7 @@ def lower(
     tokens: int,
     parameters: Mapping[str, Array] | None = None,
     reductions: Reductions | None = None,
+    seats: Seats | None = None,
     recipes: Recipes = onnxruntime_recipes,
 ) -> onnx.ModelProto:
     """The runtime's graph of a candidate. `skeleton` is not modified.
@@ -107,6 +109,8 @@ def lower(
         tokens: tokens per run of the workload (batch × sequence); decides the recipes.
         parameters: values of what is outside the sites, by name; `None` keeps the skeleton's.
         reductions: attention unit → what is done to the sequence behind it.
+        seats: query site → the mixer in the place of its attention. Sites a mixer does not read are
+            not asked for.
         recipes: how the runtime writes what markers stand for.
 
     Raises:
@@ -115,6 +119,8 @@ def lower(
     graph = Graph(skeleton)
     graph.nodes, constants = resolve_tokens(graph.nodes, reductions or {})
     graph.initializers.update(constants)
+    check_reductions(seats or {}, reductions or {})
+    placed = place_mixers(graph, seats or {})
     split_factors(graph, weights)
     sites = {
         node.output[0]: str(attribute(node, "site"))
@@ -132,7 +138,7 @@ def lower(
         lambda node: _heads(node, "key_site", int(attribute(node, "head_dim")), present),
     )
     _refresh(graph, parameters or {})
-    _fill(graph, present, tokens, recipes)
+    _fill(graph, present, placed, tokens, recipes)
     fold_scales(graph)
     graph.prune()
     return graph.to_model(helper.make_opsetid(*item) for item in recipes.OPSETS.items())
@@ -164,7 +170,13 @@ def _refresh(graph: Graph, parameters: Mapping[str, Array]) -> None:
         graph.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
 
 
-def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int, recipes: Recipes) -> None:
+def _fill(
+    graph: Graph,
+    present: Mapping[str, SiteWeights],
+    placed: Placed,
+    tokens: int,
+    recipes: Recipes,
+) -> None:
     """Replace every marker by nodes of the runtime."""
     linears = [node for node in graph.nodes if node.domain == DOMAIN and node.op_type == "Linear"]
     readers = [(node.input[0], present[str(attribute(node, "site"))]) for node in linears]
@@ -177,6 +189,8 @@ def _fill(graph: Graph, present: Mapping[str, SiteWeights], tokens: int, recipes
             continue
         if node.op_type in ("Attention", "RotaryEmbedding"):
             piece = _heads_piece(node, present, recipes)
+        elif node.op_type == "Mixer":
+            piece = lower_mixer(node, placed[node.output[0]])
         else:
             site = str(attribute(node, "site"))
             weights, x, output = present[site], node.input[0], node.output[0]

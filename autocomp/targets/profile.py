@@ -1,8 +1,7 @@
 """Filling a cost table: every distinct sublayer timed alone, then a dozen whole candidates.
 
-A unit's piece is cut from the skeleton, from what feeds its first sites to the output of its last;
-what else it reads (mask, rotary tables) is recorded once from a run of the dense graph. Pieces and
-candidates are lowered from formats with made-up weights, so no torch model is needed.
+Pieces (`profile_pieces`) and candidates are lowered from formats with made-up weights, so no torch
+model is needed.
 """
 
 from __future__ import annotations
@@ -14,18 +13,16 @@ from functools import partial
 
 import numpy as np
 import onnx
-from onnx import helper
 
-from autocomp.core.factors import site_of
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets.cost_table import Choice, CostTable, Entry
-from autocomp.targets.generation import PAST
-from autocomp.targets.graph import Graph, attribute, cut
+from autocomp.targets.mixer_profile import causal, format_seats, takes
+from autocomp.targets.profile_pieces import UnitFormats, UnitPieces, cost_key, in_range
 from autocomp.targets.runtime import Array, CpuTarget
-from autocomp.targets.skeleton_format import DOMAIN, dense_formats
+from autocomp.targets.skeleton_format import dense_formats
+from autocomp.targets.token_nodes import sequence_lengths
 from autocomp.targets.token_profile import (
-    Piece,
     UnitReductions,
     chosen_reductions,
     reduction_bytes,
@@ -35,9 +32,6 @@ from autocomp.targets.token_profile import (
 from autocomp.targets.weights import stand_in_weights
 
 Progress = Callable[[int, int], None]
-UnitFormats = Mapping[str, Mapping[str, UnitFormat]]
-"""Unit name → option key → formats."""
-
 _WHOLE = {"runs": 48, "rounds": 8, "seconds": 0.4}
 
 
@@ -71,14 +65,15 @@ def profile(
         candidates = 24 if target.decodes else 12
     total = candidates + 3
     _report(progress, 0, total)
-    pieces = _pieces(target, skeleton, units, unit_formats, inputs)
-    lengths, extra = token_pieces(skeleton, units, reductions or {}, inputs, pieces)
+    cut = UnitPieces(target, skeleton, units, unit_formats, inputs)
+    pieces = cut.lowered()
+    lengths, extra = token_pieces(skeleton, units, reductions or {}, inputs, pieces, cut.at_length)
     pieces |= extra
     timings = target.time_pieces(list(pieces.values()), seed=seed)
     times = dict(zip(pieces, map(target.to_ms, timings), strict=True))
     keys = {
         unit.name: {
-            key: _cost_key(unit, formats, target)
+            key: cost_key(unit, formats, target)
             for key, formats in unit_formats[unit.name].items()
             if formats
         }
@@ -89,6 +84,7 @@ def profile(
             key: Entry(
                 times[keys[unit.name][key]] if formats else 0.0,
                 sum(target.size_bytes(one) for one in formats.values())
+                + cut.mixer_bytes(unit, formats)
                 + reduction_bytes(extra, reductions, unit.name, key),
                 _kernels(formats, target),
             )
@@ -104,6 +100,7 @@ def profile(
         unit.name: min(unit_formats[unit.name], key=lambda k: entries[unit.name][k].latency_ms)
         for unit in units
     }
+    smallest = _realisable(skeleton, units, unit_formats, reductions, smallest)
     measure = partial(
         _measure_choice, target, skeleton, units, unit_formats, inputs=inputs, reductions=reductions
     )
@@ -123,6 +120,7 @@ def profile(
     rng = random.Random(seed)
     for index in range(candidates):
         choice = random_choice(rng, unit_formats)
+        choice = _realisable(skeleton, units, unit_formats, reductions, choice)
         pairs.append((choice, measure(choice)))
         _report(progress, 3 + index, total)
     table.fit(pairs)
@@ -163,6 +161,7 @@ def check_table(
     pairs = []
     for _ in range(candidates):
         choice = random_choice(rng, unit_formats)
+        choice = _realisable(skeleton, units, unit_formats, reductions, choice)
         predicted = table.predict(choice).latency_ms
         assert predicted is not None
         measured = _measure_choice(
@@ -205,6 +204,27 @@ def random_choice(rng: random.Random, unit_formats: UnitFormats) -> dict[str, st
     return choice
 
 
+def _realisable(
+    skeleton: onnx.ModelProto,
+    units: Sequence[Unit],
+    unit_formats: UnitFormats,
+    reductions: UnitReductions | None,
+    choice: Choice,
+) -> dict[str, str]:
+    """`choice`, with another option where a mixer cannot take the patches that are left to it."""
+    found = dict(choice)
+    for unit in units:
+        shorter = chosen_reductions(reductions or {}, found)
+        tokens = sequence_lengths(skeleton.graph.node, shorter).get(unit.name)
+        options, looks_back = unit_formats[unit.name], causal(skeleton, unit)
+        found[unit.name] = next(
+            key
+            for key in (found[unit.name], *options)
+            if takes(unit, options[key], tokens, causal=looks_back)
+        )
+    return found
+
+
 def lower_formats(
     target: CpuTarget,
     skeleton: onnx.ModelProto,
@@ -218,7 +238,10 @@ def lower_formats(
         for site in unit.sites:
             sites.pop(site.name, None)
         sites.update(formats[unit.name])
-    return target.lower_weights(skeleton, stand_in_weights(sites), reductions=reductions)
+    seats = format_seats(skeleton, units, formats, reductions)
+    return target.lower_weights(
+        skeleton, stand_in_weights(sites), reductions=reductions, seats=seats
+    )
 
 
 def measure_formats(
@@ -231,17 +254,8 @@ def measure_formats(
 ) -> float:
     """Latency in reference milliseconds of a whole model with made-up weights."""
     lowered = lower_formats(target, skeleton, units, formats, reductions)
-    inputs = _in_range(inputs, formats)
+    inputs = in_range(inputs, formats)
     return target.to_ms(target.time_graph(lowered, inputs, **_WHOLE))
-
-
-def _in_range(inputs: Mapping[str, Array], formats: Mapping[str, UnitFormat]) -> dict[str, Array]:
-    """Token ids within the smallest table: which row is read makes no difference to costs."""
-    tables = [one.rows for unit in formats.values() for one in unit.values() if one.embedding]
-    result = dict(inputs)
-    if tables and "input_ids" in result:
-        result["input_ids"] = result["input_ids"] % min(tables)
-    return result
 
 
 def _measure_choice(
@@ -256,103 +270,6 @@ def _measure_choice(
     formats = {unit: unit_formats[unit][key] for unit, key in choice.items()}
     shorter = chosen_reductions(reductions or {}, choice)
     return measure_formats(target, skeleton, units, formats, inputs, shorter)
-
-
-def _cost_key(unit: Unit, formats: UnitFormat, target: CpuTarget) -> object:
-    """Equal for options that run the same kernels on the same shapes."""
-    shapes = []
-    roles = {site.name: site.role for site in unit.sites}
-    for name, one in formats.items():
-        kernel = target.recipes.kernel(one, target.tokens)
-        site = site_of(name)
-        part = name.removeprefix(site)
-        shapes.append((roles[site], part, one.rows, one.columns, one.bias, kernel))
-    return (unit.kind, unit.head_dim, tuple(shapes))
-
-
-def _pieces(
-    target: CpuTarget,
-    skeleton: onnx.ModelProto,
-    units: Sequence[Unit],
-    unit_formats: UnitFormats,
-    inputs: Mapping[str, Array],
-) -> dict[object, Piece]:
-    """Every distinct piece, lowered, with the inputs to run it on."""
-    graph = Graph(skeleton)
-    wanted: dict[object, tuple[Unit, UnitFormat]] = {}
-    for unit in units:
-        for formats in unit_formats[unit.name].values():
-            if formats:
-                wanted.setdefault(_cost_key(unit, formats, target), (unit, formats))
-    owners = {unit.name: unit for unit, _ in wanted.values()}
-    cuts = {name: _cut_unit(graph, unit) for name, unit in owners.items()}
-    caches = {value.name for value in graph.input_infos if value.name.startswith(PAST)}
-    needed = {name for _, outside, _ in cuts.values() for name in outside} - set(inputs) - caches
-    values = dict(inputs) | _record(target, skeleton, inputs, sorted(needed))
-    result: dict[object, Piece] = {}
-    for key, (unit, formats) in wanted.items():
-        nodes, outside, end = cuts[unit.name]
-        read = {name: values[name] for name in outside if name not in caches}
-        piece = _as_model(skeleton, nodes, read, end)
-        piece.graph.input.extend(v for v in graph.input_infos if v.name in caches & set(outside))
-        lowered = target.lower_weights(piece, stand_in_weights(formats))
-        result[key] = (lowered, _in_range(read, {unit.name: formats}))
-    return result
-
-
-def _cut_unit(graph: Graph, unit: Unit) -> tuple[list[onnx.NodeProto], list[str], str]:
-    """Nodes, outside tensors and output of a unit's piece."""
-    sites = {site.name for site in unit.sites}
-    markers = [
-        node
-        for node in graph.nodes
-        if node.domain == DOMAIN and attribute(node, "site", "") in sites
-    ]
-    made = {node.output[0] for node in markers}
-    below = set(made)
-    for node in graph.nodes:
-        if any(name in below for name in node.input):
-            below.update(node.output)
-    starts = {node.input[0] for node in markers if node.input[0] not in below}
-    end = markers[-1].output[0]
-    nodes, outside = cut(graph, starts, end)
-    return nodes, outside, end
-
-
-def _record(
-    target: CpuTarget,
-    skeleton: onnx.ModelProto,
-    inputs: Mapping[str, Array],
-    names: Sequence[str],
-) -> dict[str, Array]:
-    """Values of inner tensors of the dense graph."""
-    if not names:
-        return {}
-    dense = target.lower_weights(skeleton, stand_in_weights(dense_formats(skeleton)))
-    for name in names:
-        dense.graph.output.append(onnx.ValueInfoProto(name=name))
-    return target.run_graph(dense, inputs, names)
-
-
-def _as_model(
-    skeleton: onnx.ModelProto,
-    nodes: Sequence[onnx.NodeProto],
-    outside: Mapping[str, Array],
-    end: str,
-) -> onnx.ModelProto:
-    model = onnx.ModelProto(ir_version=skeleton.ir_version)
-    model.opset_import.extend(skeleton.opset_import)
-    model.graph.name = "piece"
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(skeleton.graph.initializer)
-    for name, value in outside.items():
-        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-        hidden = value.ndim == 3 and np.issubdtype(value.dtype, np.floating)  # (B, T, D)
-        dims = [None, None, value.shape[-1]] if hidden else [None] * value.ndim
-        model.graph.input.append(helper.make_tensor_value_info(name, kind, dims))
-    output = helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None)
-    model.graph.output.append(output)
-    return model
 
 
 def _ties(

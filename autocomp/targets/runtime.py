@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from autocomp.targets.cost_table import CostTable
     from autocomp.targets.lower import Recipes
+    from autocomp.targets.mixer_nodes import Seats
     from autocomp.targets.weights import Provider
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -163,6 +164,11 @@ class CpuTarget(ABC):
 
     def formats_supported(self, format: SiteFormat) -> str | None:
         """Why this format cannot be lowered, or `None` if it can."""
+        if format.mixer is not None and self.decodes:
+            from autocomp.targets.mixer_profile import undecodable
+
+            if (reason := undecodable(format.mixer)) is not None:
+                return reason
         return self.recipes.unsupported(format, self.tokens)
 
     def tokens_supported(self, reduction: TokenReduction) -> str | None:
@@ -184,10 +190,16 @@ class CpuTarget(ABC):
     ) -> onnx.ModelProto:
         """The graph of a stitched model; units that were skipped in it leave no node."""
         from autocomp.models.tokens import model_reductions
+        from autocomp.targets.mixer_nodes import student_seats
         from autocomp.targets.weights import model_parameters, model_weights
 
+        reductions = model_reductions(model)
         return self.lower_weights(
-            skeleton, model_weights(model), model_parameters(model), model_reductions(model)
+            skeleton,
+            model_weights(model),
+            model_parameters(model),
+            reductions,
+            student_seats(skeleton, model, units, reductions),
         )
 
     def lower_weights(
@@ -196,6 +208,7 @@ class CpuTarget(ABC):
         weights: Provider,
         parameters: Mapping[str, Array] | None = None,
         reductions: Mapping[str, TokenReduction] | None = None,
+        seats: Seats | None = None,
     ) -> onnx.ModelProto:
         """`lower` from a provider of weights instead of a torch model."""
         from autocomp.targets.lower import lower
@@ -206,6 +219,7 @@ class CpuTarget(ABC):
             tokens=self.tokens,
             parameters=parameters,
             reductions=reductions,
+            seats=seats,
             recipes=self.recipes,
         )
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -35,8 +33,9 @@ from autocomp.core.unit import Unit
 from autocomp.targets.cache import STAND_IN, add_cache
 from autocomp.targets.graph import Graph, attribute
 from autocomp.targets.protocol import ExportTask
-from autocomp.targets.skeleton_format import DOMAIN, OPSET
+from autocomp.targets.skeleton_format import DOMAIN
 from autocomp.targets.token_markers import mark_tokens
+from autocomp.targets.torch_export import to_onnx
 
 _MASKED = -1e9
 """Added to the scores of padding: exp() of it is exactly zero in float32."""
@@ -232,44 +231,15 @@ def export_skeleton(
         axes[STAND_IN] = {1: STAND_IN}
     dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     names = list(inputs)
-    with (
-        _marked_attention(marked, _padded(names)),
-        torch.no_grad(),
-        warnings.catch_warnings(),
-        _quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"),
-    ):
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(
-                _Logits(marked, names),
-                tuple(inputs.values()),
-                dynamo=True,
-                dynamic_shapes={"inputs": dynamic},
-                input_names=names,
-                output_names=["logits"],
-                opset_version=OPSET,
-                verbose=False,
-            )
-        except Exception as error:
-            raise InternalError(
-                f"torch cannot export {type(model).__name__} to ONNX: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
-    assert program is not None
-    return _tidy(program.model_proto, axes, decode)
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with _marked_attention(marked, _padded(names)):
+        exported = to_onnx(
+            _Logits(marked, names),
+            inputs,
+            {"inputs": dynamic},
+            ["logits"],
+            what=type(model).__name__,
+        )
+    return _tidy(exported, axes, decode)
 
 
 def _tidy(

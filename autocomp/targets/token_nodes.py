@@ -6,7 +6,7 @@ only the batch stays open. Sizes of merged tokens run along from marker to marke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -214,6 +214,19 @@ def resolve_tokens(
             f"the skeleton has no place to merge or drop tokens behind {', '.join(waiting)}"
         )
     return result, constants
+
+
+def sequence_lengths(nodes: Iterable[onnx.NodeProto], reductions: Reductions) -> dict[str, int]:
+    """Attention unit → tokens per example that arrive there; nothing where none are marked."""
+    lengths: dict[str, int] = {}
+    tokens = 0
+    for node in nodes:
+        if node.domain == DOMAIN and node.op_type == "Tokens":
+            unit = str(attribute(node, "unit"))
+            tokens = lengths[unit] = tokens or int(attribute(node, "tokens"))
+            if unit in reductions:
+                tokens = reductions[unit].kept(tokens)
+    return lengths
 
 
 def reduction_model(

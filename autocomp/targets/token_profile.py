@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -18,6 +18,8 @@ from autocomp.targets.weights import Array
 UnitReductions = Mapping[str, Mapping[str, TokenReduction]]
 """Unit name → option key → what the option does to the sequence behind the unit."""
 Piece = tuple[onnx.ModelProto, Mapping[str, Array]]
+AtLength = Callable[[object, int], onnx.ModelProto | None]
+"""Key of a piece, tokens per example → its graph for so many; `None` where there is none."""
 
 
 def dense_tokens(skeleton: onnx.ModelProto) -> int | None:
@@ -31,12 +33,14 @@ def token_pieces(
     reductions: UnitReductions,
     inputs: Mapping[str, Array],
     pieces: Mapping[object, Piece],
+    at_length: AtLength,
 ) -> tuple[tuple[int, ...], dict[object, Piece]]:
     """Lengths to measure at, and what is timed beside `pieces`; nothing without reductions.
 
     Args:
         inputs: model inputs at the workload's shape.
         pieces: the units' pieces by cost key, with inputs at the dense length.
+        at_length: the graph of a piece for another length.
     """
     tokens = dense_tokens(skeleton)
     if not any(reductions.values()) or tokens is None:
@@ -44,7 +48,7 @@ def token_pieces(
     ordered = {unit.name: reductions.get(unit.name, {}) for unit in units}
     lengths = measured_lengths(ordered, tokens)
     batch = next(iter(inputs.values())).shape[0]
-    shorter = shorter_pieces(pieces, tokens, lengths)
+    shorter = shorter_pieces(pieces, tokens, lengths, at_length)
     return lengths, {**shorter, **reduction_pieces(skeleton, units, reductions, lengths, batch)}
 
 
@@ -81,17 +85,20 @@ def reduction_bytes(
 
 
 def shorter_pieces(
-    pieces: Mapping[object, Piece], tokens: int, lengths: Sequence[int]
+    pieces: Mapping[object, Piece], tokens: int, lengths: Sequence[int], at_length: AtLength
 ) -> dict[object, Piece]:
     """(key, length) → the piece with its inputs cut to that length, for every length but `tokens`.
 
     A piece that reads no sequence of `tokens` tokens is left out: it costs the same at any length.
+    So is one that has no graph for some length.
     """
     found: dict[object, Piece] = {}
-    for key, (model, inputs) in pieces.items():
+    for key, (_, inputs) in pieces.items():
         sequences = [n for n, v in inputs.items() if v.ndim == 3 and v.shape[1] == tokens]
-        for length in lengths if sequences else ():
-            if length != tokens:
+        shorter = [length for length in lengths if sequences and length != tokens]
+        models = {length: at_length(key, length) for length in shorter}
+        for length, model in models.items():
+            if model is not None and None not in models.values():
                 cut = {n: inputs[n][:, :length].copy() for n in sequences}
                 found[key, length] = (model, {**inputs, **cut})
     return found

@@ -17,8 +17,8 @@ from autocomp.core.errors import InternalError
 from autocomp.core.unit import dense_format, resized
 from autocomp.models.surgery import keep_heads, keep_width, skip
 from autocomp.spec.schema import WorkloadSection
-from autocomp.targets.cache import add_cache, settle_cache
-from autocomp.targets.generation import PAST, PRESENT, feeds, first_tokens, generate
+from autocomp.targets.cache import add_cache
+from autocomp.targets.generation import PAST, carried, feeds, first_tokens, generate
 from autocomp.targets.graph import Graph
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget, open_session
 from autocomp.targets.profile import profile
@@ -94,8 +94,10 @@ CHANGES = {
 
 def in_pieces(session: Any, ids: np.ndarray, cuts: list[int]) -> np.ndarray:
     """Logits of `ids` read piece by piece, what one leaves in the cache given to the next."""
-    past = {k: v for k, v in feeds(session, {"input_ids": ids}).items() if k.startswith(PAST)}
-    names = ["logits", *(PRESENT + name.removeprefix(PAST) for name in past)]
+    first = feeds(session, {"input_ids": ids})
+    pasts = carried(first)
+    past = {name: first[name] for name in pasts}
+    names = ["logits", *pasts.values()]
     parts = []
     for piece in np.split(ids, cuts, axis=1):
         logits, *present = session.run(names, {"input_ids": piece, **past})
@@ -176,14 +178,19 @@ def test_skeletons_with_and_without_a_cache_are_kept_apart(llama):
     assert skeleton_key(model, units, TASK) != skeleton_key(model, units, TASK, decode=True)
 
 
-def test_positions_that_no_cache_counts_are_refused():
-    """As in a model with learnt positions when every attention is skipped."""
-    past = helper.make_tensor_value_info(f"{PAST}0.key", TensorProto.FLOAT, ["b", 2, "past", 8])
-    output = helper.make_tensor_value_info("logits", TensorProto.INT64, [1])
-    length = helper.make_node("Shape", [past.name], ["logits"], start=2, end=3)
-    graph = Graph(helper.make_model(helper.make_graph([length], "g", [past], [output])))
-    with pytest.raises(InternalError, match="nothing counts the tokens"):
-        settle_cache(graph, lambda _: 1)
+def test_positions_are_counted_where_every_attention_is_skipped():
+    """GPT-2 has learnt positions, which a counter of its own then gives."""
+    model, units, _ = small_model("gpt2")
+    skeleton = target().export(model, units, TASK)
+    _no_attention(model, units)
+    lowered = target().lower(skeleton, model, units)
+    assert [value.name for value in lowered.graph.input] == ["input_ids", "past_length"]
+    assert [value.name for value in lowered.graph.output] == ["logits", "present_length"]
+    ids = TASK.example_inputs(2, 14)["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits.numpy()
+    session = open_session(lowered.SerializeToString(), 1)
+    assert np.abs(in_pieces(session, ids.numpy(), [8, 9, 12]) - whole).max() < 1e-4
 
 
 def test_measured_is_a_token_in_the_middle_of_the_generation(llama, tmp_path, monkeypatch):
