@@ -2,14 +2,17 @@
 
 An option takes at most one step per stage (structure, then tokens, sparsity, bits). Within a
 stage the operators named by the rule are alternatives; leaving a stage out is offered when every
-operator that has a choice there allows it. Torch is imported only when an option is applied.
+operator that has a choice there allows it. In structure, lists of fractions are one list: leaving
+the unit as it is is offered when any of them allows it; switches (`skip: true`) have no say in
+that, and where there is nothing else it is always offered. Torch is imported only when an option
+is applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
@@ -146,7 +149,7 @@ def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> Un
 
 def _stage_choices(unit: Unit, rule: Rule, stage: Stage) -> list[Step | None]:
     steps: dict[Step, None] = {}
-    may_leave_out = True
+    leaves_out: list[bool] = []  # of each operator with a say
     for name in rule.methods(stage):
         operator = OPERATORS.get(name)
         if operator.stage != stage:
@@ -156,9 +159,17 @@ def _stage_choices(unit: Unit, rule: Rule, stage: Stage) -> list[Step | None]:
                 f"Allowed in {stage}: {', '.join(allowed)}. See: autocomp ls operators"
             )
         offered = list(operator.options(unit, rule))
-        may_leave_out &= not offered or None in offered
+        if offered and not (stage == "structure" and _is_switch(rule.structure[name])):
+            leaves_out.append(None in offered)
         steps.update((step, None) for step in offered if step is not None)
-    return [*([None] if may_leave_out else []), *steps]
+    enough = any if stage == "structure" and leaves_out else all
+    return [*([None] if enough(leaves_out) else []), *steps]
+
+
+def _is_switch(choice: Any) -> bool:
+    """Whether a choice of structure only adds alternatives: anything but a list of fractions."""
+    listed = isinstance(choice, Sequence) and not isinstance(choice, str)
+    return not (listed and all(isinstance(one, int | float) for one in choice))
 
 
 def _canonical(unit: Unit, steps: list[Step]) -> Option:

@@ -10,7 +10,11 @@ from autocomp.spec.section import Section
 
 
 class StructureSection(Section):
-    """Structural choices; fractions of the unit's heads or inner width that are kept."""
+    """Structural choices, alternatives to each other; fractions are of what is kept.
+
+    Leaving a unit as it is is offered if any list of fractions holds 1.0, or if no fractions are
+    listed: `{heads: [1.0, 0.5], rank: [0.5]}` offers it, `{heads: [0.5], skip: true}` does not.
+    """
 
     heads: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
