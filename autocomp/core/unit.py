@@ -59,6 +59,7 @@ class Unit:
     `tied_to` names the unit whose weight this one shares, if any.
     `protected_tokens` counts the leading tokens (class, distillation, registers) that stay when
     patch tokens are merged or dropped behind this unit; `None` where that cannot be done.
+    `plain_keys` says that keys are attended to as their layer gives them, or rotated: not normed.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Unit:
     skippable: bool = False
     tied_to: str | None = None
     protected_tokens: int | None = None
+    plain_keys: bool = True
 
     @property
     def parameters(self) -> int:
@@ -111,6 +113,8 @@ class SiteFormat:
         static: whether the range of 8-bit activations is fixed at calibration, not at run time.
         scaled: whether inputs are multiplied by a vector first, the weight having been divided.
         nonzeros: weights stored where the site is sparse, in total; `None` is all of them.
+        cache_bits: of a layer of keys or values, those it has in the cache of a model that
+            generates: 32 (float), or 8 in the scales of its outputs, fixed at calibration.
     """
 
     rows: int
@@ -123,6 +127,7 @@ class SiteFormat:
     static: bool = False
     scaled: bool = False
     nonzeros: int | None = None
+    cache_bits: int = 32
 
 
 UnitFormat = Mapping[str, SiteFormat]

@@ -53,7 +53,7 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file("tokenizer.json")
 ids = new = tokenizer.encode("She opened the door and").ids
 caches = {caches}  # past_key_values.N.key, .value: (batch, heads, past, width)
-past = {{{name}: np.zeros((1, {heads}, 0, {width}), np.float32) for c in caches}}
+past = {{{name}: np.zeros((1, {heads}, 0, {width}), {dtype}) for c in caches}}
 for _ in range({tokens}):
     logits, *present = {run}
     past = dict(zip(past, present))
@@ -75,6 +75,7 @@ _ONNXRUNTIME_GENERATE = {
     "name": "c.name",
     "heads": "c.shape[1]",
     "width": "c.shape[3]",
+    "dtype": 'np.int8 if "int8" in c.type else np.float32',
     "run": 'session.run(None, {{"input_ids": np.array([new]), **past}})',
 }
 _OPENVINO = {
@@ -91,6 +92,7 @@ model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "
     "name": "c.any_name",
     "heads": "c.get_partial_shape()[1].get_length()",
     "width": "c.get_partial_shape()[3].get_length()",
+    "dtype": "np.float32",
     "run": 'model({{"input_ids": np.array([new]), **past}}).to_tuple()',
 }
 

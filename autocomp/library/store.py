@@ -79,6 +79,7 @@ class _Recent:
                 site.row_of,
                 site.input_scale,
                 site.mask,
+                site.output_scale,
             )
             if tensor is not None
         ]
@@ -297,6 +298,7 @@ def pack_state(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any
             "input_range": None if site.input_range is None else torch.tensor(site.input_range),
             "kept_rows": site.kept_rows,
             "row_of": site.row_of,
+            "output_scale": site.output_scale,
         }
         if site.mask is not None:
             parts["bits"] = pack_mask(site.mask)
@@ -336,6 +338,7 @@ def unpack_state(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
             kept_rows=tensors.get(f"{name}|kept_rows"),
             row_of=tensors.get(f"{name}|row_of"),
             mask=mask,
+            output_scale=tensors.get(f"{name}|output_scale"),
         )
     return state
 

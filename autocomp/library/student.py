@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def _site_state(name: str, module: nn.Module) -> SiteState:
             input_scale=None if linear is None else linear.input_scale,
             input_range=None if linear is None else linear.input_range,
             mask=module.mask,
+            output_scale=getattr(module, "output_scale", None),
         )
     if not isinstance(module, nn.Linear | nn.Embedding | SparseLinear):
         raise InternalError(f"{name} is {type(module).__name__}: this holds no site's weights")
@@ -81,11 +83,15 @@ def _site_state(name: str, module: nn.Module) -> SiteState:
         table = isinstance(module, nn.Embedding)
         rows, columns = weight.shape
         form = SiteFormat(rows, columns, bias is not None, embedding=table)
+    scale = getattr(module, "output_scale", None)
+    if scale is not None:
+        form = replace(form, cache_bits=8)
     return SiteState(
         weight=weight,
         bias=None if bias is None else bias.detach(),
         format=form,
         mask=getattr(module, "mask", None),
+        output_scale=scale,
     )
 
 
@@ -139,6 +145,7 @@ def _dense(student: nn.Module, unit: Unit) -> bool:
     modules = unit_modules(student, unit)
     return bool(modules) and all(
         type(modules[site.name]) in (nn.Linear, nn.Embedding)
+        and not hasattr(modules[site.name], "output_scale")
         and tuple(modules[site.name].weight.shape) == (site.rows, site.columns)  # type: ignore[arg-type]
         for site in unit.sites
     )

@@ -63,6 +63,7 @@ def find_units(
                 head_dim=head_dim,
                 skippable=True,
                 protected_tokens=layout.leading_tokens or None,
+                plain_keys=not layout.normed_keys,
             )
         )
         units.append(

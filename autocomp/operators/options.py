@@ -1,6 +1,6 @@
 """From a rule of the spec to the options of a unit, and from an option to formats and weights.
 
-An option takes at most one step per stage (structure, then tokens, sparsity, bits). Within a
+An option takes at most one step per stage (structure, then tokens, sparsity, bits, cache). Within a
 stage the operators named by the rule are alternatives; leaving a stage out is offered when every
 operator that has a choice there allows it. In structure, lists of fractions are one list: leaving
 the unit as it is is offered when any of them allows it; switches (`skip: true`) have no say in
@@ -50,6 +50,7 @@ OPERATORS: Registry[Operator] = Registry(
         "awq": "autocomp.operators.quantize.awq:OPERATOR",
         "awq_gptq": "autocomp.operators.quantize.awq:WITH_GPTQ",
         "smoothquant": "autocomp.operators.quantize.smoothquant:OPERATOR",
+        "kv_cache": "autocomp.operators.quantize.kv_cache:OPERATOR",
     },
 )
 
@@ -173,11 +174,14 @@ def _is_switch(choice: Any) -> bool:
 
 
 def _canonical(unit: Unit, steps: list[Step]) -> Option:
-    """Drop what comes after a step that skips the unit: it has nothing to work on."""
+    """Drop what comes after a step that skips the unit, and a cache that is no longer there."""
     kept: list[Step] = []
     formats = dense_format(unit)
     for step in steps:
-        formats = OPERATORS.get(step.operator).formats(unit, formats, step)
+        operator = OPERATORS.get(step.operator)
+        before, formats = formats, operator.formats(unit, formats, step)
+        if operator.stage == "cache" and formats == before:
+            continue
         kept.append(step)
         if not formats:
             return Option((step,))

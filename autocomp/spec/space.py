@@ -88,6 +88,12 @@ class BitsSection(Section):
         description="Activation bits; dense is the target's own. 8 finds the range of each tensor "
         "at run time; static is 8 bits with the range fixed at calibration.",
     )
+    cache: list[Literal["dense"] | int] = Field(
+        ["dense"],
+        min_length=1,
+        description="Bits of the key-value cache of a model that generates, at attention units: "
+        "dense is the target's own; 8 rounds each channel in a scale fixed at calibration.",
+    )
     range: Literal["minmax", "percentile", "mse"] = Field(
         "mse", description="How the range of static activations is fixed."
     )

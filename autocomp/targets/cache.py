@@ -10,12 +10,13 @@ queries. Measured in ONNX Runtime 1.31 on one core, both rotary embeddings inclu
 tokens, µs (6 heads of 32 on 2 groups / 12 of 64 on 4): Attention 21.6 / 61, the same decomposed
 23.3 / 61, com.microsoft GroupQueryAttention 28.0 / 74, with its own rotary 26.4 / 79; 128 tokens at
 once: 281 / 751 against 392 / 893. GroupQueryAttention also refuses more than one token after a past
-when the batch is more than one, and MultiHeadAttention knows no groups.
+when the batch is more than one, and MultiHeadAttention knows no groups. A cache of int8 is read by
+GroupQueryAttention alone; its restriction then holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import onnx
 from onnx import TensorProto, helper
@@ -71,16 +72,26 @@ def drop_dead_caches(graph: Graph) -> None:
     graph.output_infos = [value for value in graph.output_infos if value.name in needed]
 
 
-def settle_cache(graph: Graph, kv_heads: Callable[[onnx.NodeProto], int]) -> None:
-    """Fix the shapes of the caches that are left after pruning; drop the inputs of the others.
+def settle_cache(
+    graph: Graph,
+    kv_heads: Callable[[onnx.NodeProto], int],
+    rounded: Callable[[onnx.NodeProto], bool] = lambda node: False,
+) -> None:
+    """Fix shapes and types of the caches that are left after pruning; drop the inputs of others.
+
+    Args:
+        kv_heads: of an attention marker.
+        rounded: whether its cache is int8.
 
     Raises:
         InternalError: if positions are counted by a cache, but no attention is left.
     """
     heads: dict[str, int] = {}
+    integers: set[str] = set()
     for node in _markers(graph):
-        for name in (*node.input[4:], *node.output[1:]):
-            heads[name] = kv_heads(node)
+        names = (*node.input[4:], *node.output[1:])
+        heads.update(dict.fromkeys(names, kv_heads(node)))
+        integers.update(names if rounded(node) else ())
     kept = [value for value in graph.input_infos if not value.name.startswith(PAST)]
     left = [value for value in graph.input_infos if value.name in heads]
     for index, node in enumerate(graph.nodes):
@@ -93,8 +104,8 @@ def settle_cache(graph: Graph, kv_heads: Callable[[onnx.NodeProto], int]) -> Non
                 graph.nodes[index] = onnx.NodeProto()
                 graph.nodes[index].CopyFrom(node)
                 _read_length(graph.nodes[index], left[0].name)
-    graph.input_infos = [*kept, *(_with_heads(value, heads) for value in left)]
-    graph.output_infos = [_with_heads(value, heads) for value in graph.output_infos]
+    graph.input_infos = [*kept, *(_settled(value, heads, integers) for value in left)]
+    graph.output_infos = [_settled(value, heads, integers) for value in graph.output_infos]
 
 
 def _markers(graph: Graph) -> list[onnx.NodeProto]:
@@ -108,10 +119,14 @@ def _read_length(node: onnx.NodeProto, cache: str) -> None:
     node.attribute.extend([helper.make_attribute("start", 2), helper.make_attribute("end", 3)])
 
 
-def _with_heads(value: onnx.ValueInfoProto, heads: Mapping[str, int]) -> onnx.ValueInfoProto:
+def _settled(
+    value: onnx.ValueInfoProto, heads: Mapping[str, int], integers: Container[str]
+) -> onnx.ValueInfoProto:
     if value.name not in heads:
         return value
     copy = onnx.ValueInfoProto()
     copy.CopyFrom(value)
     copy.type.tensor_type.shape.dim[1].dim_value = heads[value.name]
+    if value.name in integers:
+        copy.type.tensor_type.elem_type = TensorProto.INT8
     return copy

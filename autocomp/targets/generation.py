@@ -1,7 +1,7 @@
 """Running a graph that has a key-value cache: what it is fed, and greedy generation. numpy alone.
 
 A graph with a cache reads `past_key_values.N.key` and `.value` and gives `present.N.key` and
-`.value` back, float32 `(B, kv heads, tokens, D)`; what a run gives, the next one reads.
+`.value` back, float32 or int8 `(B, kv heads, tokens, D)`; what a run gives, the next one reads.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ def feeds(
 
 def _cache(values: Iterable[Any], batch: int, tokens: int) -> dict[str, Array]:
     rng = np.random.default_rng(0)
-    return {
-        value.name: rng.standard_normal((batch, value.shape[1], tokens, value.shape[3])).astype(
-            np.float32
-        )
-        for value in values
-        if value.name.startswith(PAST)
-    }
+    made: dict[str, Array] = {}
+    for value in values:
+        if value.name.startswith(PAST):
+            shape = (batch, value.shape[1], tokens, value.shape[3])
+            if getattr(value, "type", "") == "tensor(int8)":
+                made[value.name] = rng.integers(-127, 128, shape, dtype=np.int8)
+            else:
+                made[value.name] = rng.standard_normal(shape).astype(np.float32)
+    return made
 
 
 def first_tokens(inputs: Mapping[str, Array], count: int) -> dict[str, Array]:

@@ -163,6 +163,11 @@ class CpuTarget(ABC):
 
     def formats_supported(self, format: SiteFormat) -> str | None:
         """Why this format cannot be lowered, or `None` if it can."""
+        if format.cache_bits != 32 and not self.decodes:
+            return (
+                "keeps no cache, as the workload generates no tokens: leave bits.cache out, or "
+                "write workload: {prompt: 128, generate: 32}"
+            )
         return self.recipes.unsupported(format, self.tokens)
 
     def tokens_supported(self, reduction: TokenReduction) -> str | None:

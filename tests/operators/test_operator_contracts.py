@@ -26,6 +26,7 @@ TOKENS = Rule(tokens={"method": ["tome", "token_prune"], "ratios": [0.0, 0.1, 0.
 FOUR = Rule(bits={"method": METHODS, "weights": [4], "activations": ["dense"], "group": 16})
 
 
+CACHE = Rule(bits={"method": "gptq", "weights": ["dense"], "cache": ["dense", 8]})
 VOCABULARY = Rule(structure={"vocabulary": {"keep": len(USED_ROWS), "unknown": 3}})
 
 
@@ -36,7 +37,7 @@ class TestRegistered(OperatorContract):
 
     def rules(self) -> list[Rule]:
         structure = [Rule(structure={name: choice}) for name, choice in STRUCTURE.items()]
-        return [*structure, EIGHT, FOUR, VOCABULARY, SPARSITY, TOKENS]
+        return [*structure, EIGHT, FOUR, VOCABULARY, SPARSITY, TOKENS, CACHE]
 
 
 class TestUneven(OperatorContract):
