@@ -21,22 +21,12 @@ TOKENS = 512
 MB = 1e6
 
 _GPTQ4 = ("gptq", {"weights": 4, "activations": 32, "group": 128})
-_GPTQ8 = ("gptq", {"weights": 8, "activations": 32, "group": 0})
+_HALF = ("width", {"keep": WIDTH // 2})
 CASES: dict[str, tuple[str, tuple[tuple[tuple[str, Mapping[str, Any]], ...], ...]]] = {
     "attention_gptq": ("attention", ((_GPTQ4,),)),
     "ffn_gptq": ("ffn", ((_GPTQ4,),)),
     "ffn_sparse_gptq": ("ffn", ((("sparsegpt", {"level": 0.5}), _GPTQ4),)),
-    "ffn_width": ("ffn", ((("width", {"keep": WIDTH // 2}),),)),
-    "ffn_all": (
-        "ffn",
-        (
-            (_GPTQ4,),
-            (_GPTQ8,),
-            (("width", {"keep": WIDTH // 2}),),
-            (("width", {"keep": WIDTH // 2}), _GPTQ4),
-            (("width", {"keep": WIDTH // 4}), _GPTQ4),
-        ),
-    ),
+    "ffn_three": ("ffn", ((_GPTQ4,), (_HALF,), (_HALF, _GPTQ4))),
 }
 """Case → unit, and the steps of each option that is built."""
 

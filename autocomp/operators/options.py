@@ -41,6 +41,7 @@ OPERATORS: Registry[Operator] = Registry(
         "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
         "tome": "autocomp.operators.tokens.tome:OPERATOR",
         "token_prune": "autocomp.operators.tokens.token_prune:OPERATOR",
+        "token_fuse": "autocomp.operators.tokens.token_fuse:OPERATOR",
         "sparsegpt": "autocomp.operators.sparsify.sparsegpt:OPERATOR",
         "wanda": "autocomp.operators.sparsify.wanda:OPERATOR",
         "magnitude": "autocomp.operators.sparsify.magnitude:OPERATOR",

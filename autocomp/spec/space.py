@@ -38,7 +38,9 @@ class StructureSection(Section):
 class TokensSection(Section):
     """Shortening the sequence of patch tokens behind an attention sublayer (vision)."""
 
-    method: str | list[str] = Field("tome", description="Token operator(s): tome, token_prune.")
+    method: str | list[str] = Field(
+        "tome", description="Token operator(s): tome, token_prune, token_fuse."
+    )
     ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.0],
         min_length=1,

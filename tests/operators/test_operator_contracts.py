@@ -22,7 +22,7 @@ EIGHT = Rule(
     bits={"method": METHODS, "weights": ["dense", 8], "activations": [8, "static"]},
 )
 SPARSITY = Rule(sparsity={"method": ["magnitude"], "levels": [0.0, 0.5, 0.99, "2:4", "4:8"]})
-TOKENS = Rule(tokens={"method": ["tome", "token_prune"], "ratios": [0.0, 0.1, 0.25]})
+TOKENS = Rule(tokens={"method": ["tome", "token_prune", "token_fuse"], "ratios": [0.0, 0.1, 0.25]})
 FOUR = Rule(bits={"method": METHODS, "weights": [4], "activations": ["dense"], "group": 16})
 
 
