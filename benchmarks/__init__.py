@@ -8,8 +8,10 @@ NAMES = (
     "screening",
     "cost_table",
     "cost_table_openvino",
+    "cost_table_decode",
     "operators",
     "library_build",
-    "solvers",
+    "block_memory",
+    "peer_solvers",
     "controller",
 )

@@ -1,13 +1,15 @@
-"""A worker process on its own: builds the pickled tasks it is given; prints peak and import bytes.
+"""A worker process on its own: builds the pickled tasks it is given.
 
-The peak is the kernel's high-water mark of this address space (`VmHWM`; `ru_maxrss` would begin at
-the parent's); the part of it taken by imports is resident memory before the first task.
+Prints peak bytes, bytes of its imports, and processor seconds. The peak is the kernel's high-water
+mark of this address space (`VmHWM`; `ru_maxrss` would begin at the parent's); the part of it taken
+by imports is resident memory before the first task.
 """
 
 from __future__ import annotations
 
 import pickle
 import sys
+import time
 from pathlib import Path
 
 
@@ -20,10 +22,10 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks = pickle.loads(Path(sys.argv[1]).read_bytes())
     torch.linalg.cholesky(torch.eye(8))  # the linear algebra library is loaded at first use
-    before = _status_bytes("VmRSS")
+    before, start = _status_bytes("VmRSS"), time.process_time()
     for task in tasks:
         build_unit(task)
-    print(_status_bytes("VmHWM"), before)
+    print(_status_bytes("VmHWM"), before, time.process_time() - start)
 
 
 def _status_bytes(field: str) -> int:

@@ -47,6 +47,11 @@ def measure(runtime: str) -> dict[str, float]:
             Companions(setting.study.paths.companions).inputs,
             candidates=CANDIDATES,
         )
+    return figures_of(accuracy, seconds)
+
+
+def figures_of(accuracy: Any, seconds: float) -> dict[str, float]:
+    """Figures of an `Accuracy` and of the seconds it took to make the table."""
     measured = [pair[1] for pair in accuracy.pairs]
     return {
         "candidates": len(measured),

@@ -101,5 +101,5 @@ def _peak_bytes(setting: Setting, units: list[Any], files: dict[str, Path]) -> t
         text=True,
         cwd=Path(__file__).parents[1],
     )
-    peak, imports = map(float, done.stdout.split())
+    peak, imports, _ = map(float, done.stdout.split())
     return peak, imports

@@ -7,11 +7,13 @@ files.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import NAMES
 from benchmarks.operators import CASES, RUNTIMES
+from benchmarks.peer_solvers import METHODS, WIDTHS
 from benchmarks.results import read
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -50,15 +52,19 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
         ("limit_mb", "twice the model and the statistics, MB", ""),
         ("memory_share_percent", "**peak of the build, % of that**", "≤ 100"),
     ],
-    "solvers": [
-        (f"{name}_{width}_{figure}", f"{label}, {width} × {width}, {unit}", "")
-        for name, label in (
-            ("gptq", "GPTQ 4-bit, groups of 128"),
-            ("sparsegpt", "SparseGPT 50%"),
-            ("sparsegpt_2_4", "SparseGPT 2:4"),
-        )
-        for width in (384, 768, 2048, 4096)
-        for figure, unit in (("s", "s"), ("error_percent", "output error, %"))
+    "block_memory": [
+        ("attention_weights_mb", "attention: weights, MB", ""),
+        ("attention_gram_mb", "attention: Gram matrices, MB", ""),
+        ("attention_gptq_peak_mb", "attention: peak of GPTQ at 4 bits, MB", ""),
+        ("ffn_weights_mb", "feed-forward: weights, MB", ""),
+        ("ffn_gram_mb", "feed-forward: Gram matrices, MB", ""),
+        ("ffn_gptq_peak_mb", "feed-forward: peak of GPTQ at 4 bits, MB", ""),
+        ("ffn_sparse_gptq_peak_mb", "feed-forward: peak of SparseGPT with GPTQ, MB", ""),
+        ("ffn_three_peak_mb", "feed-forward: peak of GPTQ, half the width, both, MB", ""),
+        ("attention_gptq_s", "attention: GPTQ, s", ""),
+        ("ffn_gptq_s", "feed-forward: GPTQ, s", ""),
+        ("ffn_sparse_gptq_s", "feed-forward: SparseGPT with GPTQ, s", ""),
+        ("ffn_three_s", "feed-forward: GPTQ, half the width, both, s", ""),
     ],
     "controller": [
         ("screened", "screened candidates", ""),
@@ -76,6 +82,7 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
 """Benchmark → (figure, label, goal) in the order of the table."""
 
 ROWS["cost_table_openvino"] = ROWS["cost_table"]
+ROWS["cost_table_decode"] = [(figure, label, "") for figure, label, _ in ROWS["cost_table"]]
 
 
 OPERATOR_COLUMNS = [(r, kind) for r in RUNTIMES for kind in ("latency", "size")]
@@ -90,11 +97,31 @@ def _operators(figures: dict[str, float]) -> list[list[str]]:
     return rows
 
 
+def _solvers(figures: dict[str, float]) -> list[list[str]]:
+    """A row per method and width: seconds and errors of both; – where the peer was not run."""
+    columns = [(figure, side) for figure in ("s", "error_percent") for side in ("ours", "peer")]
+    rows = [["", "ours, s", "peer, s", "ours, error, %", "peer, error, %"]]
+    for method, label in METHODS.items():
+        for width in WIDTHS:
+            keys = [f"{method}_{width}_{side}_{figure}" for figure, side in columns]
+            cells = [_number(figures[key]) if key in figures else "–" for key in keys]
+            rows.append([f"{label}, {width} × {width}", *cells])
+    return rows
+
+
+WIDE: dict[str, Callable[[dict[str, float]], list[list[str]]]] = {
+    "operators": _operators,
+    "peer_solvers": _solvers,
+}
+"""Benchmark → rows of its table, head first, where that is no list of figures."""
+
+
 def table(name: str, result: dict[str, Any]) -> str:
     """The Markdown table of one result."""
-    if name == "operators":
-        head, *rows = (f"| {' | '.join(row)} |" for row in _operators(result["figures"]))
-        ruler = "|---|" + "---:|" * len(OPERATOR_COLUMNS)
+    if name in WIDE:
+        cells = WIDE[name](result["figures"])
+        head, *rows = (f"| {' | '.join(row)} |" for row in cells)
+        ruler = "|---|" + "---:|" * (len(cells[0]) - 1)
         return "\n".join([head, ruler, *rows, "", _origin(result)])
     lines = ["| | measured | goal |", "|---|---:|---:|"]
     lines += [
@@ -106,10 +133,10 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 def plain(name: str, result: dict[str, Any]) -> str:
     """The same for a terminal."""
-    if name == "operators":
+    if name in WIDE:
         return "\n".join(
             f"  {first:<40}{''.join(f'{cell:>24}' for cell in rest)}"
-            for first, *rest in _operators(result["figures"])
+            for first, *rest in WIDE[name](result["figures"])
         )
     rows = [
         (label.replace("**", ""), _number(result["figures"][figure]), goal)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["tome", "token_prune"]
+Method = Literal["tome", "token_prune", "token_fuse"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class TokenReduction:
     """Patch tokens that are merged or dropped behind an attention sublayer.
 
     Attributes:
-        method: `tome` merges pairs of similar tokens, `token_prune` drops tokens.
+        method: `tome` merges pairs of similar tokens, `token_prune` drops tokens, `token_fuse`
+            puts one in the place of those it drops.
         ratio: share of the patch tokens present that goes, in [0, 1).
         protected: leading tokens that always stay: class, distillation and register tokens.
     """
@@ -27,11 +28,20 @@ class TokenReduction:
     ratio: float
     protected: int = 1
 
-    def removed(self, tokens: int) -> int:
-        """How many of `tokens` tokens go: floor(ratio · patches); by merging at most half."""
+    def chosen(self, tokens: int) -> int:
+        """How many of `tokens` are merged or dropped: floor(ratio · patches); at most half merge.
+
+        Never all patches are dropped.
+        """
         patches = max(0, tokens - self.protected)
         wanted = math.floor(self.ratio * patches + 1e-9)
         return min(wanted, patches // 2) if self.method == "tome" else min(wanted, patches - 1)
+
+    def removed(self, tokens: int) -> int:
+        """How many fewer than `tokens` there are afterwards."""
+        if self.method == "token_fuse":
+            return max(self.chosen(tokens) - 1, 0)
+        return self.chosen(tokens)
 
     def kept(self, tokens: int) -> int:
         """How many of `tokens` tokens are left."""

@@ -60,6 +60,7 @@ class Unit:
     `causal` says whether a token attends to earlier ones alone.
     `protected_tokens` counts the leading tokens (class, distillation, registers) that stay when
     patch tokens are merged or dropped behind this unit; `None` where that cannot be done.
+    `plain_keys` says that keys are attended to as their layer gives them, or rotated: not normed.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Unit:
     tied_to: str | None = None
     protected_tokens: int | None = None
     causal: bool = False
+    plain_keys: bool = True
 
     @property
     def parameters(self) -> int:
@@ -115,6 +117,8 @@ class SiteFormat:
         nonzeros: weights stored where the site is sparse, in total; `None` is all of them.
         mixer: name of the mixer that makes this site's input in place of softmax attention; None is
             the model's own attention.
+        cache_bits: of a layer of keys or values, those it has in the cache of a model that
+            generates: 32 (float), or 8 in the scales of its outputs, fixed at calibration.
     """
 
     rows: int
@@ -128,6 +132,7 @@ class SiteFormat:
     scaled: bool = False
     nonzeros: int | None = None
     mixer: str | None = None
+    cache_bits: int = 32
 
 
 UnitFormat = Mapping[str, SiteFormat]

@@ -74,7 +74,7 @@ _ONNXRUNTIME_GENERATE = {
     "caches": "session.get_inputs()[1:]",
     "name": "c.name",
     "shape": 'tuple({{"batch": 1, "past": 0}}.get(n, n) for n in c.shape)',
-    "type": '"int64" if "int64" in c.type else "float32"',
+    "type": '{{"tensor(int64)": "int64", "tensor(int8)": "int8"}}.get(c.type, "float32")',
     "run": 'session.run(None, {{"input_ids": np.array([new]), **past}})',
 }
 _OPENVINO = {

@@ -84,6 +84,8 @@ def stock_structure(
     for unit in units:
         if factored := sorted(factored_sites(states[unit.name])):
             raise cannot(format, unit, f"{factored[0]} is a product of two layers (low rank)")
+        if any(site.output_scale is not None for site in states[unit.name].values()):
+            raise cannot(format, unit, "its keys and values are cached in 8 bits")
     layers = _kept_layers(layout, units, states)
     vocabulary = model_vocabulary(student)
     config = copy.deepcopy(student.config)

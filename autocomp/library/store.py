@@ -80,6 +80,7 @@ class _Recent:
                 site.input_scale,
                 site.mask,
                 *(() if site.mixer is None else site.mixer.parameters.values()),
+                site.output_scale,
             )
             if tensor is not None
         ]
@@ -299,6 +300,7 @@ def pack_state(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any
             "input_range": None if site.input_range is None else torch.tensor(site.input_range),
             "kept_rows": site.kept_rows,
             "row_of": site.row_of,
+            "output_scale": site.output_scale,
         }
         if site.mask is not None:
             parts["bits"] = pack_mask(site.mask)
@@ -344,6 +346,7 @@ def unpack_state(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
             row_of=tensors.get(f"{name}|row_of"),
             mask=mask,
             mixer=None if about is None else unpack_mixer(about, tensors, f"{name}|"),
+            output_scale=tensors.get(f"{name}|output_scale"),
         )
     return state
 

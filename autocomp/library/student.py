@@ -87,6 +87,7 @@ def _site_state(name: str, module: nn.Module) -> SiteState:
             input_scale=None if linear is None else linear.input_scale,
             input_range=None if linear is None else linear.input_range,
             mask=module.mask,
+            output_scale=getattr(module, "output_scale", None),
         )
     if not isinstance(module, nn.Linear | nn.Embedding | SparseLinear):
         raise InternalError(f"{name} is {type(module).__name__}: this holds no site's weights")
@@ -97,11 +98,15 @@ def _site_state(name: str, module: nn.Module) -> SiteState:
         table = isinstance(module, nn.Embedding)
         rows, columns = weight.shape
         form = SiteFormat(rows, columns, bias is not None, embedding=table)
+    scale = getattr(module, "output_scale", None)
+    if scale is not None:
+        form = replace(form, cache_bits=8)
     return SiteState(
         weight=weight,
         bias=None if bias is None else bias.detach(),
         format=form,
         mask=getattr(module, "mask", None),
+        output_scale=scale,
     )
 
 
@@ -159,6 +164,7 @@ def _dense(student: nn.Module, unit: Unit) -> bool:
         return False
     return all(
         type(modules[site.name]) in (nn.Linear, nn.Embedding)
+        and not hasattr(modules[site.name], "output_scale")
         and tuple(modules[site.name].weight.shape) == (site.rows, site.columns)  # type: ignore[arg-type]
         for site in unit.sites
     )

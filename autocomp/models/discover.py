@@ -64,6 +64,7 @@ def find_units(
                 skippable=True,
                 protected_tokens=layout.leading_tokens or None,
                 causal="language-modeling" in layout.heads,
+                plain_keys=not layout.normed_keys,
             )
         )
         units.append(

@@ -1,5 +1,7 @@
 """The seat of a mixer: where softmax attention is computed, in a model of transformers.
 
+The same place is where keys and values pass a cache of 8 bits (`cached`).
+
 transformers computes attention through a function that its config names. A model with mixers names
 ours: it asks the attention module for its `mixer`, and where there is none does as before.
 """
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.core.unit import Unit
+from autocomp.models.cached import CacheRounding
 from autocomp.models.mixers.protocol import Mixer, MixerShape
 from autocomp.models.modules import Unread
 from autocomp.models.surgery import model_layout, replace_module
@@ -21,6 +24,10 @@ INTERFACE = "autocomp-mixers"
 
 MIXER = "mixer"
 """Attribute of an attention module under which its mixer sits."""
+
+
+CACHE = "cache_rounding"
+"""Attribute of an attention module under which the rounding of its cache sits."""
 
 
 def mixer_shape(unit: Unit, *, causal: bool) -> MixerShape:
@@ -70,6 +77,14 @@ def mixer_of(model: nn.Module, unit: Unit) -> Mixer | None:
     return found if isinstance(found, Mixer) else None
 
 
+def install_cache(model: nn.Module, unit: Unit, key_scale: Tensor, value_scale: Tensor) -> None:
+    """Round what an attention unit would cache; scales `(kv heads · D,)`."""
+    assert unit.head_dim is not None
+    rounding = CacheRounding(key_scale, value_scale, unit.head_dim)
+    setattr(model.get_submodule(core_path(model, unit)), CACHE, rounding)
+    _use_interface(model)
+
+
 def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """What the projections are about to read, for mixers that read it too."""
     module.mixer_input = args[0] if args else kwargs["hidden_states"]
@@ -86,7 +101,9 @@ def _attend(
     """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H, D)` out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    mixer = getattr(module, MIXER, None)
+    mixer, cache = getattr(module, MIXER, None), getattr(module, CACHE, None)
+    if cache is not None:
+        key, value = cache(key, value)
     if mixer is None:
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **settings

@@ -53,6 +53,7 @@ class SiteStateLike(Protocol):
     mask: torch.Tensor | None
     kept_rows: torch.Tensor | None
     row_of: torch.Tensor | None
+    output_scale: torch.Tensor | None
 
     @property
     def mixer(self) -> MixerStateLike | None: ...
@@ -113,6 +114,12 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
         install_mixer(model, unit, mixer)
     if unit.kind in ("embedding", "head"):
         _untie(model)
+    scales = [one.output_scale for one in state.values() if one.output_scale is not None]
+    if scales:
+        from autocomp.models.seat import install_cache
+
+        key, value = scales  # in the order of the unit's sites
+        install_cache(model, unit, key, value)
 
 
 def _mixer_of(state: Mapping[str, SiteStateLike]) -> Mixer | None:
@@ -130,7 +137,10 @@ def _mixer_of(state: Mapping[str, SiteStateLike]) -> Mixer | None:
 
 def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:
     if not site.format.embedding:
-        return _linear(site)
+        layer = _linear(site)
+        if site.output_scale is not None:
+            layer.register_buffer("output_scale", site.output_scale, persistent=False)
+        return layer
     if site.kept_rows is None or site.row_of is None:
         return _embedding(site, padding_idx)
     padding_row = None if padding_idx is None else int(site.row_of[padding_idx])

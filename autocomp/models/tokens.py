@@ -1,4 +1,4 @@
-"""Fewer tokens from a layer on: merging (ToMe) and dropping (EViT) of an image's patch tokens.
+"""Fewer tokens from a layer on: an image's patch tokens merged (ToMe), dropped or fused (EViT).
 
 A block of a vision model is `x + attention(norm(x))`, then `x + ffn(norm(x))`. `install_tokens`
 puts a `TokenBlock` in its place, which holds the same modules under the same names and shortens
@@ -7,8 +7,8 @@ values: shapes stay static.
 
 A merged token stands for several patches. That number, its *size*, weighs later merges and the mean
 over patch tokens where a head takes one (DINOv2), so that each patch counts once, as it did before;
-it is handed on beside the hidden states, in the `TokenSizes` all blocks of a model share. A dropped
-token counts no more. Attention is not weighted by size.
+it is handed on beside the hidden states, in the `TokenSizes` all blocks of a model share. A fused
+token stands for all it is made of, a dropped one counts no more. Attention is not weighted by size.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class ReduceTokens(nn.Module):
             x, sizes = merge_tokens(x, metric, removed, self.reduction.protected, sizes)
         elif removed:
             attention = class_attention(queries.detach(), keys.detach(), self.head_dim)
-            x, sizes = drop_tokens(x, attention, removed, self.reduction.protected, sizes)
+            count, protected = self.reduction.chosen(x.shape[1]), self.reduction.protected
+            shorten = fuse_tokens if self.reduction.method == "token_fuse" else drop_tokens
+            x, sizes = shorten(x, attention, count, protected, sizes)
         self.sizes.now = sizes
         return x
 
@@ -241,6 +243,34 @@ def drop_tokens(
         return torch.cat([values[:, :protected], patches], dim=1)
 
     return take(x), None if sizes is None else take(sizes)
+
+
+def fuse_tokens(
+    x: torch.Tensor,
+    attention: torch.Tensor,
+    count: int,
+    protected: int,
+    sizes: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put one token, the last, in the place of the `count` patch tokens of least `attention`.
+
+    It is their mean weighted by attention `(B, T)`. The paper's weights are not brought to a sum of
+    one; a mean keeps the scale of the other tokens, which a model that is not trained again needs.
+
+    Returns:
+        `(B, T − count + 1, C)` and the sizes `(B, T − count + 1, 1)`.
+    """
+    if sizes is None:
+        sizes = x.new_ones(*x.shape[:2], 1)
+    order = attention[:, protected:].argsort(dim=-1, descending=True, stable=True) + protected
+    gone = order[:, x.shape[1] - protected - count :, None]
+    weights = attention[..., None].gather(1, gone)
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    fused = (x.gather(1, gone.expand(-1, -1, x.shape[2])) * weights).sum(dim=1, keepdim=True)
+    total = sizes.gather(1, gone).sum(dim=1, keepdim=True)
+    x, kept_sizes = drop_tokens(x, attention, count, protected, sizes)
+    assert kept_sizes is not None
+    return torch.cat([x, fused], dim=1), torch.cat([kept_sizes, total], dim=1)
 
 
 def install_tokens(

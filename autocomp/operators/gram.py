@@ -69,14 +69,18 @@ def damped(gram: Tensor, damping: float = MIN_DAMPING) -> Tensor:
 
     Columns without input get a diagonal of one mean; an all-zero matrix becomes the identity.
     """
-    diagonal = gram.diagonal()
+    result = gram.clone()
+    result.diagonal().add_(_shift(gram.diagonal(), damping))
+    return result
+
+
+def _shift(diagonal: Tensor, damping: float) -> Tensor:
+    """What `damped` adds to a matrix's `diagonal`."""
     if not torch.isfinite(diagonal).all():
         raise InternalError("a Gram matrix is not finite: calibrate again")
     live = diagonal > 0
-    mean = diagonal[live].mean() if bool(live.any()) else gram.new_ones(())
-    result = gram.clone()
-    result.diagonal().add_(torch.where(live, damping * mean, mean))
-    return result
+    mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_ones(())
+    return torch.where(live, damping * mean, mean)
 
 
 def factorise(gram: Tensor, damping: float = MIN_DAMPING, *, reorder: bool = True) -> Factor:
@@ -84,24 +88,30 @@ def factorise(gram: Tensor, damping: float = MIN_DAMPING, *, reorder: bool = Tru
 
     H = R Rᵀ with R upper triangular (a Cholesky factorisation from the last column up) gives
     U = R⁻¹ with one factorisation and one triangular inverse. In float32; should that fail, in
-    float64, then with ten times the damping, again and again.
+    float64, then with ten times the damping, again and again. Three matrices of this size are held
+    at once beside `gram`, no more: that of a wide layer is larger than its weight.
     """
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     if reorder:
         order = torch.argsort(diagonal, descending=True, stable=True)
-        permuted = gram[order][:, order]
     else:
-        order, permuted = torch.arange(len(diagonal)), gram
+        order = torch.arange(len(diagonal))
     precision, attempt = torch.float32, damping
     while True:
-        flipped = damped(permuted, attempt).to(precision).flip(0, 1)
-        lower, failed = torch.linalg.cholesky_ex(flipped)
+        shift = _shift(diagonal[order], attempt).flip(0)
+        lower = _rearranged(gram, order.flip(0))
+        lower.diagonal().add_(shift)
+        lower, failed = torch.linalg.cholesky_ex(lower.to(precision))
         if not failed.item():
             root = lower.flip(0, 1)  # upper triangular, H = root rootᵀ
-            identity = torch.eye(len(root), dtype=precision)
-            upper = torch.linalg.solve_triangular(root, identity, upper=True)
-            if torch.isfinite(upper).all() and bool((upper.diagonal() > 0).all()):
+            del lower
+            # Columns first, as the solver has it, and solved in place.
+            upper = torch.eye(len(root), dtype=precision).t()
+            torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
+            del root
+            finite = all(bool(torch.isfinite(end)) for end in torch.aminmax(upper))
+            if finite and bool((upper.diagonal() > 0).all()):
                 return Factor(upper.float().contiguous(), order, dead)
         if precision == torch.float64:
             attempt *= 10
@@ -109,6 +119,14 @@ def factorise(gram: Tensor, damping: float = MIN_DAMPING, *, reorder: bool = Tru
         if attempt > 1e6:
             raise InternalError("a Gram matrix cannot be factorised: calibrate again")
         logger.debug("factorising a Gram matrix again, damping %g", attempt)
+
+
+def _rearranged(gram: Tensor, order: Tensor) -> Tensor:
+    """`gram[order][:, order]`, rows a few at a time: indexing twice would hold it twice."""
+    result = torch.empty_like(gram, memory_format=torch.contiguous_format)
+    for rows, which in zip(torch.split(result, 512), torch.split(order, 512), strict=True):
+        torch.index_select(gram[which], 1, order, out=rows)
+    return result
 
 
 def factor_of(stats: SiteStats, kept: Tensor | None = None, *, reorder: bool = True) -> Factor:
@@ -138,14 +156,14 @@ def compensate(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = MIN_
     removed = mask.nonzero().flatten()
     if len(removed) == 0:
         return weight[:, kept].clone()
-    matrix = gram.double()
-    live = matrix.diagonal()[matrix.diagonal() > 0]
-    ridge = damping * live.mean() if len(live) else matrix.new_ones(())
-    system = matrix[kept][:, kept]
+    diagonal = gram.diagonal().double()
+    live = diagonal[diagonal > 0]
+    ridge = damping * live.mean() if len(live) else diagonal.new_ones(())
+    system = gram[kept][:, kept].double()
     system.diagonal().add_(ridge)
     # Columns without input have no covariance either: a unit diagonal leaves them as they are.
     system.diagonal()[system.diagonal() <= 0] = 1.0
-    target = weight[:, removed].double() @ matrix[removed][:, kept]  # W_R G_RK
+    target = weight[:, removed].double() @ gram[removed][:, kept].double()  # W_R G_RK
     lower, failed = torch.linalg.cholesky_ex(system)
     if failed.item():
         change = torch.linalg.lstsq(system, target.t(), driver="gelsd").solution

@@ -1,15 +1,18 @@
 """From a rule of the spec to the options of a unit, and from an option to formats and weights.
 
-An option takes at most one step per stage (structure, then tokens, sparsity, bits). Within a
+An option takes at most one step per stage (structure, then tokens, sparsity, bits, cache). Within a
 stage the operators named by the rule are alternatives; leaving a stage out is offered when every
-operator that has a choice there allows it. Torch is imported only when an option is applied.
+operator that has a choice there allows it. In structure, lists of fractions are one list: leaving
+the unit as it is is offered when any of them allows it; switches (`skip: true`) have no say in
+that, and where there is nothing else it is always offered. Torch is imported only when an option
+is applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
@@ -40,6 +43,7 @@ OPERATORS: Registry[Operator] = Registry(
         "vocabulary": "autocomp.operators.prune.vocabulary:OPERATOR",
         "tome": "autocomp.operators.tokens.tome:OPERATOR",
         "token_prune": "autocomp.operators.tokens.token_prune:OPERATOR",
+        "token_fuse": "autocomp.operators.tokens.token_fuse:OPERATOR",
         "sparsegpt": "autocomp.operators.sparsify.sparsegpt:OPERATOR",
         "wanda": "autocomp.operators.sparsify.wanda:OPERATOR",
         "magnitude": "autocomp.operators.sparsify.magnitude:OPERATOR",
@@ -49,6 +53,7 @@ OPERATORS: Registry[Operator] = Registry(
         "awq": "autocomp.operators.quantize.awq:OPERATOR",
         "awq_gptq": "autocomp.operators.quantize.awq:WITH_GPTQ",
         "smoothquant": "autocomp.operators.quantize.smoothquant:OPERATOR",
+        "kv_cache": "autocomp.operators.quantize.kv_cache:OPERATOR",
     },
 )
 
@@ -178,7 +183,7 @@ def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> Un
 
 def _stage_choices(unit: Unit, rule: Rule, stage: Stage) -> list[Step | None]:
     steps: dict[Step, None] = {}
-    may_leave_out = True
+    leaves_out: list[bool] = []  # of each operator with a say
     for name in rule.methods(stage):
         operator = OPERATORS.get(name)
         if operator.stage != stage:
@@ -188,17 +193,28 @@ def _stage_choices(unit: Unit, rule: Rule, stage: Stage) -> list[Step | None]:
                 f"Allowed in {stage}: {', '.join(allowed)}. See: autocomp ls operators"
             )
         offered = list(operator.options(unit, rule))
-        may_leave_out &= not offered or None in offered
+        if offered and not (stage == "structure" and _is_switch(rule.structure[name])):
+            leaves_out.append(None in offered)
         steps.update((step, None) for step in offered if step is not None)
-    return [*([None] if may_leave_out else []), *steps]
+    enough = any if stage == "structure" and leaves_out else all
+    return [*([None] if enough(leaves_out) else []), *steps]
+
+
+def _is_switch(choice: Any) -> bool:
+    """Whether a choice of structure only adds alternatives: anything but a list of fractions."""
+    listed = isinstance(choice, Sequence) and not isinstance(choice, str)
+    return not (listed and all(isinstance(one, int | float) for one in choice))
 
 
 def _canonical(unit: Unit, steps: list[Step]) -> Option:
-    """Drop what comes after a step that skips the unit: it has nothing to work on."""
+    """Drop what comes after a step that skips the unit, and a cache that is no longer there."""
     kept: list[Step] = []
     formats = dense_format(unit)
     for step in steps:
-        formats = OPERATORS.get(step.operator).formats(unit, formats, step)
+        operator = OPERATORS.get(step.operator)
+        before, formats = formats, operator.formats(unit, formats, step)
+        if operator.stage == "cache" and formats == before:
+            continue
         kept.append(step)
         if not formats:
             return Option((step,))

@@ -36,8 +36,8 @@ __all__ = [
     "UnitStats",
 ]
 
-Stage = Literal["structure", "tokens", "sparsity", "bits"]
-STAGES: tuple[Stage, ...] = ("structure", "tokens", "sparsity", "bits")
+Stage = Literal["structure", "tokens", "sparsity", "bits", "cache"]
+STAGES: tuple[Stage, ...] = ("structure", "tokens", "sparsity", "bits", "cache")
 """Steps of an option are applied in this order. Those of `tokens` change no weight."""
 
 
@@ -80,6 +80,7 @@ class SiteState:
         kept_rows: of a table, int64 `(rows,)`, ascending: the original rows that remain.
         row_of: with it, int64 `(original rows,)`: which row stands for each original one.
         mixer: at the output of attention: what replaces its softmax. Later steps keep it.
+        output_scale: float32 `(rows,)`, in steps of which outputs are cached, at `cache_bits` 8.
     """
 
     weight: torch.Tensor
@@ -95,6 +96,7 @@ class SiteState:
     kept_rows: torch.Tensor | None = None
     row_of: torch.Tensor | None = None
     mixer: MixerState | None = None
+    output_scale: torch.Tensor | None = None
 
     def on_plain_inputs(self) -> torch.Tensor:
         """The weight as it acts on inputs that are not scaled, `(rows, columns)`."""
@@ -112,7 +114,7 @@ class Rule:
     `structure`: operator name → its choices as written (`{"heads": [1.0, 0.5], "skip": True}`).
     `sparsity`: `{"method": "sparsegpt", "levels": [0.0, 0.5, "2:4"]}`.
     `bits`: `{"method": "gptq", "weights": ["dense", 8], "activations": ["dense", 8], "group": 32}`;
-    also `range`, `migration`, `per_site`.
+    also `cache`, `range`, `migration`, `per_site`.
     `tokens`: `{"method": "tome", "ratios": [0.0, 0.1]}`; empty where none is asked for.
     """
 
@@ -125,6 +127,8 @@ class Rule:
         """Names of the operators asked for in `stage`, in the order written."""
         if stage == "structure":
             return list(self.structure)
+        if stage == "cache":
+            return ["kv_cache"] if set(self.bits.get("cache", [])) - {"dense"} else []
         named = getattr(self, stage).get("method", [])
         return [named] if isinstance(named, str) else list(named)
 

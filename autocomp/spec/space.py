@@ -10,7 +10,11 @@ from autocomp.spec.section import Section
 
 
 class StructureSection(Section):
-    """Structural choices; fractions of the unit's heads or inner width that are kept."""
+    """Structural choices, alternatives to each other; fractions are of what is kept.
+
+    Leaving a unit as it is is offered if any list of fractions holds 1.0, or if no fractions are
+    listed: `{heads: [1.0, 0.5], rank: [0.5]}` offers it, `{heads: [0.5], skip: true}` does not.
+    """
 
     heads: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
@@ -53,7 +57,9 @@ class StructureSection(Section):
 class TokensSection(Section):
     """Shortening the sequence of patch tokens behind an attention sublayer (vision)."""
 
-    method: str | list[str] = Field("tome", description="Token operator(s): tome, token_prune.")
+    method: str | list[str] = Field(
+        "tome", description="Token operator(s): tome, token_prune, token_fuse."
+    )
     ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.0],
         min_length=1,
@@ -102,6 +108,12 @@ class BitsSection(Section):
         min_length=1,
         description="Activation bits; dense is the target's own. 8 finds the range of each tensor "
         "at run time; static is 8 bits with the range fixed at calibration.",
+    )
+    cache: list[Literal["dense"] | int] = Field(
+        ["dense"],
+        min_length=1,
+        description="Bits of the key-value cache of a model that generates, at attention units: "
+        "dense is the target's own; 8 rounds each channel in a scale fixed at calibration.",
     )
     range: Literal["minmax", "percentile", "mse"] = Field(
         "mse", description="How the range of static activations is fixed."

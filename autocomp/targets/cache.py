@@ -13,12 +13,13 @@ embeddings included, T = 1 after 144 tokens, µs (6 heads of 32 on 2 groups / 12
 Attention 21.6 / 61, the same decomposed 23.3 / 61, com.microsoft GroupQueryAttention 28.0 / 74,
 with its own rotary 26.4 / 79; 128 tokens at once: 281 / 751 against 392 / 893. GroupQueryAttention
 also refuses more than one token after a past when the batch is more than one, and
-MultiHeadAttention knows no groups.
+MultiHeadAttention knows no groups. A cache of int8 is read by GroupQueryAttention alone; its
+restriction then holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import onnx
 from onnx import TensorProto, helper
@@ -80,16 +81,26 @@ def drop_dead_caches(graph: Graph) -> None:
     graph.output_infos = [value for value in graph.output_infos if value.name in needed]
 
 
-def settle_cache(graph: Graph, kv_heads: Callable[[onnx.NodeProto], int]) -> None:
-    """Fix the shapes of the caches that are left after pruning; drop the inputs of the others.
+def settle_cache(
+    graph: Graph,
+    kv_heads: Callable[[onnx.NodeProto], int],
+    rounded: Callable[[onnx.NodeProto], bool] = lambda node: False,
+) -> None:
+    """Fix shapes and types of the caches that are left after pruning; drop the inputs of others.
+
+    Args:
+        kv_heads: of an attention marker.
+        rounded: whether its cache is int8.
 
     Caches, then states, in the order of the outputs that go on with them.
     Where no attention is left and positions are needed, a counter of its own gives them.
     """
     heads: dict[str, int] = {}
+    integers: set[str] = set()
     for node in _markers(graph):
-        for name in (*node.input[4:], *node.output[1:]):
-            heads[name] = kv_heads(node)
+        names = (*node.input[4:], *node.output[1:])
+        heads.update(dict.fromkeys(names, kv_heads(node)))
+        integers.update(names if rounded(node) else ())
     kept = [v for v in graph.input_infos if not v.name.startswith((PAST, PAST_STATE))]
     states = [v for v in graph.input_infos if v.name.startswith(PAST_STATE)]
     left = [value for value in graph.input_infos if value.name in heads]
@@ -101,8 +112,8 @@ def settle_cache(graph: Graph, kv_heads: Callable[[onnx.NodeProto], int]) -> Non
                 graph.nodes[index] = onnx.NodeProto()
                 graph.nodes[index].CopyFrom(node)
                 _read_length(graph.nodes[index], left[0].name)
-    graph.input_infos = [*kept, *(_with_heads(value, heads) for value in left), *states]
-    graph.output_infos = [_with_heads(value, heads) for value in graph.output_infos]
+    graph.input_infos = [*kept, *(_settled(value, heads, integers) for value in left), *states]
+    graph.output_infos = [_settled(value, heads, integers) for value in graph.output_infos]
     if graph.users(PAST_LENGTH):
         _count_tokens(graph)
 
@@ -132,10 +143,14 @@ def _read_length(node: onnx.NodeProto, cache: str) -> None:
     node.attribute.extend([helper.make_attribute("start", 2), helper.make_attribute("end", 3)])
 
 
-def _with_heads(value: onnx.ValueInfoProto, heads: Mapping[str, int]) -> onnx.ValueInfoProto:
+def _settled(
+    value: onnx.ValueInfoProto, heads: Mapping[str, int], integers: Container[str]
+) -> onnx.ValueInfoProto:
     if value.name not in heads:
         return value
     copy = onnx.ValueInfoProto()
     copy.CopyFrom(value)
     copy.type.tensor_type.shape.dim[1].dim_value = heads[value.name]
+    if value.name in integers:
+        copy.type.tensor_type.elem_type = TensorProto.INT8
     return copy

@@ -1,9 +1,9 @@
 """Running a graph that has a key-value cache: what it is fed, and greedy generation. numpy alone.
 
 A graph with a cache reads `past_key_values.N.key` and `.value` and gives `present.N.key` and
-`.value` back, float32 `(B, kv heads, tokens, D)`; what a run gives, the next one reads. Where a
-mixer replaced attention these are `past_state.N.NAME` and `present_state.N.NAME`, float32 `(B, …)`
-of constant size, zero before the first token. A graph whose positions no cache counts has
+`.value` back, float32 or int8 `(B, kv heads, tokens, D)`; what a run gives, the next one reads.
+Where a mixer replaced attention these are `past_state.N.NAME` and `present_state.N.NAME`, float32
+`(B, …)` of constant size, zero before the first token. A graph whose positions no cache counts has
 `past_length` and `present_length`, int64 `(1,)`.
 """
 
@@ -49,7 +49,10 @@ def _cache(values: Iterable[Any], batch: int, tokens: int) -> dict[str, Array]:
     for value in values:
         if value.name.startswith(PAST):
             shape = (batch, value.shape[1], tokens, value.shape[3])
-            made[value.name] = rng.standard_normal(shape).astype(np.float32)
+            if getattr(value, "type", "") == "tensor(int8)":
+                made[value.name] = rng.integers(-127, 128, shape, dtype=np.int8)
+            else:
+                made[value.name] = rng.standard_normal(shape).astype(np.float32)
         elif value.name.startswith(PAST_STATE):
             made[value.name] = np.zeros((batch, *value.shape[1:]), np.float32)
         elif value.name == PAST_LENGTH:

@@ -81,8 +81,17 @@ class Recipes(Protocol):
         """A linear layer `(…, columns)` → `(…, rows)`; `inputs` as `inputs()` made them."""
         ...
 
-    def lower_attention(self, node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
-        """The attention product of a marker; see `skeleton`."""
+    def lower_attention(
+        self,
+        node: onnx.NodeProto,
+        heads: int,
+        kv_heads: int,
+        cache_scales: tuple[Array, Array] | None = None,
+    ) -> Piece:
+        """The attention product of a marker; see `skeleton`.
+
+        With `cache_scales`, float32 `(kv_heads · D,)` of keys and of values, its cache is int8.
+        """
         ...
 
     def lower_rotary(self, node: onnx.NodeProto, heads: int) -> Piece:
@@ -136,6 +145,7 @@ def lower(
     settle_cache(
         graph,
         lambda node: _heads(node, "key_site", int(attribute(node, "head_dim")), present),
+        lambda node: _cache_scales(node, present) is not None,
     )
     _refresh(graph, parameters or {})
     _fill(graph, present, placed, tokens, recipes)
@@ -218,7 +228,25 @@ def _heads_piece(
     if node.op_type == "RotaryEmbedding":
         return recipes.lower_rotary(node, _heads(node, "heads_of", head_dim, present))
     heads = [_heads(node, site, head_dim, present) for site in ("query_site", "key_site")]
-    return recipes.lower_attention(node, heads[0], heads[1])
+    return recipes.lower_attention(node, heads[0], heads[1], _cache_scales(node, present))
+
+
+def _cache_scales(
+    node: onnx.NodeProto, present: Mapping[str, SiteWeights]
+) -> tuple[Array, Array] | None:
+    """Scales of an int8 cache, of keys and of values; `None` for a float one, or none at all."""
+    if len(node.output) == 1:
+        return None
+    key, value = (_made_by(node, which, present) for which in ("key_site", "value_site"))
+    if key.output_scale is None or value.output_scale is None:
+        return None
+    return key.output_scale, value.output_scale
+
+
+def _made_by(node: onnx.NodeProto, which: str, present: Mapping[str, SiteWeights]) -> SiteWeights:
+    """The layer that makes a tensor of heads, the second of two factors."""
+    site = str(attribute(node, which))
+    return present[site if site in present else second_of(site)]
 
 
 def _address(array: Array) -> int:
@@ -244,8 +272,8 @@ def _tied(site: str, weights: SiteWeights, x: str, output: str, table: str) -> P
 def _heads(
     node: onnx.NodeProto, which: str, head_dim: int, present: Mapping[str, SiteWeights]
 ) -> int:
-    site = str(attribute(node, which))
-    rows = present[site if site in present else second_of(site)].format.rows
+    rows = _made_by(node, which, present).format.rows
     if rows % head_dim:
+        site = attribute(node, which)
         raise InternalError(f"{site}: {rows} rows are no whole number of {head_dim}-wide heads")
     return rows // head_dim

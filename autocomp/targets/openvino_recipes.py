@@ -110,6 +110,11 @@ def unsupported(format: SiteFormat, tokens: int) -> str | None:
         return f"{format.activation_bits}-bit activations have no kernel; available: dense, 8"
     if format.nonzeros is not None:
         return "stores sparse weights in full: neither smaller nor faster; available: dense"
+    if format.cache_bits != 32:
+        return (
+            "reads float caches alone: rounded outside attention, an int8 one makes a token a "
+            "third slower; available: dense"
+        )
     if format.weight_bits == 32:
         if format.activation_bits == 8:
             return "8-bit activations need 8-bit or 4-bit weights"
@@ -297,8 +302,14 @@ def _joined(writer: Writer, spec: SiteFormat, matrix: str) -> str:
     return writer.node("Reshape", [matrix, shape])
 
 
-def lower_attention(node: onnx.NodeProto, heads: int, kv_heads: int) -> Piece:
+def lower_attention(
+    node: onnx.NodeProto,
+    heads: int,
+    kv_heads: int,
+    cache_scales: tuple[Array, Array] | None = None,
+) -> Piece:
     """The attention product, written out unless heads are grouped or masked causally."""
+    assert cache_scales is None
     if heads != kv_heads or attribute(node, "causal") or len(node.output) > 1:
         return _attention_operator(node, heads, kv_heads)
     head_dim, output = int(attribute(node, "head_dim")), node.output[0]

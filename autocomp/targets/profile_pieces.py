@@ -119,7 +119,7 @@ def cost_key(unit: Unit, formats: UnitFormat, target: CpuTarget) -> object:
         kernel = target.recipes.kernel(one, target.tokens)
         site = site_of(name)
         part = name.removeprefix(site)
-        shapes.append((roles[site], part, one.rows, one.columns, one.bias, kernel))
+        shapes.append((roles[site], part, one.rows, one.columns, one.bias, one.cache_bits, kernel))
     return (unit.kind, unit.head_dim, tuple(shapes), mixer_name(formats))
 
 

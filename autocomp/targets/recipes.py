@@ -37,7 +37,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
-from autocomp.targets.attention_recipes import lower_attention, lower_rotary
+from autocomp.targets.attention_recipes import MICROSOFT, lower_attention, lower_rotary
 from autocomp.targets.inputs import Inputs
 from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.storage import (
@@ -71,7 +71,6 @@ __all__ = [
 
 Recipe = Literal["float", "int8", "unpacked", "nbits", "gather", "gather-blocks"]
 
-MICROSOFT = "com.microsoft"
 OPSETS: Mapping[str, int] = {"": OPSET, MICROSOFT: 1}
 """Operator domain → version, of every lowered graph."""
 FEW_TOKENS = 2
@@ -89,8 +88,9 @@ _NODE_BYTES = {
 """Names, shapes and attributes of a lowered site in the file, about, unpacking aside."""
 
 _GROUPED_BYTES = {"int8": 350, "unpacked": 450}
-_SCALED_BYTES, _STATIC_BYTES = 150, 200
-"""Of the nodes and constants that scale inputs, that quantise them to a fixed range; about."""
+_SCALED_BYTES, _STATIC_BYTES, _CACHE_BYTES = 150, 200, 400
+"""Of the nodes and constants that scale inputs, that quantise them to a fixed range, that write a
+cache of int8; about."""
 
 
 def recipe(format: SiteFormat, tokens: int) -> Recipe:
@@ -136,6 +136,8 @@ def unsupported(format: SiteFormat, tokens: int = FEW_TOKENS) -> str | None:
         return f"{format.activation_bits}-bit activations have no kernel; available: dense, 8"
     if format.static and format.activation_bits != 8:
         return "a static range needs 8-bit activations"
+    if format.cache_bits not in (32, 8):
+        return f"a cache of {format.cache_bits} bits has no kernel; available: dense, 8"
     if bits == 32 and format.scaled:
         return "scaled inputs need quantised weights"
     if bits == 32 and format.activation_bits == 8:
@@ -199,6 +201,8 @@ def size_bytes(format: SiteFormat, tokens: int) -> int:
         size += 4 * columns + _SCALED_BYTES
     if format.static:
         size += _STATIC_BYTES
+    if format.cache_bits == 8:
+        size += 4 * rows + _CACHE_BYTES
     groups = _groups(format)
     match kind:
         case "float":

@@ -169,6 +169,11 @@ class CpuTarget(ABC):
 
             if (reason := undecodable(format.mixer)) is not None:
                 return reason
+        if format.cache_bits != 32 and not self.decodes:
+            return (
+                "keeps no cache, as the workload generates no tokens: leave bits.cache out, or "
+                "write workload: {prompt: 128, generate: 32}"
+            )
         return self.recipes.unsupported(format, self.tokens)
 
     def tokens_supported(self, reduction: TokenReduction) -> str | None:

@@ -275,7 +275,7 @@ def _resolve_attention(graph: Graph, node: onnx.NodeProto) -> None:
     Query, key and value that come straight from `Transpose(Reshape(x))` are taken before it,
     `(B, T, H·D)`: the runtime's attention splits the heads itself.
     """
-    for name, tensor in zip(("query", "key"), node.input, strict=False):
+    for name, tensor in zip(("query", "key", "value"), node.input, strict=False):
         site = graph.upstream_site(tensor)
         if site is None:
             raise InternalError(f"no linear layer found that feeds the {name} of {node.name}")

@@ -17,7 +17,7 @@ DOMAIN = "autocomp"
 OPSET = 23
 """The first opset with Attention, RotaryEmbedding and RMSNormalization as operators."""
 
-VERSION = 3
+VERSION = 4
 """Raised when skeletons written earlier must not be used any more."""
 
 

@@ -1,4 +1,4 @@
-"""Merging and dropping tokens as standard ONNX nodes: what `models/tokens.py` does, in a graph.
+"""Merging, dropping and fusing tokens as standard ONNX nodes: `models/tokens.py` in a graph.
 
 The number of tokens is known where a model is lowered, so every count and stride is a constant and
 only the batch stays open. Sizes of merged tokens run along from marker to marker.
@@ -73,7 +73,7 @@ def _merge(
     add: _Nodes, x: str, keys: str, sizes: str | None, shape: Mapping[str, int]
 ) -> tuple[str, str]:
     """`models.tokens.merge_tokens`: names of the shorter sequence and of its sizes."""
-    tokens, count, protected = shape["tokens"], shape["removed"], shape["protected"]
+    tokens, count, protected = shape["tokens"], shape["chosen"], shape["protected"]
     even, odd = protected + protected % 2, protected + 1 - protected % 2
     evens = len(range(even, tokens, 2))
     heads = add("Reshape", keys, add.constant([0, 0, -1, shape["head_dim"]]))
@@ -111,9 +111,11 @@ def _merge(
 def _drop(
     add: _Nodes, x: str, queries: str, keys: str, sizes: str | None, shape: Mapping[str, int]
 ) -> tuple[str, str | None]:
-    """`models.tokens.class_attention` and `drop_tokens`."""
+    """`models.tokens.class_attention` and `drop_tokens`, or `fuse_tokens`."""
     tokens, protected = shape["tokens"], shape["protected"]
-    kept = tokens - protected - shape["removed"]
+    places = tokens - protected
+    kept = places - shape["chosen"]
+    ranked = places if shape["fused"] else kept
     heads = add.constant([0, 0, -1, shape["head_dim"]])
     query = add("Reshape", add.slice(queries, 0, 1), heads)
     query = add("Transpose", query, perm=[0, 2, 1, 3])
@@ -122,14 +124,25 @@ def _drop(
     attention = add("Softmax", add("Mul", add("MatMul", query, key), scale), axis=-1)
     attention = add("ReduceMean", attention, add.constant([1, 2]), keepdims=0)
     patches = add.slice(attention, protected, tokens)
-    best = add("TopK", patches, add.constant([kept]), outputs=2, axis=1, largest=1, sorted=1)
-    index = add.ordered(best, kept)
+    best = add("TopK", patches, add.constant([ranked]), outputs=2, axis=1, largest=1, sorted=1)
+    index = add.ordered(add.slice(best, 0, kept) if shape["fused"] else best, kept)
 
-    def shorter(values: str) -> str:
+    def shorter(values: str, *more: str) -> str:
         rest = add.take(add.slice(values, protected, tokens), index)
-        return add("Concat", add.slice(values, 0, protected), rest, axis=1)
+        return add("Concat", add.slice(values, 0, protected), rest, *more, axis=1)
 
-    return shorter(x), None if sizes is None else shorter(sizes)
+    if not shape["fused"]:
+        return shorter(x), None if sizes is None else shorter(sizes)
+    one, two = add.constant([1]), add.constant([2])
+    gone = add("Unsqueeze", add.slice(best, kept, places), two)
+    weights = add.take(add("Unsqueeze", patches, two), gone)
+    total = add("ReduceSum", weights, one, keepdims=1)
+    weights = add("Div", weights, add("Max", total, add.constant(_TINY, np.float32)))
+    dropped = add.take(add.slice(x, protected, tokens), gone)
+    fused = add("ReduceSum", add("Mul", dropped, weights), one, keepdims=1)
+    whole = add.ones(x, tokens) if sizes is None else sizes
+    masses = add.take(add.slice(whole, protected, tokens), gone)
+    return shorter(x, fused), shorter(whole, add("ReduceSum", masses, one, keepdims=1))
 
 
 def _reduce(
@@ -145,7 +158,8 @@ def _reduce(
     x, queries, keys = inputs
     shape = {
         "tokens": tokens,
-        "removed": reduction.removed(tokens),
+        "chosen": reduction.chosen(tokens),
+        "fused": reduction.method == "token_fuse",
         "protected": reduction.protected,
         "width": width,
         "head_dim": head_dim,

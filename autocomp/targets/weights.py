@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class SiteWeights:
         input_scale: float32 `(columns,)` where the format is scaled, else `None`.
         input_range: smallest and largest input where the format is static, else `None`.
         mask: bool `(rows, columns)` when sparse, true at the weights that are stored.
+        output_scale: float32 `(rows,)` where outputs are cached in 8 bits, else `None`.
     """
 
     format: SiteFormat
@@ -45,6 +46,7 @@ class SiteWeights:
     input_scale: Array | None = None
     input_range: tuple[float, float] | None = None
     mask: Array | None = None
+    output_scale: Array | None = None
 
     def dequantised(self) -> Array:
         """float32 `(rows, columns)`: what the codes stand for."""
@@ -82,11 +84,16 @@ def model_weights(model: nn.Module) -> Provider:
         rows, columns = module.weight.shape
         mask = getattr(module, "mask", None)
         mask = None if mask is None else _array(mask)
+        scale = getattr(module, "output_scale", None)
+        scale = None if scale is None else _array(scale)
         if not hasattr(module, "codes"):
             embedding = hasattr(module, "num_embeddings")
             dense = SiteFormat(rows, columns, bias is not None, embedding=embedding)
             left = dense if mask is None else module.format
-            return SiteWeights(left, weight=_array(module.weight), bias=bias, mask=mask)
+            left = left if scale is None else replace(left, cache_bits=8)
+            return SiteWeights(
+                left, weight=_array(module.weight), bias=bias, mask=mask, output_scale=scale
+            )
         scales = _array(module.scales).reshape(rows, -1)
         input_scale = getattr(module, "input_scale", None)
         return SiteWeights(
@@ -97,6 +104,7 @@ def model_weights(model: nn.Module) -> Provider:
             input_scale=None if input_scale is None else _array(input_scale),
             input_range=getattr(module, "input_range", None),
             mask=mask,
+            output_scale=scale,
         )
 
     return provide
@@ -128,6 +136,7 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
         shape = (spec.rows, spec.columns)
         own = zlib.crc32(site.encode()) % len(noise)  # a runtime may store equal arrays once
         bias = np.zeros(spec.rows, np.float32) if spec.bias else None
+        scale = None if spec.cache_bits == 32 else np.full(spec.rows, 0.03, np.float32)
         mask: Array | None = None
         if spec.nonzeros is not None:
             flat = np.zeros(spec.rows * spec.columns, np.bool_)
@@ -136,7 +145,7 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
         if spec.weight_bits == 32:
             weight = np.resize(np.roll(noise, own), shape)
             weight = weight if mask is None else weight * mask
-            return SiteWeights(spec, weight=weight, bias=bias, mask=mask)
+            return SiteWeights(spec, weight=weight, bias=bias, mask=mask, output_scale=scale)
         groups = -(-spec.columns // (spec.group or spec.columns))
         scales = np.full((spec.rows, groups), 0.06 / 2 ** (spec.weight_bits - 1), np.float32)
         made_up = np.resize(np.roll(codes[spec.weight_bits], own), shape)
@@ -148,6 +157,7 @@ def stand_in_weights(formats: Mapping[str, SiteFormat], seed: int = 0) -> Provid
             mask=mask,
             input_scale=np.full(spec.columns, 0.5, np.float32) if spec.scaled else None,
             input_range=(-4.0, 4.0) if spec.static else None,
+            output_scale=scale,
         )
 
     return provide

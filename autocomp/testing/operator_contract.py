@@ -175,7 +175,7 @@ class _Case:
 
 def _tensors(state: UnitState) -> dict[str, torch.Tensor]:
     parts: tuple[str, ...] = ("weight", "bias", "codes", "scales", "input_scale", "mask")
-    parts += ("kept_columns", "kept_rows", "row_of")
+    parts += ("kept_columns", "kept_rows", "row_of", "output_scale")
     tensors = {
         f"{name}.{part}": getattr(site, part)
         for name, site in state.items()
@@ -322,6 +322,11 @@ class OperatorContract:
                 assert site.input_scale.dtype == torch.float32
                 assert torch.isfinite(site.input_scale).all(), f"{what}: {name}"
                 assert (site.input_scale > 0).all(), f"{what}: {name}"
+            assert (site.output_scale is not None) == (form.cache_bits == 8), f"{what}: {name}"
+            if site.output_scale is not None:
+                assert tuple(site.output_scale.shape) == (form.rows,), f"{what}: {name}"
+                assert torch.isfinite(site.output_scale).all(), f"{what}: {name}"
+                assert (site.output_scale > 0).all(), f"{what}: {name}"
             assert (site.input_range is not None) == form.static, f"{what}: {name}"
             if site.input_range is not None:
                 scale, zero_point = static_grid(*site.input_range)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import NAMES, controller, results, tables  # noqa: E402
+from benchmarks import NAMES, controller, peer_solvers, results, tables  # noqa: E402
 from benchmarks.operators import CASES  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -36,6 +36,15 @@ def test_results_have_their_shape(path: Path) -> None:
             f"{r}_{case}_{kind}_percent" for r, kind in tables.OPERATOR_COLUMNS for case in CASES
         }
         assert known >= set(result["figures"]) > {f"onnxruntime_{c}_size_percent" for c in CASES}
+    elif path.stem == "peer_solvers":  # the peer need not be there
+        known = {
+            f"{method}_{width}_{side}_{figure}"
+            for method in peer_solvers.METHODS
+            for width in peer_solvers.WIDTHS
+            for side in ("ours", "peer")
+            for figure in ("s", "error_percent")
+        }
+        assert known >= set(result["figures"]) >= {key for key in known if "_ours_" in key}
     else:
         assert set(result["figures"]) >= {figure for figure, _, _ in tables.ROWS[path.stem]}
     assert all(isinstance(value, float | int) for value in result["figures"].values())
@@ -55,6 +64,29 @@ def test_a_new_result_changes_the_docs(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "old" not in filled
     assert filled.startswith("before\n")
     assert filled.endswith("<!-- end -->\nafter\n")
+
+
+def test_a_peer_that_was_not_run_leaves_its_columns_empty() -> None:
+    figures = {"gptq_384_ours_s": 0.02, "gptq_384_ours_error_percent": 0.25}
+    figures |= {"sparsegpt_768_peer_s": 0.5}
+    rows = {first: rest for first, *rest in tables.WIDE["peer_solvers"](figures)}
+    assert rows["GPTQ 4-bit, groups of 128, 384 × 384"] == ["0.02", "–", "0.25", "–"]
+    assert rows["SparseGPT 50%, 768 × 768"] == ["–", "0.5", "–", "–"]
+    assert len(rows) == 1 + 3 * 4
+
+
+def test_the_peer_is_missed_with_a_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peer_solvers, "find_spec", lambda name: None)
+    monkeypatch.setattr(peer_solvers, "WIDTHS", (64,))
+    found = peer_solvers.run(None)
+    assert set(found) == {
+        f"{method}_64_ours_{figure}"
+        for method in peer_solvers.METHODS
+        for figure in ("s", "error_percent")
+    }
+    assert "pip install --no-deps --target peer llmcompressor" in capsys.readouterr().out
 
 
 def test_overhead_is_what_neither_trials_nor_waiting_account_for(

@@ -18,6 +18,7 @@ from autocomp.models.tokens import (
     TokenSizes,
     class_attention,
     drop_tokens,
+    fuse_tokens,
     install_tokens,
     merge_tokens,
     model_reductions,
@@ -137,8 +138,27 @@ def test_dropping_goes_by_the_attention_of_the_class_token(layout):
         assert found[row].flatten().tolist() == [*range(first), *sorted(ranked[:27])]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fusing_puts_a_weighted_mean_behind_those_that_stay(weighted):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 11, 4, generator=generator, dtype=torch.float64)
+    attention = torch.rand(2, 11, generator=generator, dtype=torch.float64)
+    sizes = torch.randint(1, 5, (2, 11, 1), generator=generator).double() if weighted else None
+    found, found_sizes = fuse_tokens(x, attention, 4, 2, sizes)
+    assert found.shape == (2, 8, 4)
+    for row in range(2):
+        ranked = sorted(range(2, 11), key=lambda t: -float(attention[row, t]))
+        stay, gone = [0, 1, *sorted(ranked[:5])], ranked[5:]
+        total = sum(float(attention[row, t]) for t in gone)
+        mean = sum(x[row, t] * (float(attention[row, t]) / total) for t in gone)
+        torch.testing.assert_close(found[row], torch.cat([x[row, stay], mean[None]]))
+        mass = torch.ones(11, dtype=torch.float64) if sizes is None else sizes[row, :, 0]
+        expected = [float(mass[t]) for t in stay] + [sum(float(mass[t]) for t in gone)]
+        assert found_sizes[row].flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("layout", VISION)
-@pytest.mark.parametrize("method", ["tome", "token_prune"])
+@pytest.mark.parametrize("method", ["tome", "token_prune", "token_fuse"])
 def test_nothing_removed_changes_no_bit(layout, method):
     model, units, inputs = vision(layout)
     same = shortened(model, units, layer_0=(method, 0.0), layer_1=(method, 0.02))
@@ -169,16 +189,21 @@ def test_later_units_see_fewer_tokens(layout):
 def test_an_example_does_not_depend_on_its_batch(layout):
     model, units, inputs = vision(layout)
     student = shortened(
-        model, units, layer_0=("tome", 0.3), layer_1=("token_prune", 0.2), layer_2=("tome", 0.4)
+        model, units, layer_0=("tome", 0.3), layer_1=("token_fuse", 0.2), layer_2=("tome", 0.4)
     )
     together = run(student, inputs)
     alone = [run(student, {"pixel_values": image[None]}) for image in inputs["pixel_values"]]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_count_every_patch_once_and_weigh_the_mean():
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("tome", 0.5), ("tome", 0.5)), (("token_fuse", 0.5), ("tome", 0.5))],
+    ids=["merged", "fused, merged"],
+)
+def test_sizes_count_every_patch_once_and_weigh_the_mean(first, second):
     model, units, inputs = vision("dinov2")
-    student = shortened(model, units, layer_0=("tome", 0.5), layer_1=("tome", 0.5))
+    student = shortened(model, units, layer_0=first, layer_1=second)
     hidden: list[torch.Tensor] = []
     student.get_submodule("dinov2.encoder").register_forward_hook(
         lambda module, args, out: hidden.append(out.last_hidden_state)
@@ -191,7 +216,7 @@ def test_sizes_count_every_patch_once_and_weigh_the_mean():
     sizes = token_sizes(student)
     assert sizes is not None
     assert sizes.now is not None
-    assert sizes.now.shape == (3, 10, 1)
+    assert sizes.now.shape == (3, 10 if first[0] == "tome" else 11, 1)
     assert sizes.now[:, 1:].sum(dim=1).flatten().tolist() == [PATCHES] * 3
     assert (sizes.now[:, 0] == 1).all()
     norm = model.get_submodule("dinov2.layernorm")

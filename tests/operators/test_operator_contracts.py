@@ -25,10 +25,11 @@ EIGHT = Rule(
     bits={"method": METHODS, "weights": ["dense", 8], "activations": [8, "static"]},
 )
 SPARSITY = Rule(sparsity={"method": ["magnitude"], "levels": [0.0, 0.5, 0.99, "2:4", "4:8"]})
-TOKENS = Rule(tokens={"method": ["tome", "token_prune"], "ratios": [0.0, 0.1, 0.25]})
+TOKENS = Rule(tokens={"method": ["tome", "token_prune", "token_fuse"], "ratios": [0.0, 0.1, 0.25]})
 FOUR = Rule(bits={"method": METHODS, "weights": [4], "activations": ["dense"], "group": 16})
 
 
+CACHE = Rule(bits={"method": "gptq", "weights": ["dense"], "cache": ["dense", 8]})
 VOCABULARY = Rule(structure={"vocabulary": {"keep": len(USED_ROWS), "unknown": 3}})
 
 
@@ -39,7 +40,7 @@ class TestRegistered(OperatorContract):
 
     def rules(self) -> list[Rule]:
         structure = [Rule(structure={name: choice}) for name, choice in STRUCTURE.items()]
-        return [*structure, EIGHT, FOUR, VOCABULARY, SPARSITY, TOKENS]
+        return [*structure, EIGHT, FOUR, VOCABULARY, SPARSITY, TOKENS, CACHE]
 
 
 class TestUneven(OperatorContract):

@@ -67,6 +67,36 @@ def test_what_must_be_reduced_is_not_offered_whole() -> None:
     assert labels(options) == ["heads keep=2", "skip"]
 
 
+@pytest.mark.parametrize(
+    ("structure", "expected"),
+    [
+        ({"heads": [1.0, 0.5], "rank": [0.5]}, ["dense", "heads keep=2", "rank ratio=0.5"]),
+        ({"heads": [0.5], "rank": [1.0, 0.5]}, ["dense", "heads keep=2", "rank ratio=0.5"]),
+        ({"heads": [0.5], "rank": [0.5]}, ["heads keep=2", "rank ratio=0.5"]),
+        ({"rank": [0.5], "skip": True}, ["rank ratio=0.5", "skip"]),
+        ({"heads": [1.0], "rank": [0.5], "skip": True}, ["dense", "rank ratio=0.5", "skip"]),
+        ({"skip": True}, ["dense", "skip"]),
+    ],
+)
+def test_one_listed_whole_offers_the_unit_as_it_is(
+    structure: dict[str, Any], expected: list[str]
+) -> None:
+    assert labels(unit_options(attention(), rule(structure=structure))) == expected
+
+
+def test_fractions_of_another_kind_of_unit_have_no_say() -> None:
+    """The rule's width of 1.0 is the feed-forward's: attention must still be pruned."""
+    both = rule(structure={"heads": [0.5], "width": [1.0, 0.67]})
+    assert labels(unit_options(attention(), both)) == ["heads keep=2"]
+    assert labels(unit_options(ffn(), both)) == ["dense", "width keep=64"]
+
+
+def test_names_are_switches() -> None:
+    """A choice that lists names (`replace: [retention]`) adds alternatives and requires none."""
+    named = Rule(structure={"skip": ["a", "name"]})
+    assert labels(unit_options(attention(), named)) == ["dense", "skip"]
+
+
 def test_two_methods_are_alternatives() -> None:
     options = unit_options(head(), rule(bits={"method": ["gptq", "rtn"], "weights": ["dense", 8]}))
     assert [len(option.steps) for option in options] == [0, 1, 1]

@@ -95,6 +95,9 @@ def test_ratios_that_are_no_list_are_refused() -> None:
         ("tome", 0.3, 1, 11, 8),  # 3, though 0.3 · 10 is less in floats of other orders
         ("token_prune", 0.9, 1, 17, 3),
         ("token_prune", 0.95, 1, 2, 2),  # never the last patch
+        ("token_fuse", 0.25, 1, 17, 14),  # four become one
+        ("token_fuse", 0.1, 1, 17, 17),  # one would become one
+        ("token_fuse", 0.95, 1, 2, 2),
         ("tome", 0.5, 1, 1, 1),
     ],
 )

@@ -49,7 +49,7 @@ def test_reads_sparsity_levels_with_and_without_quotes(write):
             "method: [gptq, rtn]",
             "metod: gptq",
             "15 space[0].bits.metod: unknown key. Did you mean 'method'? "
-            "Allowed: method, weights, activations, range, migration, per_site, group",
+            "Allowed: method, weights, activations, cache, range, migration, per_site, group",
         ),
         (
             "search: {trials: 5}",

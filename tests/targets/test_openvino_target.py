@@ -86,8 +86,8 @@ def test_fewer_tokens_equal_torch(tmp_path):
     dense, units, _ = small_model("vit", image_size=48, num_hidden_layers=3)
     task = ImageTask(48)
     model = copy.deepcopy(dense)
-    merged, dropped = TokenReduction("tome", 0.25), TokenReduction("token_prune", 0.25)
-    install_tokens(model, units, {"layers.0.attention": merged, "layers.1.attention": dropped})
+    merged, fused = TokenReduction("tome", 0.25), TokenReduction("token_fuse", 0.25)
+    install_tokens(model, units, {"layers.0.attention": merged, "layers.1.attention": fused})
     skeleton = target().export(dense, units, task)
     assert differences(skeleton, model, task, tmp_path) < 1e-4
 

@@ -28,6 +28,7 @@ from autocomp.targets.weights import model_weights
 
 SIDE = 48
 TOME, DROP = TokenReduction("tome", 0.25), TokenReduction("token_prune", 0.25)
+FUSE = TokenReduction("token_fuse", 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,10 @@ def vision():
         {0: TOME, 1: TOME, 2: TOME},
         {0: DROP, 2: DROP},
         {0: TokenReduction("tome", 0.5), 1: DROP, 2: TokenReduction("tome", 0.4)},
-        {1: TokenReduction("tome", 0.01)},
+        {0: FUSE, 1: TOME, 2: FUSE},
+        {1: TokenReduction("tome", 0.01), 2: TokenReduction("token_fuse", 0.03)},
     ],
-    ids=["merged", "dropped", "both", "nothing"],
+    ids=["merged", "dropped", "both", "fused", "nothing"],
 )
 def test_lowered_equals_torch(vision, layout, reductions, tmp_path: Path):
     dense, units, task, skeleton = vision(layout)
@@ -231,7 +233,7 @@ def test_profiling_at_several_lengths(vision, tmp_path: Path, monkeypatch):
             formats[unit.name]["skip"] = {}
         if unit.kind == "attention":
             formats[unit.name] |= {"tome": dense_format(unit), "drop": dense_format(unit)}
-            reductions[unit.name] = {"tome": TOME, "drop": DROP}
+            reductions[unit.name] = {"tome": TOME, "drop": FUSE}
     runtime = target()
     inputs = {name: value.numpy() for name, value in task.example_inputs(1, 0).items()}
     timed: list[int] = []

@@ -28,6 +28,7 @@ def _rotary(
     ffn_bias: bool | str,
     defaults: Mapping[str, object],
     unsupported: Mapping[str, tuple[object, ...]] = MappingProxyType({}),
+    normed_keys: bool = False,
 ) -> Layout:
     """Norm, rotary attention, norm, gated feed-forward; biases as `projections` takes them."""
     return Layout(
@@ -48,6 +49,7 @@ def _rotary(
         defaults={"tie_word_embeddings": False, **defaults},
         unsupported=unsupported,
         tied="tie_word_embeddings",
+        normed_keys=normed_keys,
     )
 
 
@@ -75,6 +77,7 @@ QWEN3 = _rotary(
     ffn_bias=False,
     defaults={"attention_bias": False, "head_dim": 128, "num_key_value_heads": 32},
     unsupported=_SLIDING,
+    normed_keys=True,
 )
 
 GPT2 = Layout(

@@ -88,6 +88,7 @@ class Layout:
             transformers' `Conv1D`; paths relative to the block. They are turned on load.
         fused: layers of `transposed` that hold several sites → names of the sites below that path,
             in the order of their outputs. They are taken apart on load.
+        normed_keys: whether attention norms the keys between their layer and the product.
         buffers: ends of the names of tensors in checkpoints that are no parameters.
         offset: config key; that value + 1 rows of the position table precede the first token's.
     """
@@ -111,6 +112,7 @@ class Layout:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     buffers: tuple[str, ...] = ("position_ids",)
     offset: str | None = None
+    normed_keys: bool = False
 
     def block_path(self, layer: int) -> str:
         """Path of a block in the task model."""

@@ -1,7 +1,7 @@
 """Token pruning: keep the patch tokens the class token attends to, drop the others.
 
 The criterion is EViT's: the class token's attention, averaged over the heads, in the sublayer just
-passed. The dropped tokens are not fused into one, and the order of those that stay is kept.
+passed. The order of those that stay is kept; `token_fuse` also makes one of the dropped ones.
 `models/tokens.py` and `targets/token_nodes.py` carry it out.
 """
 
