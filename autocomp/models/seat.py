@@ -8,16 +8,18 @@ ours: it asks the attention module for its `mixer`, and where there is none does
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from autocomp.core.unit import Unit
 from autocomp.models.cached import CacheRounding
+from autocomp.models.mixers import MIXERS
 from autocomp.models.mixers.protocol import Mixer, MixerShape
 from autocomp.models.modules import Unread
-from autocomp.models.surgery import model_layout, replace_module
+from autocomp.models.surgery import SiteStateLike, model_layout, replace_module
 
 INTERFACE = "autocomp-mixers"
 """Name of the attention function of models that hold mixers."""
@@ -28,6 +30,17 @@ MIXER = "mixer"
 
 CACHE = "cache_rounding"
 """Attribute of an attention module under which the rounding of its cache sits."""
+
+
+class MixerStateLike(Protocol):
+    """What `install` reads of an operator's `MixerState`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> MixerShape: ...
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]: ...
 
 
 def mixer_shape(unit: Unit, *, causal: bool) -> MixerShape:
@@ -83,6 +96,17 @@ def install_cache(model: nn.Module, unit: Unit, key_scale: Tensor, value_scale: 
     rounding = CacheRounding(key_scale, value_scale, unit.head_dim)
     setattr(model.get_submodule(core_path(model, unit)), CACHE, rounding)
     _use_interface(model)
+
+
+def state_mixer(state: Mapping[str, SiteStateLike]) -> Mixer | None:
+    """The mixer that a state brings, around the state's own tensors."""
+    brought = next((site.mixer for site in state.values() if site.mixer is not None), None)
+    if brought is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        mixer = MIXERS.get(brought.name)(brought.shape)
+    mixer.load_state_dict(dict(brought.parameters), assign=True)
+    return mixer
 
 
 def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -24,20 +24,9 @@ from autocomp.models.pruned_table import PrunedTable
 from autocomp.models.sparse import SparseLinear
 
 if TYPE_CHECKING:
-    from autocomp.models.mixers.protocol import Mixer, MixerShape
+    from autocomp.models.seat import MixerStateLike
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class MixerStateLike(Protocol):
-    """What `install` reads of an operator's `MixerState`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> MixerShape: ...
-    @property
-    def parameters(self) -> Mapping[str, torch.Tensor]: ...
 
 
 class SiteStateLike(Protocol):
@@ -89,7 +78,9 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
     if not state:
         skip(model, unit)
         return
-    mixer = _mixer_of(state)
+    from autocomp.models.seat import install_mixer, state_mixer
+
+    mixer = state_mixer(state)
     names = [
         site.name
         for site in unit.sites
@@ -109,8 +100,6 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
             new = LowRank(_layer(first, padding_idx), _layer(second, None))
         replace_module(model, name, new)
     if mixer is not None:
-        from autocomp.models.seat import install_mixer
-
         install_mixer(model, unit, mixer)
     if unit.kind in ("embedding", "head"):
         _untie(model)
@@ -120,19 +109,6 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
 
         key, value = scales  # in the order of the unit's sites
         install_cache(model, unit, key, value)
-
-
-def _mixer_of(state: Mapping[str, SiteStateLike]) -> Mixer | None:
-    """The mixer that a state brings, around the state's own tensors."""
-    brought = next((site.mixer for site in state.values() if site.mixer is not None), None)
-    if brought is None:
-        return None
-    from autocomp.models.mixers import MIXERS
-
-    with torch.random.fork_rng(devices=[]):
-        mixer = MIXERS.get(brought.name)(brought.shape)
-    mixer.load_state_dict(dict(brought.parameters), assign=True)
-    return mixer
 
 
 def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:

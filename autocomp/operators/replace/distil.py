@@ -61,6 +61,9 @@ class Settings:
 
 SETTINGS = Settings()
 MAX_GRAD_NORM = 1.0
+EXACT = 1e-6
+"""A mixer that starts with no more error than this (a window over whole texts) is not trained."""
+
 CHUNK_TOKENS = 4096
 """Tokens, padding included, that run through the sublayer at a time."""
 
@@ -198,6 +201,8 @@ class _Trainer:
         """The whole run at the best of the rates; rate → held-out error after its trial."""
         settings = self._settings
         tried: dict[float, float] = {}
+        if self.start_error < EXACT:
+            return _Run(self.start_error, self.start, ended="exact"), tried
         if len(settings.rates) > 1:
             for rate in settings.rates:
                 if self._late():
