@@ -178,7 +178,7 @@ def segment_sums(steps: Tensor, *, read_before: bool = False) -> Tensor:
     length = steps.shape[-1]
     later = torch.ones(length, length, dtype=steps.dtype, device=steps.device).triu(1)
     sums = (steps[..., None, :] * later).cumsum(-1).transpose(-1, -2)
-    return pad(sums[..., :-1, :], (0, 0, 1, 0)) if read_before else sums
+    return pad(sums, (0, 0, 1, 0))[..., :-1, :] if read_before else sums
 
 
 class _Pairs(NamedTuple):
@@ -227,7 +227,7 @@ def _vector_pairs(
     cut = split_dim(steps, 3, (blocks, block)).transpose(-1, -2)  # (B, H, N, blocks, K, block)
     so_far = _so_far(cut, read_before).transpose(-1, -2)
     to_come = _to_come(cut).transpose(-1, -2)
-    middle = cut[..., : block // 2].sum(-1)[..., None, :]  # (B, H, N, blocks, 1, K)
+    middle = _so_far(cut, True)[..., block // 2][..., None, :]  # (B, H, N, blocks, 1, K)
     totals = cut.sum(-1).transpose(-1, -2)  # (B, H, N, K, blocks)
 
     index = torch.arange(blocks, device=q.device)
@@ -265,7 +265,7 @@ def _carried(added: Tensor, totals: Tensor | None) -> Tensor:
 def _so_far(steps: Tensor, read_before: bool) -> Tensor:
     """`(…, L)`: the sum of the steps up to each, or before it."""
     sums = steps.cumsum(-1)
-    return pad(sums[..., :-1], (1, 0)) if read_before else sums
+    return pad(sums, (1, 0))[..., :-1] if read_before else sums
 
 
 def _to_come(steps: Tensor) -> Tensor:
