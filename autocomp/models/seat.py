@@ -43,7 +43,7 @@ class MixerStateLike(Protocol):
     def parameters(self) -> Mapping[str, torch.Tensor]: ...
 
 
-def mixer_shape(unit: Unit, *, causal: bool) -> MixerShape:
+def mixer_shape(unit: Unit) -> MixerShape:
     """The shape of an attention unit, as mixers see it."""
     query = unit.site("query")
     if query is None or unit.heads is None or unit.kv_heads is None or unit.head_dim is None:
@@ -53,7 +53,7 @@ def mixer_shape(unit: Unit, *, causal: bool) -> MixerShape:
         heads=unit.heads,
         kv_heads=unit.kv_heads,
         head_dim=unit.head_dim,
-        causal=causal,
+        causal=unit.causal,
         prefix=unit.protected_tokens,
     )
 

@@ -14,9 +14,7 @@ import onnx
 from autocomp.core.errors import InternalError
 from autocomp.core.factors import first_of, second_of
 from autocomp.core.unit import Role, Site, SiteFormat, Unit, UnitFormat
-from autocomp.targets.graph import attribute
 from autocomp.targets.mixer_nodes import Seat, seated
-from autocomp.targets.skeleton_format import DOMAIN
 from autocomp.targets.token_nodes import Reductions, sequence_lengths
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ def undecodable(name: str) -> str | None:
     return None
 
 
-def made_up_mixer(unit: Unit, formats: UnitFormat, *, causal: bool) -> Mixer:
+def made_up_mixer(unit: Unit, formats: UnitFormat) -> Mixer:
     """The mixer of a format with fresh parameters, for the heads that are left.
 
     Raises:
@@ -72,7 +70,7 @@ def made_up_mixer(unit: Unit, formats: UnitFormat, *, causal: bool) -> Mixer:
         heads=heads,
         kv_heads=kv_heads or heads * (unit.kv_heads or 1) // (unit.heads or 1),
         head_dim=head_dim,
-        causal=causal,
+        causal=unit.causal,
         prefix=unit.protected_tokens,
     )
     kind = MIXERS.get(name)
@@ -91,14 +89,14 @@ def second_or_own(formats: UnitFormat, site: Site | None) -> SiteFormat | None:
     return formats.get(site.name) or formats.get(second_of(site.name))
 
 
-def takes(unit: Unit, formats: UnitFormat, tokens: int | None, *, causal: bool) -> bool:
+def takes(unit: Unit, formats: UnitFormat, tokens: int | None) -> bool:
     """Whether so many patches may arrive at a unit in these formats; `None` is text."""
     from autocomp.targets.mixer_graph import mixer_graph
 
     if tokens is None or mixer_name(formats) is None:
         return True
     try:
-        mixer_graph(made_up_mixer(unit, formats, causal=causal), tokens=tokens)
+        mixer_graph(made_up_mixer(unit, formats), tokens=tokens)
     except InternalError:
         return False
     return True
@@ -112,24 +110,11 @@ def format_seats(
 ) -> dict[str, Seat]:
     """Seats of the mixers that formats ask for, with fresh parameters."""
     mixers = {
-        unit: made_up_mixer(unit, formats[unit.name], causal=causal(skeleton, unit))
+        unit: made_up_mixer(unit, formats[unit.name])
         for unit in units
         if mixer_name(formats[unit.name]) is not None
     }
     return seated(skeleton, mixers, reductions or {})
-
-
-def causal(skeleton: onnx.ModelProto, unit: Unit) -> bool:
-    """Whether a unit's attention is causal."""
-    query = unit.site("query")
-    return any(
-        bool(attribute(node, "causal"))
-        for node in skeleton.graph.node
-        if node.domain == DOMAIN
-        and node.op_type == "Attention"
-        and query is not None
-        and attribute(node, "query_site") == query.name
-    )
 
 
 def arriving(skeleton: onnx.ModelProto, unit: Unit) -> int | None:

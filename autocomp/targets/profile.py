@@ -17,7 +17,7 @@ import onnx
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets.cost_table import Choice, CostTable, Entry
-from autocomp.targets.mixer_profile import causal, format_seats, takes
+from autocomp.targets.mixer_profile import format_seats, takes
 from autocomp.targets.profile_pieces import UnitFormats, UnitPieces, cost_key, in_range
 from autocomp.targets.runtime import Array, CpuTarget
 from autocomp.targets.skeleton_format import dense_formats
@@ -216,11 +216,9 @@ def _realisable(
     for unit in units:
         shorter = chosen_reductions(reductions or {}, found)
         tokens = sequence_lengths(skeleton.graph.node, shorter).get(unit.name)
-        options, looks_back = unit_formats[unit.name], causal(skeleton, unit)
+        options = unit_formats[unit.name]
         found[unit.name] = next(
-            key
-            for key in (found[unit.name], *options)
-            if takes(unit, options[key], tokens, causal=looks_back)
+            key for key in (found[unit.name], *options) if takes(unit, options[key], tokens)
         )
     return found
 

@@ -17,7 +17,7 @@ from autocomp.core.unit import SiteFormat, Unit, UnitFormat, dense_format
 from autocomp.targets.generation import PAST
 from autocomp.targets.graph import Graph, attribute, cut
 from autocomp.targets.mixer_nodes import Seat
-from autocomp.targets.mixer_profile import arriving, causal, made_up_mixer, mixer_name, takes
+from autocomp.targets.mixer_profile import arriving, made_up_mixer, mixer_name, takes
 from autocomp.targets.runtime import Array, CpuTarget
 from autocomp.targets.skeleton_format import DOMAIN, dense_formats
 from autocomp.targets.token_profile import Piece
@@ -69,7 +69,7 @@ class UnitPieces:
     def at_length(self, key: object, tokens: int) -> onnx.ModelProto | None:
         """A piece for `tokens` patches; `None` where its mixer takes another number alone."""
         unit, formats = self._wanted[key]
-        if not takes(unit, formats, tokens, causal=causal(self._skeleton, unit)):
+        if not takes(unit, formats, tokens):
             return None
         return self._lower(unit, formats, tokens)
 
@@ -104,7 +104,7 @@ class UnitPieces:
         seats = {}
         query = unit.site("query")
         if query is not None and mixer_name(formats) is not None:
-            mixer = made_up_mixer(unit, formats, causal=causal(self._skeleton, unit))
+            mixer = made_up_mixer(unit, formats)
             if mixer.shape.prefix is not None:
                 tokens = tokens or arriving(self._skeleton, unit)
             seats[query.name] = Seat(unit.name, mixer, tokens)

@@ -15,8 +15,6 @@ from autocomp.models.mixers.protocol import Mixer, repeated
 from autocomp.models.seat import install_mixer, mixer_of, mixer_shape
 from autocomp.models.surgery import copy_for_surgery
 
-CAUSAL = ("llama", "qwen2", "qwen3", "gpt2")
-
 
 class Softmax(Mixer):
     """Softmax attention as a mixer: nothing may change."""
@@ -57,7 +55,7 @@ def attention(name: str, layer: int = 1) -> Unit:
 def test_softmax_as_a_mixer_changes_nothing(name: str) -> None:
     teacher, unit = EXAMPLES[name].model(), attention(name)
     model = copy_for_surgery(teacher)
-    mixer = Softmax(mixer_shape(unit, causal=name in CAUSAL))
+    mixer = Softmax(mixer_shape(unit))
     install_mixer(model, unit, mixer)
     assert mixer_of(model, unit) is mixer
     assert mixer_of(teacher, unit) is None
@@ -73,7 +71,7 @@ def test_softmax_as_a_mixer_changes_nothing(name: str) -> None:
 def test_projections_that_are_not_read_are_gone(name: str) -> None:
     teacher, unit = EXAMPLES[name].model(), attention(name)
     model = copy_for_surgery(teacher)
-    install_mixer(model, unit, ValuesOnly(mixer_shape(unit, causal=name in CAUSAL)))
+    install_mixer(model, unit, ValuesOnly(mixer_shape(unit)))
     left = {parameter for parameter, _ in model.named_parameters()}
     for site in unit.sites:
         assert (f"{site.name}.weight" in left) is (site.role in ("value", "output"))
@@ -83,7 +81,7 @@ def test_projections_that_are_not_read_are_gone(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_copy_has_a_mixer_of_its_own(name: str) -> None:
     model, unit = EXAMPLES[name].model(), attention(name)
-    install_mixer(model, unit, MIXERS.get("elu")(mixer_shape(unit, causal=name in CAUSAL)))
+    install_mixer(model, unit, MIXERS.get("elu")(mixer_shape(unit)))
     copied = copy.deepcopy(model)
     assert mixer_of(copied, unit) is not mixer_of(model, unit)
     inputs = EXAMPLES[name].inputs()
@@ -93,7 +91,7 @@ def test_a_copy_has_a_mixer_of_its_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_padding_changes_no_real_token(name: str) -> None:
     model, unit = EXAMPLES[name].model(), attention(name)
-    install_mixer(model, unit, MIXERS.get("elu")(mixer_shape(unit, causal=name in CAUSAL)))
+    install_mixer(model, unit, MIXERS.get("elu")(mixer_shape(unit)))
     inputs = EXAMPLES[name].inputs()
     other = {
         **inputs,

@@ -30,7 +30,6 @@ from autocomp.targets.profile import lower_formats, profile
 from autocomp.targets.weights import model_parameters, model_weights
 
 RUNTIMES = ("onnxruntime", "openvino")
-CAUSAL = ("llama", "gpt2", "qwen3")
 
 
 class Convolved(Mixer):
@@ -109,7 +108,7 @@ def with_mixers(
     for layer, kind in mixers.items():
         unit = attention(units, layer)
         torch.manual_seed(layer)
-        mixer = kind(mixer_shape(unit, causal=layout in CAUSAL))
+        mixer = kind(mixer_shape(unit))
         install_mixer(student, unit, mixer)
     return student.eval()
 

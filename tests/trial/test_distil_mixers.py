@@ -57,7 +57,7 @@ def test_mixers_are_trained_with_the_rest(name: str) -> None:
     unit = next(u for u in EXAMPLES[name].units() if u.name == "layers.1.attention")
     student = copy_for_surgery(teacher)
     torch.manual_seed(0)
-    install_mixer(student, unit, Distances(mixer_shape(unit, causal=unit.causal)))
+    install_mixer(student, unit, Distances(mixer_shape(unit)))
     padded = copy.deepcopy(student)
     task: Any = Texts(name)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
@@ -83,7 +83,7 @@ def test_mixers_have_a_rate_of_their_own() -> None:
     student = EXAMPLES["bert"].model()
     plain = _groups(student, trainable_parameters(student), 1e-4)
     assert [group["lr"] for group in plain] == [1e-4]
-    mixer = Distances(mixer_shape(unit, causal=False))
+    mixer = Distances(mixer_shape(unit))
     install_mixer(student, unit, mixer)
     groups = _groups(student, trainable_parameters(student), 1e-4)
     assert [group["lr"] for group in groups] == [1e-4, MIXER_RATE * 1e-4]

@@ -114,7 +114,7 @@ def distil(
         teacher = Sublayer(recording, unit, state)
         train, held = _examples(teacher, recording.calls, settings)
         weights: dict[Role, Tensor] = {site.role: state[site.name].weight for site in unit.sites}
-        seated = mixer.inherit(mixer_shape(unit, causal=unit.causal), weights)
+        seated = mixer.inherit(mixer_shape(unit), weights)
         student = Sublayer(recording, unit, state)
         student.seat(seated)
         _calibrate(student, seated, train)
@@ -297,15 +297,12 @@ class _Trainer:
 
 @torch.no_grad()
 def _calibrate(student: Sublayer, mixer: Mixer, examples: Sequence[_Example]) -> None:
-    """Show a mixer that wants to see them the inputs it will be trained on."""
-    calibrate = getattr(mixer, "calibrate", None)
-    if calibrate is None:
-        return
+    """Show a mixer the inputs it will be trained on."""
     seen: list[tuple[Any, ...]] = []
     handle = mixer.register_forward_pre_hook(lambda _, args: seen.append(args))
     student.run(max(examples, key=lambda example: example.tokens).call)
     handle.remove()
-    calibrate(*seen[0])
+    mixer.calibrate(*seen[0])
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Replace:
             )
         steps: dict[Step, None] = {}
         for name in names:
-            reason = MIXERS.get(name).refuses(mixer_shape(unit, causal=unit.causal))
+            reason = MIXERS.get(name).refuses(mixer_shape(unit))
             if reason is not None:
                 raise UserError(
                     f"replace at {unit.name}: {name} cannot stand there: {reason}. Leave it out, "
