@@ -53,7 +53,8 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file("tokenizer.json")
 ids = new = tokenizer.encode("She opened the door and").ids
 caches = {caches}  # past_key_values.N.key, .value: (batch, heads, past, width)
-past = {{{name}: np.zeros({shape}, {type}) for c in caches}}
+past = {{{name}: np.zeros({shape},
+    {type}) for c in caches}}  # one example, nothing past
 for _ in range({tokens}):
     logits, *present = {run}
     past = dict(zip(past, present))
@@ -73,7 +74,7 @@ _ONNXRUNTIME_GENERATE = {
     "open": 'session = ort.InferenceSession("{file}")',
     "caches": "session.get_inputs()[1:]",
     "name": "c.name",
-    "shape": 'tuple({{"batch": 1, "past": 0}}.get(n, n) for n in c.shape)',
+    "shape": "[n if isinstance(n, int) else int(not axis) for axis, n in enumerate(c.shape)]",
     "type": '{{"tensor(int64)": "int64", "tensor(int8)": "int8"}}.get(c.type, "float32")',
     "run": 'session.run(None, {{"input_ids": np.array([new]), **past}})',
 }
@@ -89,11 +90,8 @@ _OPENVINO_GENERATE = {
 model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})""",
     "caches": "model.inputs[1:]",
     "name": "c.any_name",
-    "shape": """\
-tuple(
-    n.get_length() if n.is_static else int(axis == 0)  # one example, nothing past
-    for axis, n in enumerate(c.get_partial_shape())
-)""",
+    "shape": "[n.get_length() if n.is_static else int(not axis) "
+    "for axis, n in enumerate(c.get_partial_shape())]",
     "type": "c.element_type.to_dtype()",
     "run": 'model({{"input_ids": np.array([new]), **past}}).to_tuple()',
 }

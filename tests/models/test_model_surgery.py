@@ -42,6 +42,7 @@ class State:
     row_of: torch.Tensor | None = None
     mixer: None = None
     mask: torch.Tensor | None = None
+    output_scale: torch.Tensor | None = None
 
 
 def _dense_state(model: nn.Module, unit: Unit) -> dict[str, State]:

@@ -251,7 +251,7 @@ def test_token_by_token_equals_the_whole(decoders, layout, mixers, runtime, tmp_
     np.testing.assert_array_equal(new, expected[:, 9:].numpy())
 
     found = {value.name: tuple(value.shape[1:]) for value in session.get_inputs()}
-    states = {"elu": {"products": (4, 8, 8), "keys": (4, 8, 1)}, "convolved": {"last": (4, 2, 8)}}
+    states = {"elu": {"sums": (4, 8, 9)}, "convolved": {"last": (4, 2, 8)}}
     for layer in (0, 1):
         kind = mixers.get(layer)
         assert (f"past_key_values.{layer}.key" in found) is (kind is None)
