@@ -92,7 +92,7 @@ model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "
     "name": "c.any_name",
     "heads": "c.get_partial_shape()[1].get_length()",
     "width": "c.get_partial_shape()[3].get_length()",
-    "dtype": "np.float32",
+    "dtype": "c.get_element_type().to_dtype()",
     "run": 'model({{"input_ids": np.array([new]), **past}}).to_tuple()',
 }
 
