@@ -50,6 +50,7 @@ class _Input:
 
     name: str
     shape: tuple[int | None, ...]
+    type: str
 
 
 class OpenVinoSession:
@@ -68,6 +69,7 @@ class OpenVinoSession:
                 tuple(
                     None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()
                 ),
+                f"tensor({port.get_element_type().to_dtype()})",
             )
             for port in self._compiled.inputs
         ]

@@ -36,6 +36,7 @@ from autocomp.core.unit import SiteFormat
 from autocomp.targets.attention_recipes import lower_attention as _attention_operator
 from autocomp.targets.attention_recipes import lower_rotary as lower_rotary
 from autocomp.targets.graph import attribute
+from autocomp.targets.openvino_cache import lower_rounded
 from autocomp.targets.openvino_pieces import OPENVINO, OpenVinoInputs, Writer
 from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.storage import Piece
@@ -59,7 +60,7 @@ _NODE_BYTES: Mapping[str, int] = {
 }
 """The site's layers in `model.xml`, about, where rows have one scale."""
 _BIAS_BYTES, _GROUPED_BYTES, _SLICE_BYTES, _SCALED_BYTES = 600, 820, 2400, 900
-_WIDENED_BYTES, _REGROUPED_BYTES = 2210, 1960
+_WIDENED_BYTES, _REGROUPED_BYTES, _CACHE_BYTES = 2210, 1960, 5000
 """What more there is of them; about."""
 
 
@@ -110,11 +111,8 @@ def unsupported(format: SiteFormat, tokens: int) -> str | None:
         return f"{format.activation_bits}-bit activations have no kernel; available: dense, 8"
     if format.nonzeros is not None:
         return "stores sparse weights in full: neither smaller nor faster; available: dense"
-    if format.cache_bits != 32:
-        return (
-            "reads float caches alone: rounded outside attention, an int8 one makes a token a "
-            "third slower; available: dense"
-        )
+    if format.cache_bits not in (32, 8):
+        return f"a cache of {format.cache_bits} bits is not written; available: dense, 8"
     if format.weight_bits == 32:
         if format.activation_bits == 8:
             return "8-bit activations need 8-bit or 4-bit weights"
@@ -164,6 +162,8 @@ def size_bytes(format: SiteFormat, tokens: int) -> int:
             layers += _GROUPED_BYTES
     if format.scaled:
         layers += 4 * format.columns + _SCALED_BYTES
+    if format.cache_bits == 8:
+        layers += 8 * rows + _CACHE_BYTES
     bias = 4 * rows if format.bias else 0
     return layers + bias + scales + -(-rows * columns * format.weight_bits // 8)
 
@@ -309,7 +309,8 @@ def lower_attention(
     cache_scales: tuple[Array, Array] | None = None,
 ) -> Piece:
     """The attention product, written out unless heads are grouped or masked causally."""
-    assert cache_scales is None
+    if cache_scales is not None:
+        return lower_rounded(node, heads, kv_heads, cache_scales)
     if heads != kv_heads or attribute(node, "causal") or len(node.output) > 1:
         return _attention_operator(node, heads, kv_heads)
     head_dim, output = int(attribute(node, "head_dim")), node.output[0]

@@ -239,6 +239,24 @@ def test_what_cannot_be_expressed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"layers\.1\.ffn: .*low rank.* Leave out --format"):
         HuggingFaceExporter().write(trial.request, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+    def rounded_cache(model: nn.Module, units: Units) -> None:
+        unit = units["layers.1.attention"]
+        state = unit_state(model, unit)
+        for site in unit.sites:
+            if site.role in ("key", "value"):
+                here = state[site.name]
+                here.output_scale = torch.full((site.rows,), 0.03)
+                here.format = replace(here.format, cache_bits=8)
+        install(model, unit, state)
+
+    cached = finished(tmp_path / "cached", "llama", rounded_cache)
+    with pytest.raises(UserError, match=r"layers\.1\.attention: .*cached in 8 bits"):
+        HuggingFaceExporter().write(cached.request, tmp_path / "out")
+    assert cached.request.student is not None
+    again, _ = load_student(cached.request.student)  # it is stored all the same
+    inputs = cached.example.inputs()
+    assert torch.equal(logits(again, inputs), logits(cached.student, inputs))
     merging = Candidate.of({"layers.0.attention": Option((Step.of("tome", ratio=0.1),))})
     record = replace(trial.request.record, candidate=merging)
     reason = HuggingFaceExporter().supports(record)

@@ -17,7 +17,8 @@ from autocomp.library.student import unit_state
 from autocomp.models.cached import rounded
 from autocomp.models.surgery import copy_for_surgery, install
 from autocomp.operators import apply_option
-from autocomp.spec.schema import WorkloadSection
+from autocomp.spec.schema import TargetSection, WorkloadSection
+from autocomp.targets import make_target
 from autocomp.targets.generation import PAST, PRESENT, feeds, generate
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget, open_session
 from autocomp.targets.profile import profile
@@ -90,14 +91,18 @@ def in_pieces(session: Any, ids: np.ndarray, cuts: list[int]) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
-def test_equals_torch_that_rounds(llama, option, tmp_path):
+def test_equals_torch_that_rounds(llama, option, runtime, tmp_path):
+    pytest.importorskip(runtime)
     dense, units, skeleton = llama
     model = compressed(dense, units, option)
-    artifact = target().write(target().lower(skeleton, model, units), tmp_path)
+    workload = WorkloadSection(prompt=9, generate=12)
+    target: Any = make_target(TargetSection(runtime=runtime, workload=workload))
+    artifact = target.write(target.lower(skeleton, model, units), tmp_path)
     ids = TASK.example_inputs(3, 14)["input_ids"]
-    assert target().verify(artifact, model, {"input_ids": ids.numpy()}) < 1e-3
-    session = open_session(artifact.path, 1)
+    assert target.verify(artifact, model, {"input_ids": ids.numpy()}) < 1e-3
+    session = target.open(artifact.path)
     with torch.no_grad():
         whole = model(input_ids=ids[:1]).logits.numpy()
         unrounded = compressed(dense, units, Option(option.steps[:-1]))(input_ids=ids[:1]).logits
@@ -179,14 +184,6 @@ def test_only_where_tokens_are_generated():
     assert "generates no tokens" in str(whole.formats_supported(form))
     fewer = SiteFormat(16, 16, False, cache_bits=4)
     assert "available: dense, 8" in str(target().formats_supported(fewer))
-
-
-def test_the_second_runtime_says_why_not():
-    pytest.importorskip("openvino")
-    from autocomp.targets.openvino_cpu import OpenVinoTarget
-
-    runtime = OpenVinoTarget(WorkloadSection(prompt=9, generate=12))
-    assert "slower" in str(runtime.formats_supported(SiteFormat(16, 16, False, cache_bits=8)))
 
 
 def test_a_table_of_costs_times_it(llama):
