@@ -234,18 +234,28 @@ def model_positions(config: Mapping[str, Any]) -> int | None:
     return None if positions is None else positions - first_position(config)
 
 
-def check_sequence(sequence: int, config: Mapping[str, Any]) -> None:
+def check_sequence(sequence: int, config: Mapping[str, Any], *, trained: bool = False) -> None:
     """Refuse more tokens than the model has positions for.
+
+    Args:
+        trained: whether all of the model is fitted to the task first: then one whose positions are
+            computed, not looked up in a table, learns to go on.
 
     Raises:
         UserError: naming the limit.
     """
     positions = model_positions(config)
-    if positions is not None and sequence > positions:
-        raise UserError(
-            f"target.workload.sequence: {sequence} tokens, but the model has {positions} "
-            f"positions. Use {positions} or fewer"
-        )
+    if positions is None or sequence <= positions:
+        return
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    computed = layout is not None and layout.keys.positions is None
+    if computed and trained:
+        return
+    more = ", or let the model be continued to more: task.teacher: {fit: full}" if computed else ""
+    raise UserError(
+        f"target.workload.sequence: {sequence} tokens, but the model has {positions} positions. "
+        f"Use {positions} or fewer{more}"
+    )
 
 
 def _check_logits(logits: Array, count: int, split: str) -> None:

@@ -47,7 +47,8 @@ class LanguageModeling(EncodedTask):
         """See `Task.build`."""
         from autocomp.models.load import load_tokenizer
 
-        check_sequence(workload.sequence, read_config(model_path))
+        continued = section.teacher.fit == "full"
+        check_sequence(workload.sequence, read_config(model_path), trained=continued)
         sizes = split_sizes(section.data)
         chunks = chunk_corpus(
             load_corpus(section.data),

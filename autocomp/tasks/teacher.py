@@ -204,6 +204,10 @@ def _check_finite(model: nn.Module, model_path: Path) -> None:
 def _store(model: nn.Module, task: Task, model_path: Path, directory: Path) -> Path:
     """Write everything beside `directory`, then rename."""
     config = cast(Any, model).config
+    ids = task.splits["distil"].inputs.get("input_ids")
+    limit = getattr(config, "max_position_embeddings", None)
+    if ids is not None and limit is not None:
+        config.max_position_embeddings = max(limit, ids.shape[1])
     if task.num_labels is not None:
         config.id2label = dict(enumerate(task.label_names))
         config.label2id = {name: i for i, name in enumerate(task.label_names)}

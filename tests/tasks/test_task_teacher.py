@@ -14,6 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from autocomp.core.errors import ModelError, StorageError, UserError
 from autocomp.models.load import load_model
+from autocomp.models.sources import read_config
+from autocomp.spec.schema import TeacherSection
 from autocomp.tasks import make_task
 from autocomp.tasks import teacher as teacher_module
 from autocomp.tasks.fitting import _HEAD_PENALTY, _logistic_regression
@@ -171,6 +173,25 @@ def test_head_makes_no_sense_for_a_language_model(corpus_txt, spec_of, llama_pat
         with torch.no_grad():
             loss[path] = task.loss(task.logits(model, batch), batch["labels"]).item()
     assert loss[fitted] < loss[llama_path]
+
+
+def test_a_fitted_teacher_has_positions_for_what_it_was_fitted_on(
+    corpus_txt, spec_of, llama_path, tmp_path
+):
+    longer = spec_of(
+        "language-modeling",
+        corpus_txt,
+        teacher=FULL,
+        workload={"sequence": 40},
+        **{"calibrate": 2, "distil": 8, "search": 2, "report": 2},
+    )
+    task = make_task(longer, llama_path)
+    fitted = make_teacher(longer, task, llama_path, tmp_path)
+    assert read_config(llama_path)["max_position_embeddings"] == 32
+    assert read_config(fitted)["max_position_embeddings"] == 40
+    again = longer.task.model_copy(update={"teacher": TeacherSection(fit="none")})
+    as_is = make_task(longer.model_copy(update={"task": again}), fitted)
+    assert as_is.splits["search"].inputs["input_ids"].shape == (2, 40)
 
 
 def test_stored_logits_are_mapped_and_remade_when_cut_off(

@@ -265,3 +265,16 @@ def test_a_pruned_vocabulary_leaves_roberta_its_padding_id(
     changed["max_position_embeddings"] = rows + 40
     (path / "config.json").write_text(json.dumps(changed))
     assert task_vocabulary(spec, path, rows).new_ids[rare] == rare
+
+
+def test_computed_positions_can_be_continued_a_table_cannot():
+    rotary = {"model_type": "llama", "max_position_embeddings": 512}
+    check_sequence(2048, rotary, trained=True)
+    with pytest.raises(UserError, match=r"continued to more: task.teacher: \{fit: full\}"):
+        check_sequence(2048, rotary)
+    for table in (
+        {"model_type": "bert", "max_position_embeddings": 512},
+        {"model_type": "gpt2", "n_positions": 512},
+    ):
+        with pytest.raises(UserError, match=r"Use 512 or fewer$"):
+            check_sequence(2048, table, trained=True)
