@@ -122,7 +122,7 @@ def _place(graph: Graph, node: onnx.NodeProto, seat: Seat) -> _Placed:
     for name, shape in made.state.items():
         past, present = f"{PAST_STATE}{ahead}{name}", f"{PRESENT_STATE}{ahead}{name}"
         for infos, tensor in ((graph.input_infos, past), (graph.output_infos, present)):
-            dims = ["batch", *shape]
+            dims: list[str | int | None] = ["batch", *shape]
             infos.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, dims))
         names.append(f"past.{name}")
         tensors.append(past)
