@@ -24,8 +24,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/autocomp search search_spaces/quickstart.yaml --study $(STUDY)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup \
-		--no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

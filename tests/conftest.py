@@ -1,13 +1,14 @@
-"""How the suite is shared among processes (`pytest --numprocesses 2 --dist loadgroup`).
+"""How the suite is shared among processes (`pytest --numprocesses 2`, of pytest-xdist).
 
-A room's tests stay together, for their fixtures; what starts Ray comes first, in one process, so
-that two clusters never share the machine. Alone, `pytest` runs everything in one process.
+A room's tests stay together, for their fixtures; what starts Ray comes first and stays in one
+process, so that two clusters never share the machine. Alone, `pytest` runs everything in one.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if room(item) in RAY else room(item)))
-    items.sort(key=lambda item: room(item) not in RAY)
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in RAY)
 
 
-def room(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).parts[0]
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            room = nodeid.removeprefix("tests/").partition("/")[0]
+            return "ray" if room in RAY else room
+
+    return Rooms(config, log)

@@ -11,6 +11,7 @@ from autocomp.core.candidate import Runtime
 from autocomp.core.errors import StudyError, UserError
 from autocomp.core.gate import Gate
 from autocomp.core.quantities import parse_limit
+from autocomp.front.comparison import compare
 from autocomp.front.pick import pick
 from autocomp.front.view import study_budget, study_front, trial_json
 from autocomp.study.directory import Study
@@ -37,9 +38,19 @@ class OpenStudy:
         """Its directory."""
         return self.study.paths.root
 
-    def front(self) -> dict[str, Any]:
-        """Every trial and which are on the front, in the shape of `autocomp front --json`."""
-        return study_front(self.study)
+    def front(self, against: Path | str | None = None) -> dict[str, Any]:
+        """Every trial and which are on the front, in the shape of `autocomp front --json`.
+
+        With the directory of another study, also how the two fronts compare, as `against`.
+
+        Raises:
+            StudyError: if there is no such study.
+            UserError: if it is of another model, task or objectives.
+        """
+        view = study_front(self.study)
+        if against is not None:
+            view["against"] = compare(self.study, Study.open(against))
+        return view
 
     def trials(self) -> list[TrialRecord]:
         """Every finished trial."""

@@ -20,12 +20,20 @@ _STUDY = click.argument("study", type=click.Path(path_type=Path))
     "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a web page to FILE."
 )
 @click.option("--estimated", is_flag=True, help="Also show what the cost table predicted.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="OTHER",
+    help="Also compare with the front of study OTHER, of the same model and task.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def front(study: Path, html: Path | None, estimated: bool, as_json: bool) -> None:
+def front(
+    study: Path, html: Path | None, estimated: bool, against: Path | None, as_json: bool
+) -> None:
     """Show the front of STUDY: its measured trials and the one chosen."""
     from autocomp import api
 
-    view = api.open_study(study).front()
+    view = api.open_study(study).front(against)
     if html is not None:
         from autocomp.report.html import front_html
 

@@ -19,11 +19,12 @@ from autocomp.study.records import TrialRecord
 Objective = Literal["quality", "latency", "size", "peak_memory"]
 OBJECTIVES: tuple[Objective, ...] = ("quality", "latency", "size")
 
-_FIELDS = {
+FIELDS: dict[Objective, str] = {
     "latency": "latency_ms",
     "size": "size_bytes",
     "peak_memory": "peak_memory_bytes",
 }
+"""Objective → field of a measurement."""
 _NAMES = {
     "latency_ms": "latency",
     "size_bytes": "size",
@@ -54,7 +55,7 @@ def objective(record: TrialRecord, name: Objective) -> float | None:
     elif record.measured is None or record.measured.provenance != "measured":
         value = None
     else:
-        value = getattr(record.measured, _FIELDS[name])
+        value = getattr(record.measured, FIELDS[name])
     return value if value is not None and math.isfinite(value) else None
 
 

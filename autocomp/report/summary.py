@@ -24,13 +24,14 @@ def candidate_figures(
             of width and of all weights are given; without, units count equally.
 
     Returns:
-        `mean_bits` over the units that remain, `skipped_units`; with `units` also `removed_share`
+        `mean_bits` over the units that remain, `mean_sparsity` (share of zeros among their weights)
+        where there are any, `skipped_units`; with `units` also `removed_share`
         (of all weights, by structure), `heads_kept`, `width_kept` (shares, a skipped unit keeps 0);
         `tokens`, and when there are any `lr`, `temperature`, `loss`; `runtime` where the study has
         a choice.
     """
     known = {unit.name: unit for unit in units or ()}
-    bits_sum = weight_sum = removed = total = 0.0
+    bits_sum = weight_sum = zeros = removed = total = 0.0
     skipped = 0
     kept: dict[str, list[float]] = {"heads": [], "width": []}
     for name, option in candidate["units"].items():
@@ -44,9 +45,12 @@ def candidate_figures(
             continue
         bits_sum += weight * share * weight_bits(option)
         weight_sum += weight * share
+        zeros += weight * share * sparsity(option)
     figures: dict[str, float | int | str] = {}
     if weight_sum:
         figures["mean_bits"] = round(bits_sum / weight_sum, 3)
+    if zeros:
+        figures["mean_sparsity"] = round(zeros / weight_sum, 4)
     figures["skipped_units"] = skipped
     if known and total:
         figures["removed_share"] = round(removed / total, 4)
@@ -66,6 +70,18 @@ def weight_bits(option: Mapping[str, Mapping[str, Any]]) -> int:
         if isinstance(bits, int):
             return bits
     return _DENSE_BITS
+
+
+def sparsity(option: Mapping[str, Mapping[str, Any]]) -> float:
+    """The share of zeros among a unit's weights."""
+    for args in option.values():
+        level = args.get("level")
+        if isinstance(level, str):
+            kept, _, group = level.partition(":")
+            return 1.0 - int(kept) / int(group)
+        if level is not None:
+            return float(level)
+    return 0.0
 
 
 def _kept_share(
@@ -104,6 +120,8 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
     parts = []
     if "mean_bits" in figures:
         parts.append(f"mean {figures['mean_bits']:.3g} bits")
+    if "mean_sparsity" in figures:
+        parts.append(f"{100 * float(figures['mean_sparsity']):.0f}% zeros")
     if figures.get("skipped_units"):
         count = figures["skipped_units"]
         parts.append(f"{count} unit{'' if count == 1 else 's'} skipped")

@@ -94,6 +94,15 @@ def _heading(view: Mapping[str, Any]) -> Text:
     text.append("\nbudget  ", style="dim").append(budget.describe(), style="yellow")
     if view.get("hypervolume") is not None:
         text.append(f"   hypervolume {view['hypervolume']:.4g}", style="dim")
+    other = view.get("against")
+    if other is not None and other["ratio"] is not None:
+        text.append(f"\nagainst {other['study']}: ", style="dim")
+        text.append(f"{other['ratio']:.3f}", style="bold")
+        text.append(
+            f" of its hypervolume ({other['hypervolume']:.4g}); this front covers "
+            f"{other['covers']:.0%} of that one's trials, that one {other['covered']:.0%} of these",
+            style="dim",
+        )
     return text
 
 

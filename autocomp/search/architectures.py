@@ -20,6 +20,7 @@ from autocomp.search.space import Space, Vector, hamming
 logger = logging.getLogger(__name__)
 
 _CONSIDERED = 200
+_FEW = 4
 _REPAIRED = 20
 _SOLVED = 6
 
@@ -55,7 +56,31 @@ class Architectures:
         if not found:
             self._make(costs, limits, rng)
             found = self._untried(costs, limits, tried)
+        if not found:
+            logger.warning("nothing untried is predicted to meet %s", dict(limits))
         return sorted(found, key=self.rank)
+
+    def below(
+        self,
+        costs: Costs,
+        limits: Limits,
+        shares: Sequence[float],
+        tried: AbstractSet[Vector],
+        rng: np.random.Generator,
+    ) -> list[Vector]:
+        """Untried vectors under each share of the limits: the best few, new ones where few fit."""
+        found: dict[Vector, None] = {}
+        for share in shares:
+            tight = {metric: limit * share for metric, limit in limits.items()}
+            if len(self._untried(costs, tight, tried)) < _FEW:
+                self._make(costs, tight, rng)
+            best = sorted(self._untried(costs, tight, tried), key=self.rank)[:_FEW]
+            found.update(dict.fromkeys(best))
+        return list(found)
+
+    def kl(self, vector: Vector) -> float | None:
+        """Screening KL in nats (the estimate of it, for a vector that was made here)."""
+        return self._kl.get(vector)
 
     def rank(self, vector: Vector) -> tuple[float, Vector]:
         """What vectors are sorted by: screening KL, then the vector itself."""
@@ -133,7 +158,7 @@ class Architectures:
             solved = milp_seeds(self._weights, costs, limits, _SOLVED, int(rng.integers(2**31)))
             made = [(vector, "milp") for vector in solved] + made
         except InfeasibleError as error:
-            logger.warning("%s", error)
+            logger.debug("%s", error)
         ratios = [
             kl / estimate
             for vector, kl in self._kl.items()

@@ -22,6 +22,9 @@ from autocomp.search.space import Space
 Limits = Mapping[str, float]
 """Metric (`latency_ms`, `size_bytes`, `peak_memory_bytes`) → upper limit."""
 
+SHARES = (0.75, 0.5, 0.35, 0.25)
+"""Of the limits: where candidates for the front are looked for, besides the limits themselves."""
+
 TOLERANCE = 1e-6
 """Relative rounding error a limit may be exceeded by; the solver works to no better."""
 

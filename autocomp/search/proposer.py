@@ -7,14 +7,14 @@ study, a projection that is rebuilt from the ledger's records when a search resu
 How it chooses, in order:
 1. baselines, as given;
 2. until three feasible trials are measured: the best of the screened at the whole limits and, in
-   turn, at nine and eight tenths of them (insurance against an optimistic estimate, and points for
-   the front), each a tenth of the units or more away from all earlier ones; settings are spread.
-   Runtimes take turns, beginning with the one on which the best of the screened fits: insurance
-   against an estimate that flatters one of them;
-3. then: one in three repeats the best architecture under settings near its own, on its runtime; the
-   others take the architecture of highest utility — its rank in screening, lowered near trials that
-   turned out worse than the median, and near what was tried or is pending — on the runtime where it
-   leaves most of the budget. So a runtime is chosen for what fits on it.
+   turn, at shares of them (insurance against an optimistic estimate, and points for the front),
+   each a tenth of the units or more away from all earlier ones; settings are spread. Runtimes take
+   turns, beginning with the one on which the best of the screened fits: insurance against an
+   estimate that flatters one of them;
+3. then, in turn: the best architecture under settings near its own, on its runtime; the
+   architecture of highest utility — its rank in screening, lowered near trials that turned out
+   worse than the median, and near what was tried or is pending — on the runtime where it leaves
+   most of the budget; and what is expected to add most to the front (`frontier`).
 
 An architecture is tried on one runtime: what it computes is the same on another, what it costs
 there the table knows.
@@ -46,6 +46,7 @@ from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
 from autocomp.search.costs import Costs, Limits, PeakMemory, Predictor, Predictors
 from autocomp.search.evolution import ORIGIN, distributions, to_params
+from autocomp.search.frontier import Frontier
 from autocomp.search.proposal import Proposal, trial_id
 from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened, new_study
@@ -55,7 +56,7 @@ from autocomp.study.records import TrialKind, TrialRecord
 
 logger = logging.getLogger(__name__)
 
-_SLACK = (1.0, 0.9, 1.0, 0.8)
+_SLACK = (1.0, 0.75, 1.0, 0.5)
 _ADAPT_AFTER = 3
 _LARGEST_MARGIN = 0.4
 
@@ -97,6 +98,7 @@ class TrialProposer:
         self._space, self._budget, self._objectives = space, budget, tuple(objectives)
         self._peak_memory, self._least_margin = dict(peak_memory or {}), margin
         self._architectures = Architectures(space, screened, scores)
+        self._frontier = Frontier(space, self._architectures, self._objectives)
         self._settings = Settings(space.distill)
         self._rng = np.random.default_rng([seed, len(finished)])
         self._trials = trials
@@ -306,6 +308,15 @@ class TrialProposer:
             )
             if again is not None:
                 return again
+        if best is not None and index % 3 == 2:
+            added = self._frontier.most_gain(
+                list(self._records.values()), self._costs, limits, vectors, self._rng
+            )
+            if added is not None:
+                settings = self._near(best.candidate.distillation, index)
+                named = self._named(*added, settings, tried)
+                if named is not None:
+                    return named[0], "surrogate"
         pool = sorted({v for its in pools.values() for v in its}, key=self._architectures.rank)
         if best is not None and pool:
             measured = [

@@ -6,6 +6,7 @@ runs the calibration tokens through and returns each candidate's KL to the teach
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,9 @@ from optuna.trial import TrialState, create_trial
 
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Runtime
-from autocomp.core.errors import InternalError
+from autocomp.core.errors import InfeasibleError, InternalError
 from autocomp.core.measurement import Measurement
-from autocomp.search.costs import Costs, PeakMemory, Predictor, Predictors
+from autocomp.search.costs import SHARES, Costs, Limits, PeakMemory, Predictor, Predictors
 from autocomp.search.evolution import (
     ORIGIN,
     SwapRepairSampler,
@@ -27,10 +28,11 @@ from autocomp.search.evolution import (
     from_params,
     to_params,
 )
+from autocomp.search.milp import Weights
 from autocomp.search.milp import seeds as milp_seeds
 from autocomp.search.repair import Repair
 from autocomp.search.scores import Scores
-from autocomp.search.space import Space
+from autocomp.search.space import Space, Vector
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,8 @@ def screen(
         known: screened before (from the ledger): replayed into the study, not evaluated again.
         scores: replace-one scores; they guide seeds and repairs.
         batch: candidates asked for at once; a multiple of the number of workers.
-        starts: how many MILP seeds; as many random budget-tight ones follow.
+        starts: how many MILP seeds at the limits; one more at each of `SHARES` of them, and as many
+            random budget-tight ones follow.
         margin: share of each limit that is left unused.
         peak_memory: how peak memory follows from size, if it is limited.
         runtime: whose costs the predictor tells; noted in the candidates proposed.
@@ -131,7 +134,10 @@ def screen(
     sampler = SwapRepairSampler(
         space,
         Repair(weights, costs, limits),
-        milp_seeds(weights, costs, limits, starts, seed),
+        [
+            *milp_seeds(weights, costs, limits, starts, seed),
+            *_seeds_below(weights, costs, limits, seed),
+        ],
         seed=seed + 7919 * len(results),
     )
     study = new_study(sampler, ["minimize"])
@@ -227,6 +233,16 @@ def screen_on_each(
         )
         left -= sum(item.candidate.runtime == runtime for item in results)
     return results
+
+
+def _seeds_below(weights: Weights, costs: Costs, limits: Limits, seed: int) -> list[Vector]:
+    """The best under shares of the limits, for the front: repairs always fill the whole budget."""
+    found: list[Vector] = []
+    for share in SHARES if limits else ():
+        tight = {metric: limit * share for metric, limit in limits.items()}
+        with contextlib.suppress(InfeasibleError):
+            found += milp_seeds(weights, costs, tight, 1, seed)
+    return found
 
 
 def new_study(

@@ -21,7 +21,8 @@ class TrialRecord:
         id: stable, readable: `dense`, `uniform-int8`, or the first 10 digits of the candidate key.
             Baselines on further runtimes add the runtime's name: `dense-openvino`.
         kind: dense reference, uniform baseline or proposal of the search.
-        proposed_by: `baseline`, `milp`, `evolution`, `random`.
+        proposed_by: `baseline`, `milp`, `evolution`, `random`; `surrogate` where a model of the
+            trials so far expected it to add most to the front.
         quality: task metric of the exported artifact on the search split, higher is better.
         teacher_kl: mean KL(teacher ‖ artifact) on the search split, nats.
         metric: the metric's own name and value (`{"name": "perplexity", "value": 87.1}`).

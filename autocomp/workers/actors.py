@@ -62,42 +62,38 @@ class ActorPool:
         load = [0] * len(self._actors)
         if progress is not None:
             progress(0, total)
-        try:
-            while waiting or running:
-                while waiting and min(load) < _QUEUED_PER_ACTOR:
-                    slot = load.index(min(load))
-                    job = waiting.popleft()
-                    call = getattr(self._actors[slot], method)
-                    running[call.remote(job[1])] = (slot, job)
-                    load[slot] += 1
-                ready, _ = ray.wait(list(running), num_returns=1)
-                slot, (index, item, tries) = running.pop(ready[0])
-                load[slot] -= 1
-                try:
-                    result = ray.get(ready[0])
-                except ray.exceptions.RayActorError as error:
-                    lost = self._lost(running, slot)
-                    if getattr(error, "cause", None) is not None or tries >= self._retries:
-                        raise surfaced(
-                            error, f"{self._name}.{method}: worker died on item {index + 1}"
-                        ) from error
-                    logger.warning("a %s worker died; its work is repeated", self._name)
-                    self._actors[slot] = self._class.remote(*self._args)
-                    load[slot] = 0
-                    waiting.extendleft(lost)
-                    waiting.appendleft((index, item, tries + 1))
-                    continue
-                except ray.exceptions.RayError as error:
+        while waiting or running:
+            while waiting and min(load) < _QUEUED_PER_ACTOR:
+                slot = load.index(min(load))
+                job = waiting.popleft()
+                call = getattr(self._actors[slot], method)
+                running[call.remote(job[1])] = (slot, job)
+                load[slot] += 1
+            ready, _ = ray.wait(list(running), num_returns=1)
+            slot, (index, item, tries) = running.pop(ready[0])
+            load[slot] -= 1
+            try:
+                result = ray.get(ready[0])
+            except ray.exceptions.RayActorError as error:
+                lost = self._lost(running, slot)
+                if getattr(error, "cause", None) is not None or tries >= self._retries:
                     raise surfaced(
-                        error, f"{self._name}.{method} failed on item {index + 1} of {total}"
+                        error, f"{self._name}.{method}: worker died on item {index + 1}"
                     ) from error
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                yield index, result
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+                logger.warning("a %s worker died; its work is repeated", self._name)
+                self._actors[slot] = self._class.remote(*self._args)
+                load[slot] = 0
+                waiting.extendleft(lost)
+                waiting.appendleft((index, item, tries + 1))
+                continue
+            except ray.exceptions.RayError as error:
+                raise surfaced(
+                    error, f"{self._name}.{method} failed on item {index + 1} of {total}"
+                ) from error
+            done += 1
+            if progress is not None:
+                progress(done, total)
+            yield index, result
 
     @staticmethod
     def _lost(running: dict[Any, tuple[int, tuple[int, Any, int]]], slot: int) -> list[Any]:

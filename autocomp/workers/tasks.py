@@ -38,7 +38,10 @@ def run_tasks(
 
     Raises:
         AutocompError: what the function raised, if it is one of ours.
-        InternalError: for anything else, with the cause; calls in flight are cancelled.
+        InternalError: for anything else, with the cause.
+
+    After an error the few calls in flight end by themselves: cancelling one just as it ends makes
+    Ray 2.60 abort the process that cancels.
     """
     import ray
 
@@ -50,23 +53,19 @@ def run_tasks(
     remote = ray.remote(num_cpus=1, max_retries=retries)(function)
     running: dict[Any, int] = {}
     index = 0
-    try:
-        while index < total or running:
-            while index < total and len(running) < workers * _IN_FLIGHT_PER_WORKER:
-                running[remote.remote(pending[index])] = index
-                index += 1
-            ready, _ = ray.wait(list(running), num_returns=1)
-            at = running.pop(ready[0])
-            try:
-                results[at] = ray.get(ready[0])
-            except ray.exceptions.RayError as error:
-                name = getattr(function, "__name__", repr(function))
-                raise surfaced(error, f"{name} failed on item {at + 1} of {total}") from error
-            if progress is not None:
-                progress(len(results), total)
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+    while index < total or running:
+        while index < total and len(running) < workers * _IN_FLIGHT_PER_WORKER:
+            running[remote.remote(pending[index])] = index
+            index += 1
+        ready, _ = ray.wait(list(running), num_returns=1)
+        at = running.pop(ready[0])
+        try:
+            results[at] = ray.get(ready[0])
+        except ray.exceptions.RayError as error:
+            name = getattr(function, "__name__", repr(function))
+            raise surfaced(error, f"{name} failed on item {at + 1} of {total}") from error
+        if progress is not None:
+            progress(len(results), total)
     return [results[at] for at in range(total)]
 
 

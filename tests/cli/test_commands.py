@@ -57,8 +57,11 @@ class FakeStudy:
     def __init__(self, calls: list[tuple[str, Any]]) -> None:
         self.calls = calls
 
-    def front(self) -> dict[str, Any]:
-        return FRONT
+    def front(self, against: Path | None = None) -> dict[str, Any]:
+        if against is None:
+            return FRONT
+        other = {"study": str(against), "hypervolume": 0.5, "ratio": 1.2, "covers": 0.5}
+        return {**FRONT, "against": {**other, "covered": 0.25}}
 
     def pick(self, **limits: Any) -> FakePicked:
         self.calls.append(("pick", limits))
@@ -183,6 +186,13 @@ class TestFront:
         assert result.exit_code == 0
         assert api.calls == [("open_study", Path("runs/tiny"))]
         assert "6fc4fb7607" in result.stdout
+
+    def test_against_another_study(self, api: FakeApi, tmp_path: Path) -> None:
+        result = run("front", "runs/x", "--against", str(tmp_path))
+        assert result.exit_code == 0, result.stderr
+        said = " ".join(result.stdout.split())
+        assert "1.200 of its hypervolume (0.5)" in said
+        assert "covers 50% of that one's trials, that one 25% of these" in said
 
     def test_json_is_the_view_itself(self, api: FakeApi) -> None:
         assert json.loads(run("front", "runs/tiny", "--json").stdout) == FRONT

@@ -66,6 +66,21 @@ def test_factors_and_a_pruned_vocabulary_remove_weights() -> None:
         assert figures["removed_share"] == pytest.approx(1 - share, abs=1e-4)
 
 
+def test_zeros_are_counted_among_the_weights_that_remain() -> None:
+    candidate = Candidate.of(
+        {
+            "embeddings": Option((Step.of("rtn", weights=4, group=32),)),
+            "layers.0.attention": Option((Step.of("heads", keep=2), Step.of("wanda", level="1:4"))),
+            "layers.0.ffn": Option((Step.of("sparsegpt", level=0.5), Step.of("gptq", weights=8))),
+            "layers.1.attention": Option((Step.of("skip"),)),
+        }
+    ).to_json()
+    figures = candidate_figures(candidate, UNITS[:4])
+    zeros = (200 * 0.75 + 600 * 0.5) / (1000 + 200 + 600)
+    assert figures["mean_sparsity"] == pytest.approx(zeros, abs=1e-4)
+    assert "25% zeros" in figures_text(figures)
+
+
 def test_without_units_every_unit_counts_the_same() -> None:
     figures = candidate_figures(CANDIDATE)
     assert figures["mean_bits"] == pytest.approx((4 + 8 + 32 + 32) / 4)
