@@ -38,7 +38,7 @@ def to_onnx(
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
-        _quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"),
+        _quiet("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir"),
     ):
         warnings.simplefilter("ignore")
         try:
