@@ -9,9 +9,9 @@ Linear attention, RetNet, Mamba-2 and RWKV-6 are this with three switches:
 - `read_before`: a token reads S_{t-1} instead of S_t (RWKV);
 - `diagonal`: the weight of a token's own k_t v_tᵀ in what it reads: 1, 0, or a vector `(H, K)`.
 
-`recurrent` goes token by token (decoding), `chunkwise` is parallel in time and linear in T
-(training, prefill), `quadratic` writes out every pair (the reference). An appended column of ones
-in `value` gives the sum of the weights, for mixers that divide by it.
+`recurrent` goes token by token, `chunkwise` is parallel in time and linear in T (training, prefill,
+and decoding from a state), `quadratic` writes out every pair (the reference). A column of ones
+appended to `value` gives the sum of the weights, for mixers that divide by it.
 
 Decays are summed in float32 at least, and only ever over the tokens between two others:
 exp(b_t)·exp(-b_s) of running sums b overflows as soon as decays are strong. Vector decays are
