@@ -28,6 +28,7 @@ def test_they_are_all_here():
         "all_operators",
         "llama_cpu",
         "llama_decode_cpu",
+        "long_context",
         "quickstart",
         "tiny",
         "vit_cpu",
