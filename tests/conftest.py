@@ -1,7 +1,8 @@
-"""How the suite is shared among processes (`pytest --numprocesses 2`, of pytest-xdist).
+"""How the suite runs: property tests repeat, and processes share it by room.
 
-A room's tests stay together, for their fixtures; what starts Ray comes first and stays in one
-process, so that two clusters never share the machine. Alone, `pytest` runs everything in one.
+Under `pytest --numprocesses 2` (pytest-xdist) a room's tests stay together, for their fixtures;
+what starts Ray comes first and stays in one process, so that two clusters never share the machine.
+Alone, `pytest` runs everything in one process.
 """
 
 from __future__ import annotations
@@ -11,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 RAY = ("end_to_end", "workers")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

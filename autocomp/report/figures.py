@@ -82,9 +82,12 @@ def summarise_option(option: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _summarise_step(operator: str, args: Mapping[str, Any]) -> str:
-    """Bits as `w8`, `a8`, `g32`, left out where they say float or one group per row."""
+    """Bits as `w8`, `a8`, `g32`, left out where they say float or one group per row.
+
+    A replacement goes by its mixer's name.
+    """
     rest = dict(args)
-    words = [operator]
+    words = [str(rest.pop("mixer", operator))]
     if "keep" in rest:
         words.append(str(rest.pop("keep")))
     for name in ("weights", "activations", "group"):

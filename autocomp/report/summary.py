@@ -24,15 +24,15 @@ def candidate_figures(
             of width and of all weights are given; without, units count equally.
 
     Returns:
-        `mean_bits` over the units that remain, `mean_sparsity` (share of zeros among their weights)
-        where there are any, `skipped_units`; with `units` also `removed_share`
-        (of all weights, by structure), `heads_kept`, `width_kept` (shares, a skipped unit keeps 0);
-        `tokens`, and when there are any `lr`, `temperature`, `loss`; `runtime` where the study has
-        a choice.
+        `mean_bits` over the units that remain; `skipped_units`; where there are any,
+        `mean_sparsity` (share of zeros among the weights that remain) and `replaced_units` (a mixer
+        stands in for attention); with `units` also `removed_share` (of all weights, by structure),
+        `heads_kept`, `width_kept` (shares, a skipped unit keeps 0); `tokens`, and when there are
+        any `lr`, `temperature`, `loss`; `runtime` where the study has a choice.
     """
     known = {unit.name: unit for unit in units or ()}
     bits_sum = weight_sum = zeros = removed = total = 0.0
-    skipped = 0
+    skipped = replaced = 0
     kept: dict[str, list[float]] = {"heads": [], "width": []}
     for name, option in candidate["units"].items():
         unit = known.get(name)
@@ -40,6 +40,7 @@ def candidate_figures(
         share = _kept_share(option, unit, kept)
         total += weight
         removed += weight * (1.0 - share)
+        replaced += "replace" in option
         if "skip" in option:
             skipped += 1
             continue
@@ -52,6 +53,8 @@ def candidate_figures(
     if zeros:
         figures["mean_sparsity"] = round(zeros / weight_sum, 4)
     figures["skipped_units"] = skipped
+    if replaced:
+        figures["replaced_units"] = replaced
     if known and total:
         figures["removed_share"] = round(removed / total, 4)
         for axis, shares in kept.items():
@@ -125,6 +128,8 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
     if figures.get("skipped_units"):
         count = figures["skipped_units"]
         parts.append(f"{count} unit{'' if count == 1 else 's'} skipped")
+    if "replaced_units" in figures:
+        parts.append(f"attention replaced in {figures['replaced_units']}")
     if figures.get("removed_share"):
         parts.append(f"{100 * float(figures['removed_share']):.0f}% of weights removed")
     tokens = figures.get("tokens")

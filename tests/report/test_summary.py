@@ -81,6 +81,15 @@ def test_zeros_are_counted_among_the_weights_that_remain() -> None:
     assert "25% zeros" in figures_text(figures)
 
 
+def test_replaced_attention_is_counted() -> None:
+    mixed = Option((Step.of("replace", mixer="window"), Step.of("gptq", weights=8)))
+    names = ("layers.0.attention", "layers.1.attention")
+    figures = candidate_figures(Candidate.of(dict.fromkeys(names, mixed)).to_json())
+    assert figures["replaced_units"] == 2
+    assert "attention replaced in 2" in figures_text(figures)
+    assert "replaced_units" not in candidate_figures(CANDIDATE)
+
+
 def test_without_units_every_unit_counts_the_same() -> None:
     figures = candidate_figures(CANDIDATE)
     assert figures["mean_bits"] == pytest.approx((4 + 8 + 32 + 32) / 4)
@@ -124,6 +133,7 @@ def test_text() -> None:
             {"heads": {"keep": 6}, "gptq": {"activations": 8, "group": 0, "weights": 8}},
             "heads 6 + gptq w8 a8",
         ),
+        ({"replace": {"mixer": "window"}, "gptq": {"weights": 4}}, "window + gptq w4"),
         ({"rtn": {"group": 32, "weights": 4, "activations": 32}}, "rtn w4 g32"),
         ({"other": {"alpha": 0.5}}, "other alpha=0.5"),
     ],
