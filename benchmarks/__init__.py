@@ -14,4 +14,7 @@ NAMES = (
     "block_memory",
     "peer_solvers",
     "controller",
+    "mixers_minilm",
+    "mixers_llama",
+    "mixers_dinov2",
 )

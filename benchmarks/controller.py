@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.setting import SPEC
+from benchmarks.setting import SPACES
 
 WORKERS = 2
 REDUCED = {"search.screen": 200, "search.trials": 4, "distill.tokens": [40000]}
@@ -28,7 +28,7 @@ def run(options: Any) -> dict[str, float]:
 
     with TemporaryDirectory(prefix="autocomp-benchmark-") as directory:
         study = Path(directory) / "study"
-        search(SPEC, study, workers=WORKERS, overrides=REDUCED)
+        search(SPACES / "quickstart.yaml", study, workers=WORKERS, overrides=REDUCED)
         return figures(study)
 
 

@@ -1,6 +1,6 @@
-"""The quickstart's model, data, teacher and library, which the benchmarks run on.
+"""A spec's model, data, teacher and library, which the benchmarks run on: mostly the quickstart's.
 
-They are made when missing and kept where searches keep them (`$AUTOCOMP_CACHE`), so a quickstart
+They are made when missing and kept where searches keep them (`$AUTOCOMP_CACHE`), so a search
 before saves time.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SPEC = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
+SPACES = Path(__file__).parents[1] / "search_spaces"
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,22 @@ class Setting:
     scratch: Path
 
 
-@contextmanager
 def quickstart(
     *, library: bool = True, overrides: Mapping[str, Any] | None = None
-) -> Iterator[Setting]:
+) -> AbstractContextManager[Setting]:
     """The quickstart up to its first trial; without its items unless `library`."""
+    return prepared("quickstart", library=library, overrides=overrides)
+
+
+@contextmanager
+def prepared(
+    spec: str,
+    *,
+    library: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+    progress: Any = None,
+) -> Iterator[Setting]:
+    """A spec of `search_spaces/` up to its first trial; without its items unless `library`."""
     from dataclasses import replace
 
     import torch
@@ -49,13 +60,14 @@ def quickstart(
     torch.set_num_threads(1)
     with TemporaryDirectory(prefix="autocomp-benchmark-") as directory:
         scratch = Path(directory)
-        plan = make_plan(SPEC, overrides or {})
+        progress = progress or Silent()
+        plan = make_plan(SPACES / f"{spec}.yaml", overrides or {})
         study = Study.create_or_open(scratch / "study", plan.spec)
-        teacher = prepare.prepare_teacher(plan, Silent())
+        teacher = prepare.prepare_teacher(plan, progress)
         context = prepare.prepare_context(plan, study, teacher)
         if library:
             with ExitOnDemand(start) as cluster:
-                items = prepare.prepare_library(plan, teacher, cluster, Silent())
+                items = prepare.prepare_library(plan, teacher, cluster, progress)
             context = replace(context, items=items)
         yield Setting(plan, study, teacher, context, scratch)
 

@@ -18,4 +18,4 @@ class TestMixers(MixerContract):
 
 
 def test_names_are_those_of_the_registry() -> None:
-    assert [mixer.name for mixer in ALL] == MIXERS.names()
+    assert {name: MIXERS.get(name).name for name in MIXERS} == {name: name for name in MIXERS}
