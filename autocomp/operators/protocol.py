@@ -143,7 +143,9 @@ class Operator(Protocol):
         choices: the entries of a spec's rule it reads, for `autocomp ls operators`.
         stage: when it is applied; see `STAGES`.
         version: raised when the weights it produces change, so that stored items are rebuilt.
-        speeds_up, shrinks: names of the targets that turn it into speed, into bytes.
+        speeds_up, shrinks: names of the targets that turn it into speed, into bytes on disk.
+        saves_memory: names of those on which it lowers the peak while running beyond what fewer
+            bytes on disk do.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Operator(Protocol):
     version: int
     speeds_up: tuple[str, ...]
     shrinks: tuple[str, ...]
+    saves_memory: tuple[str, ...]
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """The steps this rule asks of this operator at `unit`; `None` stands for leaving it out.

@@ -62,6 +62,7 @@ class _Broken:
     stage: Stage = "structure"
     speeds_up: tuple[str, ...] = ()
     shrinks: tuple[str, ...] = ()
+    saves_memory: tuple[str, ...] = ()
 
     def __init__(self, fault: str) -> None:
         self.fault = fault

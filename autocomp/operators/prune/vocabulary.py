@@ -28,6 +28,7 @@ class PruneVocabulary:
     version = 1
     speeds_up: tuple[str, ...] = ()
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """The whole vocabulary or the task's; the rule then says `{"keep": N, "unknown": id}`.

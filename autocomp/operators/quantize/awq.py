@@ -29,6 +29,7 @@ class Awq:
     choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def __init__(self, name: str, summary: str, paper: str, *, by_gptq: bool) -> None:
         self.name = name

@@ -35,6 +35,7 @@ class KvCache:
     version = 1
     speeds_up: tuple[str, ...] = ()
     shrinks: tuple[str, ...] = ()
+    saves_memory: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Leave the cache, or 8 bits.

@@ -23,6 +23,7 @@ class Nearest(ABC):
     stage: Stage = "bits"
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     @abstractmethod
     def scales(self, weight: Tensor, format: SiteFormat) -> Tensor:

@@ -33,6 +33,7 @@ class Replace:
     trains = True
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ()
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Leave attention as it is, or replace it by one of the mixers.
