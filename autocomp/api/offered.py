@@ -103,9 +103,7 @@ def offer(
         rest = {runtime: target for runtime, target in targets.items() if runtime not in hopeless}
         if not rest:
             raise loaded.source.error_at(("target", "runtime"), "; ".join(left_out))
-        found = offer(
-            loaded, units, rules, options, rest, tokens=tokens, dense_bytes=dense_bytes
-        )
+        found = offer(loaded, units, rules, options, rest, tokens=tokens, dense_bytes=dense_bytes)
         return replace(found, notes=(*left_out, *found.notes))
     excluded: dict[Runtime, dict[tuple[str, str], str]] = {runtime: {} for runtime in targets}
     for name, row in rows.items():
@@ -263,7 +261,7 @@ def _leaves(value: Any) -> Iterator[Scalar]:
 
 
 def _choices(option: Option, named: Mapping[Stage, Collection[Scalar]]) -> Iterator[_Choice]:
-    """What of the spec an option takes up; arguments that follow from shapes are not named there."""
+    """What of the spec an option takes up; what follows from shapes is not named there."""
     for step in option.steps:
         yield step.operator, "", ""
         values = named[OPERATORS.get(step.operator).stage]

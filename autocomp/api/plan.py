@@ -297,7 +297,8 @@ def _dense_bytes(
 ) -> int:
     total = _rest_bytes(config, units, shapes)
     for unit in units:
-        total += sum(4 * site.parameters for site in unit.sites if unit.tied_to is None or site.bias)
+        own = (site for site in unit.sites if unit.tied_to is None or site.bias)
+        total += 4 * sum(site.parameters for site in own)
     return total
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,8 @@ def reloaded_logits(
     """
     with tempfile.TemporaryDirectory() as scratch:
         feeds, output = Path(scratch) / "inputs.npz", Path(scratch) / "logits.npy"
-        np.savez(feeds, **artifact.feeds(inputs))
+        arrays: dict[str, Any] = {**artifact.feeds(inputs)}
+        np.savez(feeds, **arrays)
         ended = subprocess.run(
             [sys.executable, "-P", rerun.__file__, artifact.path, feeds, output, str(threads)],
             capture_output=True,

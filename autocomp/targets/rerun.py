@@ -28,7 +28,7 @@ class _Refuse:
 
 def main(model: str, inputs: str, output: str, threads: str) -> None:
     """Write the logits of `model` on `inputs`."""
-    sys.meta_path.insert(0, _Refuse())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Refuse())
     with np.load(inputs, allow_pickle=False) as arrays:
         feeds = {name: arrays[name] for name in arrays.files}
     run = _openvino if Path(model).suffix == ".xml" else _onnxruntime

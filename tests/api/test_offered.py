@@ -117,9 +117,7 @@ def test_a_ratio_that_removes_no_token_is_left_out(root: Path, method: str) -> N
         "bits": {"method": "rtn", "weights": ["dense", 8]},
     }
     made = plan(root, "image", [rule])
-    ratios = {
-        step["ratio"] for o in made.options["layers.0.attention"] if (step := o.step(method))
-    }
+    ratios = {step["ratio"] for o in made.options["layers.0.attention"] if (step := o.step(method))}
     assert ratios == {0.25}
     assert len(made.options["layers.0.attention"]) == 4
     (note,) = told(made)

@@ -11,7 +11,7 @@ import torch
 from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.operators import OPERATORS
-from autocomp.operators.protocol import Operator, Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Operator, Rule, Stage, UnitState, UnitStats
 from autocomp.testing.operator_contract import USED_ROWS, OperatorContract
 
 METHODS = ["gptq", "rtn", "hqq", "awq", "awq_gptq", "smoothquant"]
@@ -75,6 +75,9 @@ class _Broken:
         self, unit: Unit, formats: dict[str, SiteFormat], step: Step
     ) -> dict[str, SiteFormat]:
         return dict(formats)
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        return frozenset()
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         from dataclasses import replace

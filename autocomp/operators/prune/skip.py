@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 
 
 class Skip:
@@ -43,6 +43,10 @@ class Skip:
     ) -> dict[str, SiteFormat]:
         """Nothing is left."""
         return {}
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Nothing is left."""

@@ -16,7 +16,15 @@ from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.factors import second_of
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import (
+    Need,
+    Rule,
+    SiteState,
+    SiteStats,
+    Stage,
+    UnitState,
+    UnitStats,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +84,10 @@ class KvCache:
         names = _cached(unit, formats)
         changed = {name: replace(formats[name], cache_bits=step["bits"]) for name in names}
         return {**formats, **changed}
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """The sample of inputs."""
+        return frozenset({"range"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Find the scales on the sample of inputs.

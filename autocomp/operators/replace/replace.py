@@ -15,7 +15,7 @@ from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.mixers import MIXERS
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 
 if TYPE_CHECKING:
     from autocomp.models.mixers.protocol import Mixer
@@ -80,6 +80,10 @@ class Replace:
             elif site.role in mixer.reads:
                 result[site.name] = formats[site.name]
         return result
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """What attention was called with."""
+        return frozenset({"recording"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Start from what the attention's weights say, then train on its recorded inputs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import Unit
-from autocomp.operators.protocol import UnitState, UnitStats
+from autocomp.operators.protocol import Need, UnitState, UnitStats
 from autocomp.operators.sparsify.sparsifier import Sparsifier
 
 
@@ -16,6 +16,10 @@ class Wanda(Sparsifier):
     summary = "Set to zero the weights of each row that meet the least input."
     paper = "Sun et al., 2023, Wanda, arXiv:2306.11695"
     version = 1
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """The energy of each input."""
+        return frozenset({"gram"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Mask every site by |W| · ‖x‖, compared within a row (of a group under N:M).
