@@ -27,6 +27,7 @@ class Wanda(Sparsifier):
         Raises:
             ModelError: if a weight is not finite.
         """
+        from autocomp.operators import gram
         from autocomp.operators.sparsify.masks import refuse_not_finite, row_mask, sparse_site
 
         formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
@@ -36,6 +37,7 @@ class Wanda(Sparsifier):
                 raise InternalError(f"wanda at {unit.name}: no calibration statistics for {name}")
             refuse_not_finite(name, site.weight)
             energy = stats[name].gram.diagonal()
+            gram.refuse_not_finite(energy)
             if site.kept_columns is not None:
                 energy = energy[site.kept_columns]
             scores = site.weight.abs() * energy.clamp_min(0.0).sqrt()
