@@ -17,7 +17,7 @@ from autocomp.core.candidate import Candidate
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.measurement import Measurement
 from autocomp.export import EXPORTERS, own_format
-from autocomp.export.artifact import ONNX, OPENVINO
+from autocomp.export.artifact import ONNX, OPENVINO, reloaded_logits
 from autocomp.export.card import model_card
 from autocomp.export.companions import Companions
 from autocomp.export.protocol import ExportRequest
@@ -243,6 +243,27 @@ def test_the_process_that_reloads_has_the_runtime_and_numpy_alone(
     monkeypatch.setenv("PYTHONPATH", str(fake))
     with pytest.raises(InternalError, match="torch is not for users of the exported model"):
         ONNX.verify(request, out, target)
+
+
+def test_a_model_with_a_cache_is_reloaded_with_an_empty_one(tmp_path: Path) -> None:
+    """float and int8 caches, a state of constant size and a length: the shape of each is logits."""
+    make, value = helper.make_node, helper.make_tensor_value_info
+    caches = [
+        value("past_key_values.0.key", 1, ["batch", 2, "past", 4]),
+        value("past_key_values.0.value", 3, ["batch", 2, "past", 4]),
+        value("past_state.1.sum", 1, ["batch", 5]),
+        value("past_length", 7, [1]),
+    ]
+    nodes = [make("Shape", [one.name], [f"shape{i}"]) for i, one in enumerate(caches)]
+    nodes.append(make("Concat", [f"shape{i}" for i in range(4)], ["logits"], axis=0))
+    given = [value("input_ids", 7, ["batch", "sequence"]), *caches]
+    graph = helper.make_graph(nodes, "cache", given, [value("logits", 7, [None])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    inputs = {"input_ids": np.ones((3, 7), np.int64)}
+    found = reloaded_logits(Artifact(path, path.stat().st_size), inputs, 1)
+    assert found.tolist() == [3, 2, 0, 4, 3, 2, 0, 4, 3, 5, 1]
 
 
 def test_a_failed_export_leaves_nothing(request_: ExportRequest, tmp_path: Path) -> None:
