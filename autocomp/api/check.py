@@ -69,11 +69,7 @@ def report(plan: Plan) -> CheckReport:
     """The report of a plan."""
     spec = plan.spec
     targets = {runtime: make_target(spec.target.on(runtime)) for runtime in plan.runtimes}
-    dense = plan.rest_bytes
-    for unit in plan.units:
-        dense += sum(
-            4 * site.parameters for site in unit.sites if unit.tied_to is None or site.bias
-        )
+    dense = plan.dense_bytes
     reached = {runtime: _smallest(plan, runtime, target) for runtime, target in targets.items()}
     shares = min(reached.values(), key=lambda each: sum(each.values()))
     smallest = plan.rest_bytes + sum(shares.values())

@@ -12,7 +12,7 @@ KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
 
 def list_kind(kind: str) -> list[dict[str, Any]]:
     """One row per extension: `name`, `summary`, `paper`, `options`, `speeds_up`, `shrinks`,
-    `expresses` (exporters: which candidates they can write).
+    `saves_memory`, `expresses` (exporters: which candidates they can write).
 
     Raises:
         UserError: for an unknown kind.
@@ -38,6 +38,7 @@ def _row(name: str, summary: str, item: object = None) -> dict[str, Any]:
         "options": getattr(item, "choices", ""),
         "speeds_up": list(getattr(item, "speeds_up", ())),
         "shrinks": list(getattr(item, "shrinks", ())),
+        "saves_memory": list(getattr(item, "saves_memory", ())),
         "expresses": getattr(item, "expresses", ""),
     }
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from autocomp.api.offered import Exclusions, offer
 from autocomp.core.candidate import Option, Runtime
 from autocomp.core.errors import UserError
 from autocomp.core.tokens import TokenReduction
@@ -32,14 +33,10 @@ from autocomp.spec.loader import LoadedSpec, load_spec
 from autocomp.spec.names import check_names, match_rules
 from autocomp.spec.schema import Spec
 from autocomp.targets import make_target
-from autocomp.targets.protocol import Target
 from autocomp.targets.runtimes import usable_runtimes
 from autocomp.tasks import TASKS
 from autocomp.tasks.base import model_positions
 from autocomp.tasks.inspect import DataSummary, inspect_data
-
-Exclusions = Mapping[tuple[str, str], str]
-"""(Unit name, option key) → why a runtime cannot carry the option out."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Plan:
         runtimes: what is searched on, the one relative limits refer to first; `(None,)` where the
             spec leaves no choice.
         excluded: runtime → options it cannot carry out, though another can.
-        notes: on runtimes that were left out.
+        notes: on options that are not offered and runtimes that were left out.
     """
 
     loaded: LoadedSpec
@@ -135,8 +132,12 @@ class Plan:
     @property
     def rest_bytes(self) -> int:
         """Bytes of the float32 tensors that belong to no unit: norms, positions, a patch conv."""
-        rest = rest_parameters(self.config, self.units, self.shapes)
-        return 4 * sum(_count(shape) for shape in rest.values())
+        return _rest_bytes(self.config, self.units, self.shapes)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense float32 model; a weight that two units share counts once."""
+        return _dense_bytes(self.config, self.units, self.shapes)
 
 
 def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Plan:
@@ -176,7 +177,15 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
     options = {
         unit.name: _options(loaded, unit, rules.get(unit.name), vocabulary) for unit in units
     }
-    excluded = _excluded(loaded, units, rules, options, targets, notes)
+    offered = offer(
+        loaded,
+        units,
+        rules,
+        options,
+        targets,
+        tokens=_image_tokens(spec, model_path, units),
+        dense_bytes=_dense_bytes(config, units, shapes),
+    )
     return Plan(
         loaded,
         model_path,
@@ -185,11 +194,11 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         data,
         units,
         rules,
-        options,
+        offered.options,
         vocabulary,
-        tuple(excluded),
-        excluded,
-        tuple(notes),
+        tuple(offered.excluded),
+        offered.excluded,
+        (*notes, *offered.notes),
     )
 
 
@@ -267,51 +276,30 @@ def _options(
         raise loaded.source.error_at(("space", rule), f"{unit.name}: {error}") from error
 
 
-def _excluded(
-    loaded: LoadedSpec,
-    units: Sequence[Unit],
-    rules: Mapping[str, int],
-    options: Mapping[str, Sequence[Option]],
-    targets: dict[Runtime, Target],
-    notes: list[str],
-) -> dict[Runtime, Exclusions]:
-    """What each runtime cannot carry out; a runtime that is left with no option of a unit goes.
+def _image_tokens(spec: Spec, model_path: Path, units: Sequence[Unit]) -> int:
+    """Tokens that an image becomes; 0 where tokens are not patches."""
+    protected = next((u.protected_tokens for u in units if u.protected_tokens is not None), None)
+    if protected is None:
+        return 0
+    from autocomp.tasks.image_classification import patches
 
-    Raises:
-        SpecError: for an option that no runtime can carry out.
-    """
-    excluded: dict[Runtime, dict[tuple[str, str], str]] = {runtime: {} for runtime in targets}
-    hopeless: dict[Runtime, str] = {}
+    return protected + patches(model_path, spec.target.workload.image)
+
+
+def _rest_bytes(
+    config: Mapping[str, Any], units: Sequence[Unit], shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    return 4 * sum(_count(shape) for shape in rest_parameters(config, units, shapes).values())
+
+
+def _dense_bytes(
+    config: Mapping[str, Any], units: Sequence[Unit], shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    total = _rest_bytes(config, units, shapes)
     for unit in units:
-        if unit.name not in rules:
-            continue
-        for option in options[unit.name]:
-            formats = option_formats(unit, option).values()
-            reduction = token_reduction(unit, option)
-            reasons = {}
-            for runtime, target in targets.items():
-                found = [target.formats_supported(left) for left in formats]
-                if reduction is not None:
-                    found.append(target.tokens_supported(reduction))
-                reason = next((reason for reason in found if reason is not None), None)
-                if reason is not None:
-                    reasons[runtime] = excluded[runtime][unit.name, option.key] = reason
-            if len(reasons) == len(targets):
-                told = "; ".join(f"{targets[its].name} {reason}" for its, reason in reasons.items())
-                raise loaded.source.error_at(
-                    ("space", rules[unit.name]), f"{unit.name}, {option.label()}: {told}"
-                )
-        for runtime, rows in excluded.items():
-            kept = [o for o in options[unit.name] if (unit.name, o.key) not in rows]
-            if not kept:
-                hopeless.setdefault(runtime, f"it can carry out no option of {unit.name}")
-    if not hopeless:
-        return dict(excluded)
-    notes += [f"runtime {runtime} is left out: {why}" for runtime, why in hopeless.items()]
-    rest = {runtime: target for runtime, target in targets.items() if runtime not in hopeless}
-    if not rest:
-        raise loaded.source.error_at(("target", "runtime"), "; ".join(notes))
-    return _excluded(loaded, units, rules, options, rest, notes)
+        own = (site for site in unit.sites if unit.tied_to is None or site.bias)
+        total += 4 * sum(site.parameters for site in own)
+    return total
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -84,6 +84,8 @@ def prepare_library(
 ) -> dict[tuple[str, str], str]:
     """Calibrate and build what the library lacks; the key of every item.
 
+    Only what the operators of missing items read is gathered: nothing runs where they read nothing.
+
     `cluster` starts the workers; it is called only if there is something to build.
     """
     from autocomp.calibrate.stats import recording_path
@@ -117,7 +119,8 @@ def prepare_library(
         {unit: content_key([statistics, path.name]) for unit, path in counted.items()},
         recording,
     )
-    if build.tasks:
+    needs = {name: build.needs[name] for name in paths if name in build.needs}
+    if needs:
         model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
         recorded = build.recorded
         for _ in calibrate(
@@ -125,6 +128,7 @@ def prepare_library(
             plan.units,
             batches,
             directory,
+            needs=needs,
             record=recorded,
             record_batches=more if recorded else (),
             progress=progress.advance,
@@ -176,13 +180,14 @@ def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:
     import torch
 
     from autocomp.calibrate.stats import SiteStats, save_stats
+    from autocomp.operators import step_needs
     from autocomp.tasks.vocabulary import token_counts
 
     files: dict[str, Path] = {}
     for unit in plan.units:
         site = unit.site("embedding")
-        used = {step.operator for option in plan.options[unit.name] for step in option.steps}
-        if site is None or not used & {"rank", "vocabulary"}:
+        steps = {step for option in plan.options[unit.name] for step in option.steps}
+        if site is None or "rows" not in step_needs(steps):
             continue
         counts = token_counts(task, site.rows)
         if plan.vocabulary is not None:

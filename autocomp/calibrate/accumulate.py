@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autocomp.calibrate.stats import SiteStats
+from autocomp.calibrate.stats import GATHERED, Need, SiteStats
 from autocomp.calibrate.values import Values
 from autocomp.core.errors import ModelError
 
 
 class _Sum:
-    """Running Σ x xᵀ, Σ x, the number of rows, and what values they held."""
+    """Running Σ x xᵀ, Σ x, the number of rows, and what values they held: what of it is needed."""
 
-    def __init__(self, columns: int) -> None:
-        self.gram = torch.zeros(columns, columns)
-        self.total = torch.zeros(columns, dtype=torch.float64)
+    def __init__(self, columns: int, needs: Collection[Need]) -> None:
+        summed = columns if "gram" in needs else 0
+        self.gram = torch.zeros(summed, summed)
+        self.total = torch.zeros(summed, dtype=torch.float64)
         self.count = 0
-        self.values = Values(columns)
+        self.values = Values(columns) if "range" in needs else None
 
     def add(self, rows: Tensor) -> None:
         """`rows (N, columns)`."""
         rows = rows.float()
-        self.gram.addmm_(rows.t(), rows)
-        self.total += rows.sum(dim=0, dtype=torch.float64)
         self.count += rows.shape[0]
-        self.values.add(rows)
+        if len(self.total):
+            self.gram.addmm_(rows.t(), rows)
+            self.total += rows.sum(dim=0, dtype=torch.float64)
+        if self.values is not None:
+            self.values.add(rows)
 
     def stats(self) -> SiteStats:
         mean = (self.total / max(self.count, 1)).float()
+        if self.values is None:
+            return SiteStats(gram=self.gram, mean=mean, count=self.count)
         return SiteStats(
             gram=self.gram,
             mean=mean,
@@ -42,19 +47,32 @@ class _Sum:
             sample=self.values.sample,
         )
 
+    @property
+    def finite(self) -> bool:
+        """Whether everything that was seen is; NaN and infinity show in either part."""
+        seen = [self.gram.diagonal()]
+        if self.values is not None:
+            seen += [self.values.low, self.values.high]
+        return all(bool(torch.isfinite(part).all()) for part in seen)
+
 
 class Accumulator:
     """Collects the statistics of some sites of a model while it runs.
 
-    Sites that are called with the very same tensor share one sum. Use as
+    Sites that are called with the very same tensor, and need the same of it, share one sum. Use as
 
         with accumulator.watching(mask):
             block(hidden)
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        """`modules`: site name → linear layer."""
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        needs: Mapping[str, Collection[Need]] | None = None,
+    ) -> None:
+        """`modules`: site name → linear layer; `needs`: site name → parts, all where not named."""
         self._modules = modules
+        self._needs = {name: frozenset((needs or {}).get(name, GATHERED)) for name in modules}
         self._sums: dict[str, _Sum] = {}
         self._leaders: dict[str, str] = {}
 
@@ -68,12 +86,16 @@ class Accumulator:
                 x = args[0] if args else kwargs["input"]
                 leader = self._leaders.get(name)
                 if leader is None:
-                    leader = next((other for other, tensor in seen if _same(tensor, x)), name)
+                    alike = [other for other, tensor in seen if _same(tensor, x)]
+                    needed = self._needs[name]
+                    leader = next((o for o in alike if self._needs[o] == needed), name)
                     self._leaders[name] = leader
                 seen.append((name, x))
                 if leader == name:
                     rows = _real_rows(x, mask)
-                    self._sums.setdefault(name, _Sum(x.shape[-1])).add(rows)
+                    if name not in self._sums:
+                        self._sums[name] = _Sum(x.shape[-1], self._needs[name])
+                    self._sums[name].add(rows)
 
             return hook
 
@@ -104,7 +126,7 @@ class Accumulator:
                 )
             if leader not in made:
                 made[leader] = self._sums[leader].stats()
-                if not torch.isfinite(made[leader].gram.diagonal()).all():
+                if not self._sums[leader].finite:
                     raise ModelError(
                         f"the input of {name} is not finite on the calibration examples: the model "
                         f"overflows or its weights hold NaN"

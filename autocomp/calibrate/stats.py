@@ -8,10 +8,10 @@ is derived from it (a factorisation) can be shared too. Imports torch inside fun
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from autocomp.core.errors import InternalError
 from autocomp.core.files import write_atomic
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 VERSION = 2
 """Raised when statistics gain or change a part: earlier files are then gathered again."""
+
+Need = Literal["gram", "range", "rows", "recording"]
+"""What of a unit's inputs an operator reads: Gram matrices with means, extremes with a sample, how
+often a table's rows are looked up, all that attention was called with."""
+
+GATHERED: frozenset[Need] = frozenset({"gram", "range"})
+"""What is gathered where a model runs on the calibration examples."""
 
 _OPTIONAL = ("rows", "low", "high", "sample")
 
@@ -34,7 +41,7 @@ class SiteStats:
         mean: float32 `(columns,)`, mean input.
         count: tokens seen.
         rows: of a table, int64 `(rows,)`: how often each row was looked up; Gram matrix and mean
-            are empty then.
+            are empty then, as they are where no operator needs them.
         low, high: float32 `(columns,)`, smallest and largest input of each column.
         sample: float32 `(n, columns)`, inputs of some of the tokens; see `calibrate.values`.
     """
@@ -46,6 +53,11 @@ class SiteStats:
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
     sample: torch.Tensor | None = None
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether the Gram matrix was gathered."""
+        return self.gram.numel() > 0
 
 
 UnitStats = Mapping[str, SiteStats]
@@ -119,3 +131,20 @@ def load_stats(path: Path) -> dict[str, SiteStats]:
         )
         for name, entry in sites.items()
     }
+
+
+def holds(path: Path, needs: Collection[Need]) -> bool:
+    """Whether `path` is a file of statistics with all that is asked for at every site."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            sites = json.loads(file.metadata()["sites"])
+            names = set(file.keys())
+            return all(
+                ("range" not in needs or f"low.{slot}" in names)
+                and ("gram" not in needs or file.get_slice(f"gram.{slot}").get_shape()[0] > 0)
+                for slot in {entry["slot"] for entry in sites.values()}
+            ) and bool(sites or not GATHERED.intersection(needs))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False

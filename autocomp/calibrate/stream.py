@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from autocomp.calibrate.accumulate import Accumulator
 from autocomp.calibrate.record import Recorder
-from autocomp.calibrate.stats import VERSION, recording_path, save_stats
+from autocomp.calibrate.stats import GATHERED, VERSION, Need, holds, recording_path, save_stats
 from autocomp.core.errors import InternalError, StorageError
 from autocomp.core.unit import Unit
 from autocomp.models.surgery import blocks as blocks_of
@@ -62,6 +62,7 @@ def calibrate(
     batches: Sequence[Batch],
     directory: Path,
     *,
+    needs: Mapping[str, Collection[Need]] | None = None,
     record: Collection[str] = (),
     record_batches: Sequence[Batch] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -71,11 +72,14 @@ def calibrate(
     Yields `(block index, {unit name: file})` as each block is done, and last, under the index
     after the last block, the units behind the blocks (the head). Embeddings have no statistics.
     If `directory` already holds every file, the files are yielded and nothing runs: a directory is
-    for one model and one calibration set, so name it by their `fingerprint`.
+    for one model and one calibration set, so name it by their `fingerprint`. Nothing runs either
+    where nothing is needed.
 
     Args:
         batches: keyword arguments of the model, `input_ids (B, T)` or `pixel_values`; positions
             where `attention_mask (B, T)` is zero are left out. `labels` are not passed on.
+        needs: unit name → what its operators read; a unit that is not named gets no file. `None` is
+            everything of every unit.
         record: names of the attention units whose inputs are recorded too, beside their statistics
             (see `calibrate.record`). Without any, nothing of this is done.
         record_batches: examples that are recorded behind `batches` and count in no statistics.
@@ -86,19 +90,25 @@ def calibrate(
         ModelError: if activations are not finite, or a unit takes no part in the forward pass.
     """
     count = len(blocks_of(model))
-    plan = _by_block(units, count)
+    if needs is None:
+        needs = {unit.name: GATHERED for unit in units}
+    plan = _by_block([unit for unit in units if needs.get(unit.name) or unit.name in record], count)
     files = {
         index: {unit.name: directory / f"{unit.name}.safetensors" for unit in group}
         for index, group in plan.items()
     }
     directory.mkdir(parents=True, exist_ok=True)
-    wanted = [path for group in files.values() for path in group.values()]
-    wanted += [recording_path(directory / f"{name}.safetensors") for name in record]
-    if all(path.exists() for path in wanted):
+    there = [
+        path.exists() and holds(path, needs.get(name, ()))
+        for group in files.values()
+        for name, path in group.items()
+    ]
+    there += [recording_path(directory / f"{name}.safetensors").exists() for name in record]
+    if all(there):
         steps: Iterator[int] = iter(range(count + 1))
     else:
         together = [_inputs(batch) for batch in (*batches, *(record_batches if record else ()))]
-        steps = _run(model, plan, files, together, len(batches), directory, record)
+        steps = _run(model, plan, files, together, len(batches), directory, needs, record)
     for index in steps:
         if progress is not None:
             progress(index + 1, count + 1)
@@ -112,6 +122,7 @@ def _run(
     batches: Sequence[dict[str, Tensor]],
     counted: int,
     directory: Path,
+    needs: Mapping[str, Collection[Need]],
     record: Collection[str],
 ) -> Iterator[int]:
     """The first `counted` batches make the statistics."""
@@ -129,7 +140,7 @@ def _run(
         _share(calls)
         for index, block in enumerate(chain):
             group = plan.get(index, ())
-            accumulator = Accumulator(_modules(model, group))
+            accumulator = _accumulator(model, group, needs)
             recorder = Recorder(model, [unit for unit in group if unit.name in record])
             for number, (call, mask) in enumerate(zip(calls, masks, strict=True)):
                 with torch.no_grad(), ExitStack() as watched:
@@ -137,19 +148,19 @@ def _run(
                     if number < counted:
                         watched.enter_context(accumulator.watching(mask))
                     call.run(block)
-            _save(accumulator, group, files.get(index, {}))
+            _save(accumulator, group, files.get(index, {}), needs)
             for unit in group:
                 if unit.name in record:
                     recorder.save(unit.name, recording_path(files[index][unit.name]))
             yield index
         behind = plan.get(len(chain), ())
         if behind:
-            accumulator = Accumulator(_modules(model, behind))
+            accumulator = _accumulator(model, behind, needs)
             first = zip(batches[:counted], calls[:counted], masks[:counted], strict=True)
             for batch, call, mask in first:
                 with torch.no_grad(), _replayed(chain, call), accumulator.watching(mask):
                     model(**batch)
-            _save(accumulator, behind, files[len(chain)])
+            _save(accumulator, behind, files[len(chain)], needs)
         yield len(chain)
 
 
@@ -293,13 +304,30 @@ def _by_block(units: Sequence[Unit], count: int) -> dict[int, list[Unit]]:
     return plan
 
 
-def _modules(model: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Module]:
-    return {site.name: model.get_submodule(site.name) for unit in units for site in unit.sites}
+def _accumulator(
+    model: nn.Module, units: Sequence[Unit], needs: Mapping[str, Collection[Need]]
+) -> Accumulator:
+    """Of the sites at which anything is gathered."""
+    gathered = {
+        site.name: GATHERED.intersection(needs.get(unit.name, ()))
+        for unit in units
+        for site in unit.sites
+    }
+    modules = {name: model.get_submodule(name) for name, parts in gathered.items() if parts}
+    return Accumulator(modules, gathered)
 
 
-def _save(accumulator: Accumulator, units: Sequence[Unit], files: Mapping[str, Path]) -> None:
+def _save(
+    accumulator: Accumulator,
+    units: Sequence[Unit],
+    files: Mapping[str, Path],
+    needs: Mapping[str, Collection[Need]],
+) -> None:
+    """A unit that is recorded alone has a file without sites."""
     for unit in units:
-        save_stats(files[unit.name], accumulator.stats([site.name for site in unit.sites]))
+        gathered = GATHERED.intersection(needs.get(unit.name, ()))
+        sites = [site.name for site in unit.sites] if gathered else []
+        save_stats(files[unit.name], accumulator.stats(sites))
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +19,8 @@ from autocomp.export.protocol import ExportRequest, Verification
 from autocomp.export.tokenizer import verify_tokenizer
 from autocomp.models.vocabulary import load_vocabulary
 from autocomp.study.records import TrialRecord
-from autocomp.targets import open_artifact
-from autocomp.targets.protocol import Target
+from autocomp.targets import open_artifact, rerun
+from autocomp.targets.protocol import Artifact, Target
 
 
 class ArtifactExporter:
@@ -65,7 +70,11 @@ class ArtifactExporter:
             )
         inputs = request.companions.inputs
         expected = target.run(request.artifact, inputs)
-        found = target.run(written, inputs)
+        found = reloaded_logits(written, inputs, request.spec.target.workload.threads)
+        if found.shape != expected.shape:
+            raise InternalError(
+                f"{directory}: the reloaded model's logits are {found.shape}, not {expected.shape}"
+            )
         difference = float(np.abs(expected - found).max())
         if not difference <= 1e-5:
             raise InternalError(
@@ -76,6 +85,31 @@ class ArtifactExporter:
         if vocabulary is not None:
             verify_tokenizer(request.companions, vocabulary, directory, written, target)
         return Verification(difference, written.size_bytes, target.measure(written, inputs))
+
+
+def reloaded_logits(
+    artifact: Artifact, inputs: Mapping[str, np.ndarray], threads: int
+) -> np.ndarray:
+    """What an artifact computes in a process that has its runtime and numpy and nothing else.
+
+    Raises:
+        InternalError: if it cannot be loaded or run there, with the last it said.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        feeds, output = Path(scratch) / "inputs.npz", Path(scratch) / "logits.npy"
+        arrays: dict[str, Any] = {**artifact.feeds(inputs)}
+        np.savez(feeds, **arrays)
+        ended = subprocess.run(
+            [sys.executable, "-P", rerun.__file__, artifact.path, feeds, output, str(threads)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ended.returncode:
+            last = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+            raise InternalError(f"{artifact.path} cannot be reloaded by its runtime: {last}")
+        logits: np.ndarray = np.load(output, allow_pickle=False)
+        return logits
 
 
 ONNX = ArtifactExporter(

@@ -91,6 +91,8 @@ class Exporter(Protocol):
     def verify(self, request: ExportRequest, directory: Path, target: Target) -> Verification:
         """Reload from `directory`, compare outputs with the trial's, measure again if it can.
 
+        Outputs are those of a process of its own, which has what the card asks for and no more.
+
         Raises:
             InternalError: if outputs differ or the size on disk is not the measured one.
         """

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from autocomp.calibrate.stats import RecordedStats, UnitStats, load_stats, recording_path
+from autocomp.calibrate.stats import Need, RecordedStats, UnitStats, load_stats, recording_path
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError, ModelError
 from autocomp.core.unit import Unit, dense_format
@@ -29,7 +29,13 @@ from autocomp.library.mixers import without_stats
 from autocomp.library.store import Library, item_key
 from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
-from autocomp.operators import apply_step, option_formats, training_step, weight_option
+from autocomp.operators import (
+    apply_step,
+    option_formats,
+    step_needs,
+    training_step,
+    weight_option,
+)
 from autocomp.operators.protocol import SiteState, UnitState
 
 TRAINING_WEIGHT = 100
@@ -51,7 +57,7 @@ class BuildTask:
         options: option with the key its item is stored under.
         trained: the step that trains, which all of them begin with, with the key of its own item.
         trains: whether that item is missing.
-        stats_path: the unit's statistics; `None` for an embedding.
+        stats_path: the unit's statistics; `None` where no option reads any.
         library_root, capacity_bytes: see `Library`.
     """
 
@@ -69,6 +75,15 @@ class BuildTask:
         """About how long it takes, in options that are not trained."""
         return len(self.options) + (TRAINING_WEIGHT if self.trains else 0)
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What of the unit's statistics building reads; a trained item that is there reads none."""
+        done = {self.trained[0]} if self.trained is not None and not self.trains else set()
+        steps = {step for option, _ in self.options for step in option.steps}
+        if self.trained is not None:
+            steps.add(self.trained[0])
+        return step_needs(sorted(steps - done))
+
 
 @dataclass(frozen=True)
 class ItemInfo:
@@ -77,7 +92,8 @@ class ItemInfo:
     Attributes:
         seconds: time spent on this option beyond what it shares with those built before it.
         error: site → output error on the calibration tokens relative to the output's energy,
-            ‖Wx − Ŵx‖² / ‖Wx‖²; for tables, relative to the weights'.
+            ‖Wx − Ŵx‖² / ‖Wx‖²; for tables, and where no option of the task reads inputs, relative
+            to the weights'.
         size_bytes: of the stored item.
     """
 
@@ -106,9 +122,18 @@ class BuildPlan:
         return sum(len(task.options) for task in self.tasks)
 
     @property
+    def needs(self) -> dict[str, frozenset[Need]]:
+        """Unit name → what of its statistics building reads; none where it reads nothing."""
+        found: dict[str, frozenset[Need]] = {}
+        for task in self.tasks:
+            if task.needs:
+                found[task.unit.name] = found.get(task.unit.name, frozenset()) | task.needs
+        return found
+
+    @property
     def recorded(self) -> list[str]:
         """Units whose inputs have to be recorded: something is trained on them."""
-        return list(dict.fromkeys(task.unit.name for task in self.tasks if task.trains))
+        return [name for name, needs in self.needs.items() if "recording" in needs]
 
     @property
     def weight(self) -> int:
@@ -136,7 +161,8 @@ def plan_build(
 
     Args:
         options: unit name → its options, as `unit_options` gives them.
-        stats_paths: unit name → file of statistics; an embedding may have none.
+        stats_paths: unit name → file of statistics, which has to be there when a task that needs
+            some is run; an embedding may have none.
         own_fingerprints: unit name → fingerprint of its statistics, where they are not those of
             `stats_fingerprint` alone.
         recording_fingerprint: of the examples that attention's inputs are recorded on.
@@ -174,7 +200,7 @@ def plan_build(
             if trained is not None:
                 key = item_key(digest, Option((trained,)), f"{plain} {recording_fingerprint}")
                 task = replace(task, trained=(trained, key), trains=not library.contains(key))
-            tasks.append(task)
+            tasks.append(task if task.needs else replace(task, stats_path=None))
     tasks.sort(key=lambda task: (not task.trains, -task.unit.parameters * len(task.options)))
     return BuildPlan(tasks, keys)
 

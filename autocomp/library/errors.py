@@ -16,7 +16,8 @@ def relative_errors(
 
     Where outputs were removed there is no original to compare with: `before`, the state before the
     last step, stands in, and where the last step removed them, the kept ones are unchanged. Factors
-    are multiplied: the error is that of the site they stand for.
+    are multiplied: the error is that of the site they stand for. Without a Gram matrix, of a table
+    or because no operator needed it, the error is ‖W − Ŵ‖² / ‖W‖².
 
     Where a mixer replaced attention, projections were trained, and have no original either: what
     later steps do to them is compared with `before`. The output's error is that of the sublayer on
@@ -61,7 +62,7 @@ def _relative_error(reference: SiteState, site: SiteState, stats: SiteStats | No
         assert site.kept_columns is not None
         after = torch.zeros_like(weight)
         after[:, site.kept_columns] = site.on_plain_inputs()
-    if stats is None or stats.rows is not None:
+    if stats is None or not stats.has_gram:
         return _relative_distance(weight, after)
     difference = weight - after
     gram, mean = stats.gram, stats.mean

@@ -55,6 +55,12 @@ class Factor:
     dead: Tensor
 
 
+def refuse_not_finite(statistics: Tensor) -> None:
+    """Raises: InternalError: if what was gathered holds NaN or infinity."""
+    if not bool(torch.isfinite(statistics).all()):
+        raise InternalError("calibration statistics are not finite: calibrate again")
+
+
 def damping_for(columns: int, count: int) -> float:
     """How much to trust a Gram matrix of `columns` inputs estimated from `count` tokens.
 

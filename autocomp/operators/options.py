@@ -22,6 +22,7 @@ from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, dense_format
 from autocomp.operators.protocol import (
     STAGES,
+    Need,
     Operator,
     Rule,
     Stage,
@@ -152,6 +153,11 @@ def step_versions(option: Option) -> dict[str, int | list[int]]:
             named = cast(TrainingOperator, operator).step_version(step)
             versions[step.operator] = [operator.version, named]
     return versions
+
+
+def step_needs(steps: Iterable[Step]) -> frozenset[Need]:
+    """What of a unit's statistics carrying out all of `steps` reads."""
+    return frozenset().union(*(OPERATORS.get(step.operator).needs(step) for step in steps))
 
 
 def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats) -> UnitState:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from autocomp.calibrate.stats import SiteStats, UnitStats
+from autocomp.calibrate.stats import Need, SiteStats, UnitStats
 from autocomp.core.candidate import Step
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "STAGES",
     "MixerState",
+    "Need",
     "Operator",
     "Rule",
     "SiteState",
@@ -143,7 +144,9 @@ class Operator(Protocol):
         choices: the entries of a spec's rule it reads, for `autocomp ls operators`.
         stage: when it is applied; see `STAGES`.
         version: raised when the weights it produces change, so that stored items are rebuilt.
-        speeds_up, shrinks: names of the targets that turn it into speed, into bytes.
+        speeds_up, shrinks: names of the targets that turn it into speed, into bytes on disk.
+        saves_memory: names of those on which it lowers the peak while running beyond what fewer
+            bytes on disk do.
     """
 
     name: str
@@ -154,6 +157,7 @@ class Operator(Protocol):
     version: int
     speeds_up: tuple[str, ...]
     shrinks: tuple[str, ...]
+    saves_memory: tuple[str, ...]
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """The steps this rule asks of this operator at `unit`; `None` stands for leaving it out.
@@ -169,6 +173,14 @@ class Operator(Protocol):
         self, unit: Unit, formats: Mapping[str, SiteFormat], step: Step
     ) -> dict[str, SiteFormat]:
         """What `step` makes of `formats`; empty when the unit is skipped."""
+        ...
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """What of the statistics `apply` reads: nothing else is gathered for it.
+
+        `rows` are those of tables, `gram` and `range` those of linear layers; the operators of one
+        option share what they need.
+        """
         ...
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:

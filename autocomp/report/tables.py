@@ -180,6 +180,7 @@ def print_kind(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             ("expresses", row.get("expresses")),
             ("speeds up", ", ".join(row.get("speeds_up") or [])),
             ("shrinks", ", ".join(row.get("shrinks") or [])),
+            ("saves memory", ", ".join(row.get("saves_memory") or [])),
             ("paper", row.get("paper")),
         ):
             if value:

@@ -1,4 +1,6 @@
-"""ONNX Runtime on the CPU. The only file that imports onnxruntime; torch and onnx on demand."""
+"""ONNX Runtime on the CPU. The only file that imports onnxruntime, besides `rerun`; torch and
+onnx on demand.
+"""
 
 from __future__ import annotations
 

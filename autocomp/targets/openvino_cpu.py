@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU. The only file that imports openvino; torch and onnx on demand.
+"""OpenVINO on the CPU. The only file that imports openvino, besides `rerun`; torch, onnx on demand.
 
 Everything is computed in float32 unless its format says otherwise (the plugin's own default is
 bfloat16 where the processor has it). How many columns the plugin quantises together stands in the

@@ -228,8 +228,7 @@ def _dequantised(writer: Writer, weights: SiteWeights) -> str:
 
 def _by_row(writer: Writer, weights: SiteWeights) -> str:
     """int8 codes with a scale per row, dequantised by the plugin's kernels. `(rows, columns)`."""
-    codes, scales = weights.codes, weights.scales
-    assert codes is not None
+    scales = weights.scales
     assert scales is not None
     if scales.shape[1] == 1 and weights.format.weight_bits == 8:
         return _dequantised(writer, weights)
@@ -240,7 +239,7 @@ def _by_row(writer: Writer, weights: SiteWeights) -> str:
         rows = writer.integers(codes, 8)
     else:
         with np.errstate(divide="ignore", over="ignore"):
-            divisors = (row_scales[:, None] / scales).astype(np.float16)
+            divisors = (row_scales[:, None] / weights.live_scales()).astype(np.float16)
         rows = _divided(writer, weights, divisors)
         rows = writer.node("Cast", [writer.node("Round", [rows])], to=TensorProto.INT8)
     rows = writer.node("Cast", [rows], to=TensorProto.FLOAT)
@@ -253,10 +252,8 @@ def _unpacked(writer: Writer, weights: SiteWeights) -> str:
     Grouped scales are kept as float16 in proportion to the row's largest. What inputs are scaled
     by is multiplied into the matrix.
     """
-    scales = weights.scales
-    assert scales is not None
+    scales = weights.live_scales()
     largest = scales.max(axis=1, keepdims=True)
-    largest = np.where(largest > 0, largest, np.float32(1)).astype(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         if scales.shape[1] == 1:
             rows = _divided(writer, weights, (1 / scales).astype(np.float32))

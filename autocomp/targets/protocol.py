@@ -103,8 +103,11 @@ class Target(Protocol):
         """Why this format cannot be lowered, or `None` if it can."""
         ...
 
-    def tokens_supported(self, reduction: TokenReduction) -> str | None:
-        """Why this token reduction cannot be lowered, or `None` if it can."""
+    def tokens_supported(self, reduction: TokenReduction, tokens: int) -> str | None:
+        """Why this token reduction cannot be lowered, or gains nothing; `None` if it can and does.
+
+        `tokens` are those of the dense model, class token and registers included.
+        """
         ...
 
     def size_bytes(self, format: SiteFormat) -> int:

@@ -313,7 +313,7 @@ def _int8(
         else:
             # Beyond float16's range are groups that vanish beside the row's largest weight.
             with np.errstate(divide="ignore", over="ignore"):
-                divisors = (row_scales[:, None] / scales).astype(np.float16).T
+                divisors = (row_scales[:, None] / weights.live_scales()).astype(np.float16).T
             wide = build.matrix(codes.T, mask, bits, TensorProto.FLOAT)
             matrix = build.narrowed(wide, divisors, grouped_shape(weights.format)[1])
     piece.initializers.append(numpy_helper.from_array(row_scales, f"{site}.scales"))
@@ -352,8 +352,8 @@ def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
     codes = np.pad(codes, padding).reshape(shape)
     mask = None if mask is None else np.pad(mask, padding).reshape(shape)
     # float16 in proportion to the row's largest scale: no scale is too small for it.
+    scales = weights.live_scales()
     largest = scales.max(axis=1)
-    largest = np.where(largest > 0, largest, np.float32(1)).astype(np.float32)
     shares = (scales / largest[:, None]).astype(np.float16).T.reshape(groups, 1, rows)
     share = build.node("Cast", [build.constant(shares, "shares")], to=TensorProto.FLOAT)
     factor = build.node("Mul", [share, build.constant(largest, "scales")])

@@ -176,9 +176,14 @@ class CpuTarget(ABC):
             )
         return self.recipes.unsupported(format, self.tokens)
 
-    def tokens_supported(self, reduction: TokenReduction) -> str | None:
-        """Why this token reduction cannot be lowered, or `None` if it can: all can."""
-        return None
+    def tokens_supported(self, reduction: TokenReduction, tokens: int) -> str | None:
+        """Why this token reduction gains nothing, or `None`; all can be lowered."""
+        if reduction.removed(tokens):
+            return None
+        return (
+            f"gains nothing from a ratio of {reduction.ratio:g}, which removes none of "
+            f"{tokens} tokens"
+        )
 
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format."""

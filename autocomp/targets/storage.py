@@ -74,7 +74,7 @@ def not_smaller(format: SiteFormat) -> str | None:
     if format.nonzeros is None or payload_bits(format) < total * format.weight_bits:
         return None
     return (
-        f"stores {format.nonzeros:,} of {total:,} {format.weight_bits}-bit weights, with a bit for "
+        f"stores {format.nonzeros / total:.0%} of {format.weight_bits}-bit weights, with a bit for "
         f"each to tell where, in no fewer bytes than all of them; choose a higher level or dense"
     )
 

@@ -59,6 +59,25 @@ class SiteWeights:
         product: Array = self.codes.astype(np.float32) * scales
         return product
 
+    def live_scales(self) -> Array:
+        """float32 `(rows, groups)`: scales, those of groups of zeros as large as their row's.
+
+        What such a group's scale is makes no difference to its weights (the grid says 1), but it
+        must not stand for the row's largest where others are stored in proportion to that. 1 in a
+        row of zeros.
+        """
+        assert self.codes is not None
+        assert self.scales is not None
+        groups = self.scales.shape[1]
+        width = self.format.group or self.format.columns
+        missing = groups * width - self.format.columns
+        codes = np.pad(self.codes, ((0, 0), (0, missing))).reshape(len(self.codes), groups, width)
+        live = (codes != 0).any(axis=2) & (self.scales > 0)
+        largest = np.where(live, self.scales, 0).max(axis=1, keepdims=True)
+        largest = np.where(largest > 0, largest, 1)
+        scales: Array = np.where(live, self.scales, largest).astype(np.float32)
+        return scales
+
 
 Provider = Callable[[str], SiteWeights | None]
 

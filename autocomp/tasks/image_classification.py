@@ -107,6 +107,16 @@ def _side(processor: Mapping[str, Any]) -> int | None:
     return None
 
 
+def patches(model_path: Path, image: int | None) -> int:
+    """Patches an image becomes, of the side `image` or the model's own."""
+    side = Preprocessing.of_model(model_path, image).size
+    return (side // _patch(read_config(model_path))) ** 2
+
+
+def _patch(config: Mapping[str, Any]) -> int:
+    return int(config.get("patch_size", 16))
+
+
 class ImageClassification(Classification):
     """Images as `pixel_values` float32 `(N, 3, S, S)`, `S = workload.image`."""
 
@@ -155,7 +165,7 @@ class ImageClassification(Classification):
             origin=examples.origin,
         )
         preprocessing = Preprocessing.of_model(model_path, workload.image)
-        patch = int(config.get("patch_size", 16))
+        patch = _patch(config)
         fixed = config.get("image_size") if config.get("model_type") in _FIXED_SIZE else None
         if fixed is not None and fixed != preprocessing.size:
             raise DataError(

@@ -22,13 +22,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from autocomp.core.activation_grid import static_grid
 from autocomp.core.candidate import Option, Step
-from autocomp.core.errors import UserError
+from autocomp.core.errors import AutocompError, UserError
 from autocomp.core.factors import first_of, second_of
 from autocomp.core.unit import Site, SiteFormat, Unit, dense_format
 from autocomp.library.store import Library
@@ -37,129 +38,25 @@ from autocomp.operators.protocol import (
     STAGES,
     Operator,
     Rule,
-    SiteState,
     SiteStats,
     UnitState,
     UnitStats,
 )
+from autocomp.testing.operator_examples import (
+    degenerate,
+    example_state,
+    example_stats,
+    example_units,
+    without,
+)
 
-USED_ROWS = (0, 3, 4, *range(20, 35))
-"""Rows of a table that the example statistics count: what a pruned vocabulary keeps."""
+__all__ = ["OperatorContract", "assert_same", "assert_sound"]
 
 INNER_ROLES = {
     "attention": (("query", "key", "value"), "output"),
     "ffn": (("gate", "up"), "down"),
 }
 """Unit kind → roles that read the unit's input, role that writes its output."""
-
-
-def attention(
-    name: str = "layers.0.attention",
-    *,
-    kv_heads: int = 4,
-    bias: bool = True,
-    protected_tokens: int | None = None,
-) -> Unit:
-    """Four heads of 8 on a width of 24; of a vision model if it has protected tokens."""
-    shapes = {"query": (32, 24), "key": (kv_heads * 8, 24), "value": (kv_heads * 8, 24)}
-    return Unit(
-        name,
-        "attention",
-        tuple(
-            Site(f"{name}.{role}", role, *shape, bias)  # type: ignore[arg-type]
-            for role, shape in {**shapes, "output": (24, 32)}.items()
-        ),
-        layer=0,
-        heads=4,
-        kv_heads=kv_heads,
-        head_dim=8,
-        skippable=True,
-        protected_tokens=protected_tokens,
-    )
-
-
-def ffn(name: str = "layers.0.ffn", *, gated: bool = False, bias: bool = True) -> Unit:
-    """An inner width of 96 on a width of 24."""
-    roles = {**({"gate": (96, 24)} if gated else {}), "up": (96, 24), "down": (24, 96)}
-    return Unit(
-        name,
-        "ffn",
-        tuple(Site(f"{name}.{role}", role, *shape, bias) for role, shape in roles.items()),  # type: ignore[arg-type]
-        layer=0,
-        width=96,
-        skippable=True,
-    )
-
-
-def embedding() -> Unit:
-    """A table of 50 rows."""
-    return Unit("embeddings", "embedding", (Site("table", "embedding", 50, 24, False),))
-
-
-def head() -> Unit:
-    """A classifier of three labels."""
-    return Unit("head", "head", (Site("classifier", "head", 3, 24, True),))
-
-
-def example_units() -> list[Unit]:
-    """One of every kind, with and without biases, grouped queries and gates."""
-    return [
-        attention(protected_tokens=1),
-        attention("layers.1.attention", kv_heads=2, bias=False),
-        ffn(),
-        ffn("layers.1.ffn", gated=True, bias=False),
-        embedding(),
-        head(),
-    ]
-
-
-def example_state(unit: Unit, seed: int = 0) -> UnitState:
-    """Random dense weights."""
-    generator = torch.Generator().manual_seed(seed)
-    formats = dense_format(unit)
-    return {
-        site.name: SiteState(
-            weight=torch.randn(site.rows, site.columns, generator=generator),
-            bias=torch.randn(site.rows, generator=generator) if site.bias else None,
-            format=formats[site.name],
-        )
-        for site in unit.sites
-    }
-
-
-def example_stats(unit: Unit, tokens: int = 400, seed: int = 1) -> UnitStats:
-    """Statistics of correlated random inputs with a mean; equal inputs are shared.
-
-    Of a table, `USED_ROWS` are counted, however many the tokens.
-    """
-    if unit.kind == "embedding":
-        nothing = torch.empty(0)
-        seen = torch.zeros(unit.sites[0].rows, dtype=torch.int64)
-        seen[list(USED_ROWS)] = torch.arange(1, len(USED_ROWS) + 1)
-        rows = SiteStats(nothing.reshape(0, 0), nothing, int(seen.sum()), seen)
-        return {unit.sites[0].name: rows}
-    generator = torch.Generator().manual_seed(seed)
-    shared: dict[int, SiteStats] = {}
-    stats: dict[str, SiteStats] = {}
-    for site in unit.sites:
-        columns = site.columns
-        entry = shared.get(columns)
-        if entry is None:
-            mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
-            inputs = torch.randn(tokens, columns, generator=generator) @ mixing
-            inputs = inputs + torch.randn(columns, generator=generator)
-            low, high = torch.aminmax(inputs, dim=0)
-            entry = SiteStats(
-                inputs.t() @ inputs,
-                inputs.mean(dim=0),
-                tokens,
-                low=low,
-                high=high,
-                sample=inputs[:64].clone(),
-            )
-            shared[columns] = entry
-        stats[site.name] = entry
-    return stats
 
 
 @dataclass
@@ -203,6 +100,54 @@ def assert_same(one: UnitState, other: UnitState, what: str) -> None:
     assert left.keys() == right.keys(), what
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), f"{what}: {name} differs"
+
+
+def assert_sound(state: UnitState, formats: dict[str, SiteFormat], what: str) -> None:
+    """The state is what its formats say: shapes, codes, masks, scales above zero, all finite."""
+    assert {name: site.format for name, site in state.items()} == formats, what
+    for name, site in state.items():
+        form = site.format
+        assert tuple(site.weight.shape) == (form.rows, form.columns), f"{what}: {name}"
+        assert site.weight.dtype == torch.float32
+        assert torch.isfinite(site.weight).all(), f"{what}: {name}"
+        assert (site.bias is not None) == form.bias, f"{what}: {name}"
+        if site.bias is not None:
+            assert tuple(site.bias.shape) == (form.rows,), f"{what}: {name}"
+            assert torch.isfinite(site.bias).all(), f"{what}: {name}"
+        assert (None if site.mixer is None else site.mixer.name) == form.mixer, what
+        assert (site.mask is None) == (form.nonzeros is None), f"{what}: {name}"
+        if site.mask is not None:
+            assert site.mask.dtype == torch.bool
+            assert int(site.mask.sum()) == form.nonzeros, f"{what}: {name}"
+            assert not site.weight[~site.mask].any(), f"{what}: {name} is not zero off its mask"
+        assert (site.codes is None) == (form.weight_bits == 32), f"{what}: {name}"
+        assert (site.input_scale is not None) == form.scaled, f"{what}: {name}"
+        if site.input_scale is not None:
+            assert tuple(site.input_scale.shape) == (form.columns,), f"{what}: {name}"
+            assert site.input_scale.dtype == torch.float32
+            assert torch.isfinite(site.input_scale).all(), f"{what}: {name}"
+            assert (site.input_scale > 0).all(), f"{what}: {name}"
+        assert (site.output_scale is not None) == (form.cache_bits == 8), f"{what}: {name}"
+        if site.output_scale is not None:
+            assert tuple(site.output_scale.shape) == (form.rows,), f"{what}: {name}"
+            assert torch.isfinite(site.output_scale).all(), f"{what}: {name}"
+            assert (site.output_scale > 0).all(), f"{what}: {name}"
+        assert (site.input_range is not None) == form.static, f"{what}: {name}"
+        if site.input_range is not None:
+            scale, zero_point = static_grid(*site.input_range)
+            assert scale > 0
+            assert 0 <= zero_point <= 255
+        if site.codes is not None:
+            assert site.scales is not None
+            low, high = CODE_RANGE[form.weight_bits]
+            assert site.codes.dtype == torch.int8
+            assert low <= int(site.codes.min()) <= int(site.codes.max()) <= high
+            assert tuple(site.scales.shape) == (form.rows, group_count(form))
+            assert torch.isfinite(site.scales).all()
+            assert (site.scales > 0).all(), f"{what}: {name}: scales must be above zero"
+            group = form.group or form.columns
+            steps = site.scales.repeat_interleave(group, dim=1)[:, : form.columns]
+            assert torch.equal(site.weight, site.codes.float() * steps), f"{what}: {name}"
 
 
 class OperatorContract:
@@ -294,55 +239,9 @@ class OperatorContract:
         """`formats` agrees with the tensors `apply` leaves, codes and scales included."""
         for case in self._cases(operator):
             formats = operator.formats(case.unit, dense_format(case.unit), case.step)
-            self._assert_sound(
+            assert_sound(
                 operator.apply(case.unit, case.state, case.step, case.stats), formats, str(case)
             )
-
-    def _assert_sound(self, state: UnitState, formats: dict[str, SiteFormat], what: str) -> None:
-        assert {name: site.format for name, site in state.items()} == formats, what
-        for name, site in state.items():
-            form = site.format
-            assert tuple(site.weight.shape) == (form.rows, form.columns), f"{what}: {name}"
-            assert site.weight.dtype == torch.float32
-            assert torch.isfinite(site.weight).all(), f"{what}: {name}"
-            assert (site.bias is not None) == form.bias, f"{what}: {name}"
-            if site.bias is not None:
-                assert tuple(site.bias.shape) == (form.rows,), f"{what}: {name}"
-                assert torch.isfinite(site.bias).all(), f"{what}: {name}"
-            assert (None if site.mixer is None else site.mixer.name) == form.mixer, what
-            assert (site.mask is None) == (form.nonzeros is None), f"{what}: {name}"
-            if site.mask is not None:
-                assert site.mask.dtype == torch.bool
-                assert int(site.mask.sum()) == form.nonzeros, f"{what}: {name}"
-                assert not site.weight[~site.mask].any(), f"{what}: {name} is not zero off its mask"
-            assert (site.codes is None) == (form.weight_bits == 32), f"{what}: {name}"
-            assert (site.input_scale is not None) == form.scaled, f"{what}: {name}"
-            if site.input_scale is not None:
-                assert tuple(site.input_scale.shape) == (form.columns,), f"{what}: {name}"
-                assert site.input_scale.dtype == torch.float32
-                assert torch.isfinite(site.input_scale).all(), f"{what}: {name}"
-                assert (site.input_scale > 0).all(), f"{what}: {name}"
-            assert (site.output_scale is not None) == (form.cache_bits == 8), f"{what}: {name}"
-            if site.output_scale is not None:
-                assert tuple(site.output_scale.shape) == (form.rows,), f"{what}: {name}"
-                assert torch.isfinite(site.output_scale).all(), f"{what}: {name}"
-                assert (site.output_scale > 0).all(), f"{what}: {name}"
-            assert (site.input_range is not None) == form.static, f"{what}: {name}"
-            if site.input_range is not None:
-                scale, zero_point = static_grid(*site.input_range)
-                assert scale > 0
-                assert 0 <= zero_point <= 255
-            if site.codes is not None:
-                assert site.scales is not None
-                low, high = CODE_RANGE[form.weight_bits]
-                assert site.codes.dtype == torch.int8
-                assert low <= int(site.codes.min()) <= int(site.codes.max()) <= high
-                assert tuple(site.scales.shape) == (form.rows, group_count(form))
-                assert torch.isfinite(site.scales).all()
-                assert (site.scales > 0).all(), f"{what}: {name}: scales must be above zero"
-                group = form.group or form.columns
-                steps = site.scales.repeat_interleave(group, dim=1)[:, : form.columns]
-                assert torch.equal(site.weight, site.codes.float() * steps), f"{what}: {name}"
 
     def test_boundary_keeps_its_shape(self, operator: Operator) -> None:
         """What the unit reads and what it writes keep their width, unless it is skipped.
@@ -381,24 +280,76 @@ class OperatorContract:
             assert_same(state, loaded, f"{case} through the library")
 
     def test_degenerate_inputs(self, operator: Operator) -> None:
-        """Dead inputs, a single calibration token, no input at all, zero weights: still sound."""
+        """Dead inputs, few calibration tokens, one, none at all, zero weights: still sound."""
         for case in self._cases(operator):
             formats = operator.formats(case.unit, dense_format(case.unit), case.step)
-            zero = {
-                name: replace(site, weight=torch.zeros_like(site.weight))
-                for name, site in case.state.items()
-            }
-            one_token = example_stats(case.unit, tokens=1)
-            no_input = {name: _masked(s, slice(None)) for name, s in case.stats.items()}
-            trials = [
-                (case.state, one_token, "one token"),
-                (case.state, no_input, "no input"),
-                (case.state, _with_dead_columns(case.stats), "dead inputs"),
-                (zero, case.stats, "zero weights"),
-            ]
-            for state, stats, what in trials:
+            for what, state, stats in degenerate(case.unit, case.state, case.stats):
                 after = operator.apply(case.unit, state, case.step, stats)
-                self._assert_sound(after, formats, f"{case}, {what}")
+                assert_sound(after, formats, f"{case}, {what}")
+
+    def test_what_keeps_its_format_keeps_its_bits(self, operator: Operator) -> None:
+        """A site the step leaves in its format is left alone: a step that is none changes nothing.
+
+        So is every site where the operator is left out, which `None` among the options stands for.
+        """
+        for case in self._cases(operator):
+            before = dense_format(case.unit)
+            formats = operator.formats(case.unit, before, case.step)
+            after = operator.apply(case.unit, case.state, case.step, case.stats)
+            same = [name for name, form in formats.items() if form == before.get(name)]
+            kept = {name: after[name] for name in same}
+            assert_same(kept, {name: case.state[name] for name in same}, f"{case} left alone")
+
+    def test_reads_no_more_than_it_needs(self, operator: Operator) -> None:
+        """Statistics with what `needs` names and nothing else give the same bits."""
+        for case in self._cases(operator):
+            needs = operator.needs(case.step)
+            assert needs <= {"gram", "range", "rows", "recording"}, f"{case} needs {set(needs)}"
+            stats = without(case.stats, needs) if needs else {}
+            whole = operator.apply(case.unit, case.state, case.step, case.stats)
+            less = operator.apply(case.unit, case.state, case.step, stats)
+            assert_same(whole, less, f"{case} with {sorted(needs)} alone")
+
+    def test_what_is_no_number_does_not_become_one(self, operator: Operator) -> None:
+        """NaN weights or statistics are refused, or are there to be seen in what is left."""
+        for case in self._cases(operator):
+            formats = operator.formats(case.unit, dense_format(case.unit), case.step)
+            for name, site in case.state.items():
+                if formats and formats.get(name) == site.format:
+                    continue  # left alone
+                broken = replace(site, weight=torch.full_like(site.weight, torch.nan))
+                state = {**case.state, name: broken}
+                _assert_shows(operator, case, state, case.stats, f"{name} is NaN")
+            gathered = any(site.has_gram for site in case.stats.values())
+            if gathered and operator.needs(case.step) & {"gram", "range"}:
+                stats = {name: _not_finite(site) for name, site in case.stats.items()}
+                _assert_shows(operator, case, case.state, stats, "statistics are NaN")
+
+
+def _assert_shows(
+    operator: Operator, case: _Case, state: UnitState, stats: UnitStats, what: str
+) -> None:
+    try:
+        after = operator.apply(case.unit, state, case.step, stats)
+    except (AutocompError, ArithmeticError, RuntimeError):
+        return
+    seen = list(_tensors(after).values())
+    seen += [torch.tensor(site.input_range) for site in after.values() if site.input_range]
+    if not after or not all(bool(torch.isfinite(tensor).all()) for tensor in seen):
+        return
+    clean = operator.apply(case.unit, case.state, case.step, case.stats)
+    assert_same(
+        after, clean, f"{case}: {what}, and it made numbers of it, not having left it alone"
+    )
+
+
+def _not_finite(stats: SiteStats) -> SiteStats:
+    parts: dict[str, Any] = {
+        part: torch.full_like(value, torch.nan)
+        for part in ("gram", "mean", "low", "high", "sample")
+        if (value := getattr(stats, part)) is not None
+    }
+    return replace(stats, **parts)
 
 
 def _shape(formats: dict[str, SiteFormat], site: Site) -> tuple[int, int]:
@@ -409,20 +360,3 @@ def _shape(formats: dict[str, SiteFormat], site: Site) -> tuple[int, int]:
     first, second = formats[first_of(site.name)], formats[second_of(site.name)]
     assert second.columns == (first.columns if site.table else first.rows), site.name
     return (first.rows, second.rows) if site.table else (second.rows, first.columns)
-
-
-def _with_dead_columns(stats: UnitStats) -> UnitStats:
-    return {name: _masked(site, slice(None, None, 3)) for name, site in stats.items()}
-
-
-def _masked(stats: SiteStats, columns: slice) -> SiteStats:
-    """The statistics with these columns of the input zero; every site's tensors are its own."""
-    gram = stats.gram.clone()
-    gram[columns], gram[:, columns] = 0.0, 0.0
-    parts = {}
-    for part in ("mean", "low", "high", "sample"):
-        value = getattr(stats, part)
-        if value is not None:
-            parts[part] = value.clone()
-            parts[part][..., columns] = 0.0
-    return replace(stats, gram=gram, **parts)

@@ -143,7 +143,7 @@ def test_what_one_runtime_lacks_is_left_to_the_other(
     json.dumps(checked.to_json())
 
 
-def test_an_option_that_no_runtime_can_carry_out_is_an_error(
+def test_a_choice_that_no_runtime_can_carry_out_is_an_error(
     directory: Path, add: Callable[..., None]
 ) -> None:
     add("coarse", four_bits)
@@ -152,7 +152,8 @@ def test_an_option_that_no_runtime_can_carry_out_is_an_error(
         plan(directory, runtime=["coarse", "rough"])
     message = str(raised.value)
     assert "spec.yaml:10 space[1]: embeddings, rtn" in message, "the first unit with 4 bits"
-    assert message.endswith("coarse-cpu lacks this format; rough-cpu lacks this format")
+    assert "coarse-cpu lacks this format; rough-cpu lacks this format" in message
+    assert message.endswith("No option with rtn weights=4 is possible")
 
 
 def test_a_runtime_without_any_option_of_a_unit_is_left_out(

@@ -12,7 +12,7 @@ import torch
 from model_examples import EXAMPLES, Example, logits
 from torch import nn
 
-from autocomp.calibrate.stats import SiteStats, UnitStats, load_stats, save_stats
+from autocomp.calibrate.stats import Need, SiteStats, UnitStats, holds, load_stats, save_stats
 from autocomp.calibrate.stream import calibrate, fingerprint
 from autocomp.core.errors import InternalError, ModelError, StorageError
 from autocomp.core.unit import Unit
@@ -184,6 +184,75 @@ def test_a_second_run_does_not_run_the_model(tmp_path: Path) -> None:
     (tmp_path / "head.safetensors").unlink()
     with pytest.raises(AssertionError, match="the model ran"):
         dict(calibrate(Refuses(), units, [example.inputs()], tmp_path))
+
+
+NEEDS: dict[str, set[Need]] = {
+    "layers.0.attention": {"gram"},
+    "layers.1.attention": {"range"},
+    "layers.1.ffn": {"gram", "range"},
+}
+
+
+def test_only_what_is_needed_is_gathered(tmp_path: Path) -> None:
+    example = EXAMPLES["bert"]
+    model, units, inputs = example.model(), example.units(), example.inputs()
+    everything = collect(model, units, [inputs], tmp_path / "all")
+    found = collect(model, units, [inputs], tmp_path / "some", needs=NEEDS)
+    assert set(found) == set(NEEDS)
+    for unit, needs in NEEDS.items():
+        for name, site in found[unit].items():
+            whole = everything[unit][name]
+            assert site.count == whole.count > 0
+            assert site.has_gram == ("gram" in needs)
+            if "gram" in needs:
+                torch.testing.assert_close(site.gram, whole.gram, rtol=0, atol=0)
+                torch.testing.assert_close(site.mean, whole.mean, rtol=0, atol=0)
+            else:
+                assert site.mean.numel() == 0
+            for part in ("low", "high", "sample"):
+                one, other = getattr(site, part), getattr(whole, part)
+                assert (one is not None) == ("range" in needs)
+                if one is not None:
+                    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    shared = found["layers.1.attention"]
+    (key,) = [name for name in shared if name.endswith("key")]
+    (query,) = [name for name in shared if name.endswith("query")]
+    assert shared[key].gram is shared[query].gram, "sites of one input still share"
+
+
+def test_where_nothing_is_needed_nothing_runs(tmp_path: Path) -> None:
+    example = EXAMPLES["bert"]
+    model, calls = example.model(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    stream = calibrate(model, example.units(), [example.inputs()], tmp_path, needs={"head": set()})
+    assert [files for _, files in stream] == [{}, {}, {}, {}]
+    assert calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_holds_less_than_is_needed_is_gathered_again(tmp_path: Path) -> None:
+    example = EXAMPLES["bert"]
+    model, units, inputs = example.model(), example.units(), [example.inputs()]
+    collect(model, units, inputs, tmp_path, needs={"layers.0.ffn": {"range"}})
+    path = tmp_path / "layers.0.ffn.safetensors"
+    assert holds(path, {"range"})
+    assert not holds(path, {"gram"})
+    found = collect(model, units, inputs, tmp_path, needs={"layers.0.ffn": {"gram"}})
+    assert all(site.has_gram for site in found["layers.0.ffn"].values())
+    path.write_bytes(b"torn")
+    assert not holds(path, {"gram"})
+    assert not holds(tmp_path / "missing", {"gram"})
+
+
+@pytest.mark.parametrize("needs", [{"gram"}, {"range"}])
+def test_values_that_are_not_finite_show_in_either_part(tmp_path: Path, needs: set[Need]) -> None:
+    example = EXAMPLES["bert"]
+    model = example.model()
+    with torch.no_grad():
+        model.get_submodule(example.units()[0].sites[0].name).weight[:, 3] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        collect(model, example.units(), [example.inputs()], tmp_path,
+                needs={"layers.0.ffn": needs})  # fmt: skip
 
 
 def test_an_abandoned_run_leaves_no_activations(tmp_path: Path) -> None:

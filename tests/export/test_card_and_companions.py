@@ -17,12 +17,13 @@ from autocomp.core.candidate import Candidate
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.measurement import Measurement
 from autocomp.export import EXPORTERS, own_format
-from autocomp.export.artifact import ONNX, OPENVINO
+from autocomp.export.artifact import ONNX, OPENVINO, reloaded_logits
 from autocomp.export.card import model_card
 from autocomp.export.companions import Companions
 from autocomp.export.protocol import ExportRequest
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
+from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
 from autocomp.targets.protocol import Artifact, Target
 
 SPEC = Spec.model_validate(
@@ -77,16 +78,6 @@ def request_(tmp_path: Path) -> ExportRequest:
     )
 
 
-class EchoTarget:
-    """Logits follow from the file's bytes."""
-
-    def run(self, artifact: Artifact, inputs: Any) -> Any:
-        return np.frombuffer(artifact.path.read_bytes(), np.uint8).astype(float)
-
-    def measure(self, artifact: Artifact, inputs: Any) -> Measurement:
-        return Measurement("measured", 1.02, artifact.size_bytes)
-
-
 def tiny_classifier() -> onnx.ModelProto:
     """Logits 0 and the sum of the ids that are not masked."""
     make = helper.make_node
@@ -107,9 +98,6 @@ def tiny_classifier() -> onnx.ModelProto:
     logits = helper.make_tensor_value_info("logits", 1, ["batch", 2])
     graph = helper.make_graph(nodes, "tiny", ints, [logits], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-
-
-TARGET: Target = EchoTarget()  # type: ignore[assignment]
 
 
 def test_companions_are_what_was_given(tmp_path: Path) -> None:
@@ -177,29 +165,105 @@ def test_another_runtimes_format_is_refused(request_: ExportRequest, tmp_path: P
     assert own_format(Artifact(Path("model.xml"), 1)) == "openvino"
 
 
-def test_export_is_whole_and_verified(request_: ExportRequest, tmp_path: Path) -> None:
+class QuickTarget(OnnxRuntimeTarget):
+    """ONNX Runtime, where nobody waits for the latency."""
+
+    def measure(self, artifact: Artifact, inputs: Any) -> Measurement:
+        return Measurement("measured", 1.02, artifact.size_bytes)
+
+
+@pytest.fixture
+def real(request_: ExportRequest, tmp_path: Path) -> tuple[ExportRequest, Target]:
+    """A request of a model that runs, and its target."""
+    target = QuickTarget(SPEC.target.workload)
+    artifact = target.write(tiny_classifier(), tmp_path / "real")
+    inputs = {name: np.ones((2, 4), np.int64) for name in ("input_ids", "attention_mask")}
+    kept = companions(tmp_path / "source", ("bad", "good"), inputs)
+    return replace(request_, artifact=artifact, companions=kept), target
+
+
+def test_export_is_whole_and_verified(
+    real: tuple[ExportRequest, Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, target = real
     out = tmp_path / "deep" / "out"
-    ONNX.write(request_, out)
+    ONNX.write(request, out)
     assert {file.name for file in out.iterdir()} == {
         "README.md", "candidate.yaml", "labels.txt", "model.onnx", "tokenizer.json",
     }  # fmt: skip
     assert (out / "labels.txt").read_text() == "bad\ngood\n"
-    verified = ONNX.verify(request_, out, TARGET)
+    opened: list[Path] = []
+
+    def run(artifact: Artifact, inputs: Any) -> Any:
+        opened.append(artifact.path)
+        return OnnxRuntimeTarget.run(target, artifact, inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(target, "run", run)
+    verified = ONNX.verify(request, out, target)
+    assert opened == [request.artifact.path], "the copy is opened elsewhere"
     assert verified.max_difference == 0
+    assert verified.size_bytes == (out / "model.onnx").stat().st_size
+    assert verified.measured is not None
     assert verified.measured.latency_ms == 1.02
     with pytest.raises(UserError, match="is not empty"):
-        ONNX.write(request_, out)
+        ONNX.write(request, out)
 
 
-def test_a_changed_export_is_found(request_: ExportRequest, tmp_path: Path) -> None:
+def test_a_damaged_export_is_found(real: tuple[ExportRequest, Target], tmp_path: Path) -> None:
+    request, target = real
     out = tmp_path / "out"
-    ONNX.write(request_, out)
-    (out / "model.onnx").write_bytes(b"grapH")
-    with pytest.raises(InternalError, match="logits differ"):
-        ONNX.verify(request_, out, TARGET)
-    (out / "model.onnx").write_bytes(b"graph and more")
-    with pytest.raises(InternalError, match="bytes"):
-        ONNX.verify(request_, out, TARGET)
+    ONNX.write(request, out)
+    whole = (out / "model.onnx").read_bytes()
+    one = np.array([0, 1], np.float32).tobytes()
+    assert whole.count(one) == 1
+    other = np.array([0, 1.5], np.float32).tobytes()
+    for damaged, says in (
+        (whole.replace(one, other), "logits differ from the evaluated artifact's by 2"),
+        (whole.replace(b"logits", b"lOgits"), "cannot be reloaded by its runtime"),
+        (bytes(len(whole)), "cannot be reloaded by its runtime"),
+        (whole[:-1], "bytes"),
+    ):
+        (out / "model.onnx").write_bytes(damaged)
+        with pytest.raises(InternalError, match=says):
+            ONNX.verify(request, out, target)
+    (out / "model.onnx").write_bytes(whole)
+    assert ONNX.verify(request, out, target).max_difference == 0
+
+
+def test_the_process_that_reloads_has_the_runtime_and_numpy_alone(
+    real: tuple[ExportRequest, Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the runtime itself drags in torch, verification fails."""
+    request, target = real
+    out = tmp_path / "out"
+    ONNX.write(request, out)
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "onnxruntime.py").write_text("import torch\n")
+    monkeypatch.setenv("PYTHONPATH", str(fake))
+    with pytest.raises(InternalError, match="torch is not for users of the exported model"):
+        ONNX.verify(request, out, target)
+
+
+def test_a_model_with_a_cache_is_reloaded_with_an_empty_one(tmp_path: Path) -> None:
+    """float and int8 caches, a state of constant size and a length: the shape of each is logits."""
+    make, value = helper.make_node, helper.make_tensor_value_info
+    caches = [
+        value("past_key_values.0.key", 1, ["batch", 2, "past", 4]),
+        value("past_key_values.0.value", 3, ["batch", 2, "past", 4]),
+        value("past_state.1.sum", 1, ["batch", 5]),
+        value("past_length", 7, [1]),
+    ]
+    nodes = [make("Shape", [one.name], [f"shape{i}"]) for i, one in enumerate(caches)]
+    nodes.append(make("Concat", [f"shape{i}" for i in range(4)], ["logits"], axis=0))
+    given = [value("input_ids", 7, ["batch", "sequence"]), *caches]
+    graph = helper.make_graph(nodes, "cache", given, [value("logits", 7, [None])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    inputs = {"input_ids": np.ones((3, 7), np.int64)}
+    found = reloaded_logits(Artifact(path, path.stat().st_size), inputs, 1)
+    assert found.tolist() == [3, 2, 0, 4, 3, 2, 0, 4, 3, 5, 1]
 
 
 def test_a_failed_export_leaves_nothing(request_: ExportRequest, tmp_path: Path) -> None:
@@ -229,6 +293,11 @@ def test_openvino_is_exported_and_its_card_runs(request_: ExportRequest, tmp_pat
     verified = exporter.verify(request, out, target)
     assert verified.max_difference == 0
     assert verified.size_bytes == artifact.size_bytes
+    whole = (out / "model.bin").read_bytes()
+    (out / "model.bin").write_bytes(whole.replace(np.float32(1).tobytes(), np.float32(2).tobytes()))
+    with pytest.raises(InternalError, match="logits differ"):
+        exporter.verify(request, out, target)
+    (out / "model.bin").write_bytes(whole)
     code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     stub = (
         "import sys, types; ids = types.SimpleNamespace(ids=[1, 2, 3], attention_mask=[1, 1, 1])\n"

@@ -28,7 +28,7 @@ from autocomp.library.build import (
     unit_digest,
 )
 from autocomp.library.stitch import stitch
-from autocomp.library.store import Library
+from autocomp.library.store import Library, item_key
 from autocomp.models.conversion import save_model
 from autocomp.models.modules import QuantEmbedding, QuantLinear
 from autocomp.operators import apply_option, unit_options
@@ -337,3 +337,52 @@ def test_a_missing_item_is_rebuilt_if_the_caller_can(bert: Setting) -> None:
     assert model.get_submodule("bert.encoder.layer.0.intermediate.dense").weight.shape[0] == 24
     with pytest.raises(InternalError, match="has no item"):
         stitch(bert.model, bert.units, bert.library, {}, candidate, rebuild=rebuild)
+
+
+def test_rounding_to_nearest_needs_no_statistics(bert: Setting, tmp_path: Path) -> None:
+    """Neither file nor directory is there, and the items are those built beside other options."""
+    beside = bert.plan()
+    assert {"gram"} <= beside.needs["layers.0.ffn"]
+    build(beside)
+    rule = Rule(bits={"method": ["rtn", "hqq"], "weights": [8, 4], "activations": [8]})
+    options = {unit.name: unit_options(unit, rule) for unit in bert.units}
+    missing = {unit.name: tmp_path / "nowhere" / unit.name for unit in bert.units}
+    library = Library(tmp_path / "other")
+    plan = plan_build(bert.path, bert.units, options, missing, bert.fingerprint, library)
+    assert plan.needs == {}
+    assert all(task.stats_path is None for task in plan.tasks)
+    assert len(build(plan)) == plan.missing > 0
+    shared = set(plan.keys.values()) & set(beside.keys.values())
+    assert shared, "a key does not depend on what else is asked for"
+    for key in shared:
+        one, other = library.get(key), bert.library.get(key)
+        assert one is not None
+        assert other is not None
+        for name in one:
+            torch.testing.assert_close(one[name].weight, other[name].weight, rtol=0, atol=0)
+
+
+def test_needs_are_those_of_missing_items(bert: Setting, tmp_path: Path) -> None:
+    static = Rule(bits={"method": "rtn", "weights": [8], "activations": ["static"]})
+    ffn, attention = bert.unit("layers.0.ffn"), bert.unit("layers.0.attention")
+    options = {
+        ffn.name: unit_options(ffn, static),
+        attention.name: unit_options(attention, Rule(bits={"method": "gptq", "weights": [8]})),
+    }
+    library = Library(tmp_path / "other")
+
+    def plan() -> BuildPlan:
+        return plan_build(bert.path, bert.units, options, bert.stats, bert.fingerprint, library)
+
+    assert plan().needs == {ffn.name: {"range"}, attention.name: {"gram"}}
+    for task in plan().tasks:
+        if task.unit.name == attention.name:
+            build_unit(task)
+    assert plan().needs == {ffn.name: {"range"}}
+
+
+def test_a_key_is_what_it_was() -> None:
+    """Libraries are shared between versions: a key changes with what it stands for alone."""
+    option = Option((Step.of("rtn", weights=8, activations=8, group=0),))
+    key = item_key("weights", option, "statistics")
+    assert key == "05eb584bf25dabd45c781be566fda12691b8ac2d"

@@ -18,7 +18,8 @@ from autocomp.core.errors import StorageError
 from autocomp.library.store import Library, item_key
 from autocomp.operators import OPERATORS, apply_option
 from autocomp.operators.protocol import UnitState
-from autocomp.testing.operator_contract import assert_same, example_state, example_stats, ffn
+from autocomp.testing.operator_contract import assert_same
+from autocomp.testing.operator_examples import example_state, example_stats, ffn
 
 KEY = "ab" + "0" * 38
 OTHER = "cd" + "0" * 38

@@ -17,7 +17,7 @@ from autocomp.models.modules import QuantLinear
 from autocomp.models.sparse import SparseLinear
 from autocomp.models.surgery import install
 from autocomp.operators import apply_option
-from autocomp.testing.operator_contract import example_state, example_stats, head
+from autocomp.testing.operator_examples import example_state, example_stats, head
 
 FORMAT = SiteFormat(6, 16, True, nonzeros=48)
 

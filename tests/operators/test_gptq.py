@@ -16,7 +16,7 @@ from autocomp.operators.gram import Factor, damped, damping_for, factorise, outp
 from autocomp.operators.protocol import SiteStats
 from autocomp.operators.quantize.grid import SHRINK, round_to_grid, search_scales
 from autocomp.operators.quantize.solve import solve_columns
-from autocomp.testing.operator_contract import attention, example_state, example_stats, ffn
+from autocomp.testing.operator_examples import attention, example_state, example_stats, ffn
 
 
 def correlated_gram(columns: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from autocomp.core.unit import Unit
 from autocomp.operators import apply_option, option_formats, rule_of, unit_options
 from autocomp.operators.quantize.kv_cache import channel_scales
 from autocomp.spec.space import RuleSection
-from autocomp.testing.operator_contract import attention, example_state, example_stats, ffn, head
+from autocomp.testing.operator_examples import attention, example_state, example_stats, ffn, head
 
 CACHE = Step.of("kv_cache", bits=8)
 

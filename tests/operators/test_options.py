@@ -14,7 +14,7 @@ from autocomp.core.unit import SiteFormat
 from autocomp.operators import option_formats, rule_of, unit_options
 from autocomp.operators.protocol import Rule
 from autocomp.spec.space import RuleSection
-from autocomp.testing.operator_contract import attention, embedding, ffn, head
+from autocomp.testing.operator_examples import attention, embedding, ffn, head
 
 
 def labels(options: list[Option]) -> list[str]:

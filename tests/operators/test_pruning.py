@@ -12,7 +12,7 @@ from autocomp.operators import apply_option
 from autocomp.operators.gram import compensate, output_error
 from autocomp.operators.protocol import SiteStats, UnitStats
 from autocomp.operators.prune.structured import RemovalOrder
-from autocomp.testing.operator_contract import attention, example_state, ffn
+from autocomp.testing.operator_examples import attention, example_state, ffn
 
 
 def inputs(columns: int, tokens: int, seed: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from autocomp.operators.factorize.factors import factor_stats, multiplied
 from autocomp.operators.factorize.rank import OPERATOR, rank_for
 from autocomp.operators.gram import damping_for, output_error
 from autocomp.operators.protocol import Rule
-from autocomp.testing.operator_contract import (
+from autocomp.testing.operator_examples import (
     attention,
     embedding,
     example_state,

@@ -19,7 +19,7 @@ from autocomp.operators.protocol import UnitState, UnitStats
 from autocomp.operators.quantize.grid import search_scales
 from autocomp.operators.quantize.half_quadratic import half_quadratic_scales
 from autocomp.operators.quantize.scaling import ALPHAS
-from autocomp.testing.operator_contract import attention, example_state, example_stats, ffn
+from autocomp.testing.operator_examples import attention, example_state, example_stats, ffn
 
 
 def form(rows: int, columns: int, bits: int, group: int | None) -> SiteFormat:

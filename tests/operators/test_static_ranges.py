@@ -16,7 +16,7 @@ from autocomp.core.errors import InternalError, UserError
 from autocomp.operators import apply_option, option_formats, rule_of, unit_options
 from autocomp.operators.quantize.ranges import FRACTIONS, static_range
 from autocomp.spec.space import RuleSection
-from autocomp.testing.operator_contract import (
+from autocomp.testing.operator_examples import (
     attention,
     embedding,
     example_state,

@@ -19,7 +19,7 @@ from autocomp.operators import (
 )
 from autocomp.operators.protocol import Rule
 from autocomp.spec.space import RuleSection
-from autocomp.testing.operator_contract import attention, embedding, ffn, head
+from autocomp.testing.operator_examples import attention, embedding, ffn, head
 
 BOTH = {"method": ["tome", "token_prune"], "ratios": [0.0, 0.25]}
 

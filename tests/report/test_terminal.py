@@ -217,11 +217,13 @@ def test_extensions() -> None:
         "options": "weights=8|4",
         "speeds_up": ["onnxruntime-cpu"],
         "shrinks": [],
+        "saves_memory": ["openvino-cpu"],
     }
     print_kind(Console(file=output, width=100), [row])
     text = output.getvalue()
     assert "gptq  Rounds with compensation." in text
     assert "speeds up: onnxruntime-cpu" in text
+    assert "saves memory: openvino-cpu" in text
     assert "shrinks" not in text
 
 

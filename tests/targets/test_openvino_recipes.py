@@ -253,3 +253,42 @@ def test_what_gains_nothing_is_refused_with_the_reason():
     }
     for reason, spec in refused.items():
         assert reason in str(recipes.unsupported(spec, 32))
+
+
+ZEROS = {
+    "a group": (slice(0, 48), slice(32, 64)),
+    "all but a group": (slice(0, 48), slice(0, 128)),
+    "a row": (slice(0, 3), slice(0, 160)),
+    "everything": (slice(0, 48), slice(0, 160)),
+}
+
+
+@pytest.mark.parametrize("zeros", list(ZEROS))
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-12])
+@pytest.mark.parametrize(
+    ("bits", "group", "activations"),
+    [(8, None, 8), (8, 32, 8), (8, 32, 32), (4, 32, 32), (4, 32, 8), (4, None, 8), (4, None, 32)],
+)
+def test_zeros_leave_the_other_weights_alone(bits, group, activations, size, zeros):
+    """The grid gives zeros scale 1, which is no measure for weights a millionth of that."""
+    spec = SiteFormat(ROWS, COLUMNS, False, False, bits, group, activations)
+    weights = on_the_grid(spec, size, ZEROS[zeros])
+    expected = X.astype(np.float64) @ weights.dequantised().astype(np.float64).T
+    bound = 0.03 if activations == 8 else 2e-3
+    found = linear(weights, X)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound * np.abs(expected).max() + 1e-37)
+
+
+def on_the_grid(spec: SiteFormat, size: float, zeros: Any) -> SiteWeights:
+    """Random weights of this size, some of them zero, as rounding to nearest leaves them."""
+    import torch
+
+    from autocomp.operators.quantize.grid import round_to_grid, search_scales
+
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((spec.rows, spec.columns)).astype(np.float32) * np.float32(size)
+    weight[zeros] = 0
+    scales = search_scales(torch.from_numpy(weight), spec)
+    codes = round_to_grid(torch.from_numpy(weight), scales, spec)
+    assert not codes.numpy()[zeros].any()
+    return SiteWeights(spec, codes=codes.numpy(), scales=scales.numpy())

@@ -276,3 +276,47 @@ def test_eight_bits_with_float_activations_are_never_slower_than_float():
     """Their MatMulNBits is by an order of magnitude; from two tokens on every one is slower."""
     assert recipes.recipe(SiteFormat(8, 64, False, weight_bits=8), 1) == "unpacked"
     assert recipes.recipe(SiteFormat(8, 64, False, weight_bits=4, group=32), 2) == "unpacked"
+
+
+ZEROS = {
+    "a group": (slice(0, 48), slice(16, 32)),
+    "all but a group": (slice(0, 48), slice(0, 64)),
+    "a row": (slice(0, 3), slice(0, 80)),
+    "everything": (slice(0, 48), slice(0, 80)),
+}
+
+
+@pytest.mark.parametrize("zeros", list(ZEROS))
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-12])
+@pytest.mark.parametrize(
+    ("bits", "group", "activations"),
+    [(8, None, 8), (8, 16, 8), (8, 16, 32), (4, 16, 32), (4, 16, 8), (4, None, 8), (3, 16, 8),
+     (2, 16, 8), (2, 16, 32), (3, None, 32)],
+)  # fmt: skip
+def test_zeros_leave_the_other_weights_alone(bits, group, activations, size, zeros):
+    """The grid gives zeros scale 1, which is no measure for weights a millionth of that."""
+    spec = SiteFormat(ROWS, COLUMNS, False, False, bits, group, activations)
+    weights = on_the_grid(spec, size, ZEROS[zeros])
+    matrix = weights.dequantised().astype(np.float64)
+    x = np.random.default_rng(0).standard_normal((2, 6, COLUMNS)).astype(np.float32) + 0.3
+    expected = x.astype(np.float64) @ matrix.T
+    readers = [("x", weights)] if activations == 8 else []
+    found = _run(_lowered("site", weights, TOKENS, readers), x)
+    # Rounded activations are 1/255 of their spread off, weights widened to int8 1/254 of the row's.
+    bound = 0.03 if activations == 8 else 1e-3
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound * np.abs(expected).max() + 1e-37)
+
+
+def on_the_grid(spec, size, zeros):
+    """Random weights of this size, some of them zero, as rounding to nearest leaves them."""
+    import torch
+
+    from autocomp.operators.quantize.grid import round_to_grid, search_scales
+
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((spec.rows, spec.columns)).astype(np.float32) * np.float32(size)
+    weight[zeros] = 0
+    scales = search_scales(torch.from_numpy(weight), spec)
+    codes = round_to_grid(torch.from_numpy(weight), scales, spec)
+    assert not codes.numpy()[zeros].any()
+    return SiteWeights(spec, codes=codes.numpy(), scales=scales.numpy())

@@ -15,7 +15,7 @@ from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.factors import factor_formats, first_of, second_of
 from autocomp.core.unit import Role, Site, SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 from autocomp.operators.prune.choices import read_fractions
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output", "gate", "up", "down", "embedding")
@@ -43,6 +43,7 @@ class Rank:
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """One step per ratio that leaves another shape; `None` for 1.0 and where none saves.
@@ -79,6 +80,10 @@ class Rank:
                 first, second = factor_formats(before, rank)
                 result[first_of(site.name)], result[second_of(site.name)] = first, second
         return result
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Gram matrices of linear layers, counts of tables."""
+        return frozenset({"gram", "rows"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Truncate every site where its output changes least.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit, resized
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 from autocomp.operators.prune.choices import kept_counts
 
 
@@ -27,6 +27,7 @@ class Heads:
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """One step per distinct number of heads; `None` where all are kept.
@@ -67,6 +68,10 @@ class Heads:
             elif site.role == "output":
                 result[site.name] = resized(formats[site.name], columns=query_width)
         return result
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Of the output projection's inputs."""
+        return frozenset({"gram"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Choose heads on the output projection's Gram matrix, cut, compensate."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 
 
 class Skip:
@@ -21,6 +21,7 @@ class Skip:
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Leave it or skip it, where the rule says `skip: true`.
@@ -42,6 +43,10 @@ class Skip:
     ) -> dict[str, SiteFormat]:
         """Nothing is left."""
         return {}
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Nothing is left."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.unit import SiteFormat, Unit, resized
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 
 
 class PruneVocabulary:
@@ -28,6 +28,7 @@ class PruneVocabulary:
     version = 1
     speeds_up: tuple[str, ...] = ()
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """The whole vocabulary or the task's; the rule then says `{"keep": N, "unknown": id}`.
@@ -57,6 +58,10 @@ class PruneVocabulary:
         site = unit.site("embedding")
         assert site is not None
         return {**formats, site.name: resized(formats[site.name], rows=step["keep"])}
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Which tokens occur."""
+        return frozenset({"rows"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Cut the rows; the rows to keep are those `stats` count at all.

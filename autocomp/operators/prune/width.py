@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit, resized
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 from autocomp.operators.prune.choices import kept_counts
 
 
@@ -26,6 +26,7 @@ class Width:
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """One step per distinct width; `None` where all of it is kept.
@@ -63,6 +64,10 @@ class Width:
             elif site.role == "down":
                 result[site.name] = resized(formats[site.name], columns=step["keep"])
         return result
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Of the down projection's inputs."""
+        return frozenset({"gram"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Choose channels on the down projection's Gram matrix, cut, compensate."""

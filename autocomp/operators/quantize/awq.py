@@ -11,8 +11,21 @@ from typing import TYPE_CHECKING
 
 from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
-from autocomp.operators.quantize.choices import bit_steps, quantised_formats, silent_at_tables
+from autocomp.operators.protocol import (
+    Need,
+    Rule,
+    SiteState,
+    SiteStats,
+    Stage,
+    UnitState,
+    UnitStats,
+)
+from autocomp.operators.quantize.choices import (
+    bit_steps,
+    quantised_formats,
+    range_needs,
+    silent_at_tables,
+)
 from autocomp.operators.shared_inputs import shared_inputs
 
 if TYPE_CHECKING:
@@ -29,6 +42,7 @@ class Awq:
     choices = "bits.weights, bits.activations, bits.group (below 8 bits; 0: a whole row)"
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def __init__(self, name: str, summary: str, paper: str, *, by_gptq: bool) -> None:
         self.name = name
@@ -52,6 +66,10 @@ class Awq:
         """Same shapes, fewer bits, scaled inputs."""
         linear = [name for name, form in formats.items() if not form.embedding]
         return quantised_formats(unit, formats, step, scaled=linear)
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Gram matrices, and the range of static activations."""
+        return range_needs(step).union({"gram"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Find the scale of every group of sites that share an input, and round.

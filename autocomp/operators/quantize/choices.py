@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from autocomp.calibrate.stats import Need
 from autocomp.core.candidate import Scalar, Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import Role, SiteFormat, Unit
@@ -43,6 +44,11 @@ class _Activation:
 
     def args(self) -> dict[str, Scalar]:
         return {"activations": self.bits, **({"range": self.range} if self.range else {})}
+
+
+def range_needs(step: Step) -> frozenset[Need]:
+    """What fixing the range of activations reads, where `step` does that."""
+    return frozenset({"range"}) if "range" in dict(step.args) else frozenset()
 
 
 def bit_steps(

@@ -11,8 +11,21 @@ from typing import TYPE_CHECKING
 
 from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
-from autocomp.operators.quantize.choices import bit_steps, quantised_formats, silent_at_tables
+from autocomp.operators.protocol import (
+    Need,
+    Rule,
+    SiteState,
+    SiteStats,
+    Stage,
+    UnitState,
+    UnitStats,
+)
+from autocomp.operators.quantize.choices import (
+    bit_steps,
+    quantised_formats,
+    range_needs,
+    silent_at_tables,
+)
 from autocomp.operators.shared_inputs import shared_inputs
 
 if TYPE_CHECKING:
@@ -30,6 +43,7 @@ class Gptq:
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Every combination of weight and activation bits the rule asks for.
@@ -46,6 +60,10 @@ class Gptq:
     ) -> dict[str, SiteFormat]:
         """Same shapes, fewer bits."""
         return quantised_formats(unit, formats, step)
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Gram matrices, and the range of static activations."""
+        return range_needs(step).union({"gram"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Solve every group of sites that share an input.

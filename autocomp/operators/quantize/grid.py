@@ -41,7 +41,7 @@ def _search(weight: Tensor, format: SiteFormat) -> Tensor:
     values = grouped(weight, group_size(format))  # (rows, groups, group)
     largest = values.abs().amax(dim=2)
     full = largest / high
-    live = full > _TINY
+    live = ~(full <= _TINY)  # NaN is no group of zeros
     full = torch.where(live, full, torch.ones_like(full))
     if format.weight_bits == 8:
         return full

@@ -16,7 +16,15 @@ from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.factors import second_of
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import (
+    Need,
+    Rule,
+    SiteState,
+    SiteStats,
+    Stage,
+    UnitState,
+    UnitStats,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +43,7 @@ class KvCache:
     version = 1
     speeds_up: tuple[str, ...] = ()
     shrinks: tuple[str, ...] = ()
+    saves_memory: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Leave the cache, or 8 bits.
@@ -75,6 +84,10 @@ class KvCache:
         names = _cached(unit, formats)
         changed = {name: replace(formats[name], cache_bits=step["bits"]) for name in names}
         return {**formats, **changed}
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """The sample of inputs."""
+        return frozenset({"range"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Find the scales on the sample of inputs.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from autocomp.core.candidate import Step
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
-from autocomp.operators.quantize.choices import bit_steps, quantised_formats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
+from autocomp.operators.quantize.choices import bit_steps, quantised_formats, range_needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ class Nearest(ABC):
     stage: Stage = "bits"
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     @abstractmethod
     def scales(self, weight: Tensor, format: SiteFormat) -> Tensor:
@@ -37,6 +38,10 @@ class Nearest(ABC):
     ) -> dict[str, SiteFormat]:
         """Same shapes, fewer bits."""
         return quantised_formats(unit, formats, step)
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Nothing but the range of static activations."""
+        return range_needs(step)
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Round every site to its scales."""

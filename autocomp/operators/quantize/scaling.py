@@ -15,7 +15,7 @@ from torch import Tensor
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat
 from autocomp.models.codes import dequantise
-from autocomp.operators.gram import output_error
+from autocomp.operators.gram import output_error, refuse_not_finite
 from autocomp.operators.protocol import SiteStats
 from autocomp.operators.quantize.grid import round_to_grid, search_scales
 
@@ -61,7 +61,12 @@ def awq_scale(sites: ScaledSites, gram: Tensor, count: int) -> Tensor:
 
 
 def channel_energy(gram: Tensor, count: int) -> Tensor:
-    """Root mean square of each input, `(columns,)`, floored at 10⁻⁴ of the largest; 1 when dead."""
+    """Root mean square of each input, `(columns,)`, floored at 10⁻⁴ of the largest; 1 when dead.
+
+    Raises:
+        InternalError: if the Gram matrix is not finite.
+    """
+    refuse_not_finite(gram.diagonal())
     energy = (gram.diagonal() / max(count, 1)).clamp_min(0.0).sqrt()
     largest = energy.max()
     if not bool(largest > 0):
@@ -94,11 +99,12 @@ def reach_of(stats: SiteStats, kept: Tensor | None) -> Tensor:
     """max|x| of each remaining column.
 
     Raises:
-        InternalError: if the statistics hold no ranges.
+        InternalError: if the statistics hold no ranges, or some that are not finite.
     """
     if stats.low is None or stats.high is None:
         raise InternalError("these statistics hold no ranges of inputs: calibrate again")
     reach = torch.maximum(stats.low.abs(), stats.high.abs())
+    refuse_not_finite(reach)
     return reach if kept is None else reach[kept]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from autocomp.core.candidate import Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 from autocomp.operators.quantize.choices import (
     asks_for_bits,
     bit_steps,
@@ -33,6 +33,7 @@ class SmoothQuant:
     version = 1
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """8-bit weights with each kind of 8-bit activations, for each migration strength.
@@ -66,6 +67,10 @@ class SmoothQuant:
         """Same shapes, 8 bits; scaled where the site reads what the unit reads."""
         scaled = [name for name in formats if reads_unit_input(unit, name)]
         return quantised_formats(unit, formats, step, scaled=scaled)
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """The reach of each input."""
+        return frozenset({"range"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Scale the sites that share an input together, then round to nearest."""

@@ -15,7 +15,7 @@ from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.models.mixers import MIXERS
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 
 if TYPE_CHECKING:
     from autocomp.models.mixers.protocol import Mixer
@@ -33,6 +33,7 @@ class Replace:
     trains = True
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ()
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """Leave attention as it is, or replace it by one of the mixers.
@@ -79,6 +80,10 @@ class Replace:
             elif site.role in mixer.reads:
                 result[site.name] = formats[site.name]
         return result
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """What attention was called with."""
+        return frozenset({"recording"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Start from what the attention's weights say, then train on its recorded inputs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autocomp.core.candidate import Step
 from autocomp.core.unit import Unit
-from autocomp.operators.protocol import UnitState, UnitStats
+from autocomp.operators.protocol import Need, UnitState, UnitStats
 from autocomp.operators.sparsify.sparsifier import Sparsifier
 
 
@@ -15,6 +15,10 @@ class Magnitude(Sparsifier):
     summary = "Set the smallest weights of each row to zero; no calibration."
     paper = "Han et al., 2015, Learning both weights and connections, arXiv:1506.02626"
     version = 1
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Mask every site; the weights that stay are not changed.

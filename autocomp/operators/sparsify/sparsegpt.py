@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from autocomp.core.candidate import Step
 from autocomp.core.unit import Unit
-from autocomp.operators.protocol import UnitState, UnitStats
+from autocomp.operators.protocol import Need, UnitState, UnitStats
 from autocomp.operators.shared_inputs import shared_inputs
 from autocomp.operators.sparsify.sparsifier import Sparsifier
 
@@ -19,6 +19,10 @@ class SparseGpt(Sparsifier):
     summary = "Set weights to zero and let those that stay make up for them."
     paper = "Frantar & Alistarh, 2023, SparseGPT, arXiv:2301.00774"
     version = 1
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Gram matrices."""
+        return frozenset({"gram"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Sweep every group of sites that share an input.

@@ -18,6 +18,7 @@ class Sparsifier:
     stage: Stage = "sparsity"
     speeds_up: tuple[str, ...] = ()
     shrinks: tuple[str, ...] = ("onnxruntime-cpu",)
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """A step per level."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from autocomp.core.candidate import Step
 from autocomp.core.tokens import Method, TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.operators.protocol import Rule, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 from autocomp.operators.tokens.choices import protected_tokens, ratio_steps
 
 
@@ -19,6 +19,7 @@ class TokenReducer:
     stage: Stage = "tokens"
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ()
+    saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
         """One step per ratio; `None` for 0.
@@ -33,6 +34,10 @@ class TokenReducer:
     ) -> dict[str, SiteFormat]:
         """Unchanged."""
         return dict(formats)
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Unchanged."""
