@@ -17,6 +17,9 @@ from autocomp.search.proposal import Proposal
 from autocomp.search.proposer import TrialProposer
 from autocomp.study.directory import Study, append_trial
 from autocomp.study.records import TrialRecord
+from autocomp.workers.protocol import Failure
+
+_OUT_OF_MEMORY = "most often memory ran out: take fewer workers"
 
 
 class Dispatcher:
@@ -59,9 +62,10 @@ class Dispatcher:
             return None
         return self._proposer.ask()
 
-    def tell(self, key: str, result: dict[str, Any] | None, error: str | None) -> None:
+    def tell(self, key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
         """See `workers.protocol.Proposer`."""
         if result is None:
+            assert failure is not None
             proposal = next(p for p in self._proposer.in_flight if p.id == key)
             record = TrialRecord(
                 id=key,
@@ -70,7 +74,8 @@ class Dispatcher:
                 state="failed",
                 candidate=proposal.candidate,
                 estimated=proposal.estimated,
-                error=error,
+                error=f"{failure.cause}; {_OUT_OF_MEMORY}" if failure.died else failure.cause,
+                by_machine=failure.died,
             )
             append_trial(self._study.ledger, record)
         else:
@@ -80,15 +85,30 @@ class Dispatcher:
         runtime = record.candidate.runtime
         if runtime in self._tables:
             self._proposer.correct(refitted(self._tables[runtime], runtime, records), runtime)
-        done = [r for r in records if r.state == "complete"]
-        self._progress.funnel(
-            stitched=len(records),
-            distilled=len(done),
-            measured=sum(r.measured is not None for r in records),
-            on_front=len(front(records)),
-        )
+        self._progress.funnel(**stages(records))
         self._progress.trial_finished(record)
         self._progress.advance(len([r for r in records if r.kind != "dense"]))
+
+
+def stages(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """How many candidates got how far in full trials, for the funnel. The dense model is none.
+
+    A trial that failed had reached what was done before the phase it failed in; one without
+    training was not distilled.
+    """
+    tried = [record for record in records if record.kind != "dense"]
+
+    def beyond(record: TrialRecord, phase: str) -> bool:
+        return record.state == "complete" or phase in record.seconds
+
+    return {
+        "stitched": sum(beyond(r, "distil") for r in tried),
+        "distilled": sum(
+            beyond(r, "export") and r.candidate.distillation.tokens > 0 for r in tried
+        ),
+        "measured": sum(r.measured is not None for r in tried),
+        "on_front": sum(r.kind != "dense" for r in front(records)),
+    }
 
 
 def refitted(

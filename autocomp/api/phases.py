@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 from autocomp.core.budget import Budget
 from autocomp.report.progress import SearchProgress
+from autocomp.study.activity import Activity
 from autocomp.study.ledger import Ledger
 from autocomp.study.records import TrialRecord
 
@@ -80,6 +81,10 @@ class PhaseTimes:
     def trial_started(self, id: str, by: str) -> None:
         """See `SearchProgress`."""
         self._progress.trial_started(id, by)
+
+    def trial_advanced(self, id: str, activity: Activity) -> None:
+        """See `SearchProgress`."""
+        self._progress.trial_advanced(id, activity)
 
     def trial_finished(self, record: TrialRecord) -> None:
         """See `SearchProgress`."""

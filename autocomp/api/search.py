@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,13 @@ from autocomp.api.phases import PhaseTimes
 from autocomp.api.plan import Plan, make_plan
 from autocomp.api.predictor import TablePredictor
 from autocomp.api.session import Measured, Session
+from autocomp.api.watch import watching
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import InfeasibleError
 from autocomp.front.pick import pick
 from autocomp.study.directory import Study
+from autocomp.study.log import LogFile, logging_to
 
 if TYPE_CHECKING:
     from autocomp.report.progress import SearchProgress
@@ -82,7 +84,8 @@ def search(
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
     with (
         opened.lease(),
-        _logging_to(opened.paths.log),
+        logging_to(LogFile(opened.paths.log), _Notes(progress)),
+        watching(opened.paths.running, progress),
         MlflowProjector(opened.paths.root, tracking_uri, units=plan.units),
         ExitStack() as stack,
     ):
@@ -144,7 +147,8 @@ class _Search:
         if self._running is None:
             from autocomp.workers.cluster import start
 
-            self._running = self._stack.enter_context(start(self._address, self._workers))
+            log = self.session.study.paths.log
+            self._running = self._stack.enter_context(start(self._address, self._workers, log))
         return self._running
 
     def _tables(self, context: TrialContext) -> dict[Runtime, TablePredictor]:
@@ -202,18 +206,17 @@ def _target(plan: Plan) -> str:
     return f"{' and '.join(names)} on {section.device}"
 
 
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Everything autocomp logs goes to the study's log file too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("autocomp")
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
+class _Notes(logging.Handler):
+    """Warnings reach the audience too, each of them once."""
+
+    def __init__(self, progress: SearchProgress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        text = record.getMessage().strip().split("\n")[0]
+        if text not in self._told:
+            self._told.add(text)
+            self._progress.note(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from autocomp.api.dispatch import Dispatcher, peak_memories
+from autocomp.api.dispatch import Dispatcher, peak_memories, stages
 from autocomp.api.session import Measured, Session
 from autocomp.front.pick import feasible
 from autocomp.search.baselines import Baseline, baselines
@@ -24,7 +24,8 @@ def run_trials(
     """Baselines and proposals; more of them while nothing measured fits the budget."""
     spec, study, progress = session.plan.spec, session.study, session.progress
     space, tables, budget = session.plan.space, measured.tables, measured.budget
-    finished = study.trials()
+    again = study.failed_by_machine()
+    finished = [record for record in study.trials() if record not in again]
     for record in finished:
         if record.kind != "dense":
             progress.trial_finished(record)
@@ -39,12 +40,22 @@ def run_trials(
         seed=spec.search.seed,
         finished=finished,
         baselines=uniform,
+        again=again,
         peak_memory=peak_memories(finished, tables),
         objectives=list(spec.objectives),
     )
     dispatcher = Dispatcher(study, proposer, tables, progress, session.deadline)
     others = sum(kind != "dense" for _, kind, _ in uniform)
-    progress.phase("trials", spec.search.trials + others)
+    allowed = spec.search.trials
+
+    def advance() -> None:
+        """Earlier extra rounds count too."""
+        ran = [record.kind for record in study.trials() if record.kind != "dense"]
+        progress.advance(len(ran), max(allowed, ran.count("search")) + others)
+
+    progress.phase("trials", allowed + others)
+    progress.funnel(**stages(finished))
+    advance()
     for extra in range(1 + EXTRA_ROUNDS):
         _dispatch(session, dispatcher, measured.context)
         records = study.trials()
@@ -53,6 +64,8 @@ def run_trials(
         if extra < EXTRA_ROUNDS:
             more = max(2, spec.search.trials // 3)
             proposer.extend(more)
+            allowed += more
+            advance()
             progress.note(
                 f"no measured trial meets {budget.describe()} yet: {more} more trials, "
                 f"with a larger margin"

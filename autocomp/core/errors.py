@@ -8,7 +8,8 @@ AutocompError
 │   └── StudyError          a study directory (another spec, a held lease, not a study)
 ├── InfeasibleError     exit 3: no candidate can meet the budget
 └── InternalError       exit 4: something of ours, or of the machine, failed
-    └── StorageError        disk full, a file system that refuses
+    └── MachineError        memory ran out, a process was killed
+        └── StorageError        disk full, a file system that refuses
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ class InternalError(AutocompError):
     """Something of ours failed."""
 
 
-class StorageError(InternalError):
+class MachineError(InternalError):
+    """The machine failed, not the work: the same may succeed another time."""
+
+
+class StorageError(MachineError):
     """The disk is full or refuses; what was already stored stays valid."""
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from autocomp.core.candidate import Candidate, Option
-from autocomp.core.errors import InternalError
+from autocomp.core.errors import StorageError
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import Unit
 from autocomp.library.store import Library
@@ -39,7 +39,7 @@ def stitch(
         rebuild: called for an item that is missing or damaged; must store it again.
 
     Raises:
-        InternalError: if an item is missing, and there is no `rebuild` or it did not help.
+        StorageError: if an item is missing or damaged, and no `rebuild` helped.
     """
     model = copy_for_surgery(teacher)
     reductions: dict[str, TokenReduction] = {}
@@ -70,7 +70,7 @@ def _state(
         rebuild(unit, option)
         state = library.get(key)
     if state is None:
-        raise InternalError(
+        raise StorageError(
             f"the library {library.root} has no item for {unit.name} under '{option.label()}'. "
             f"Start the same command again: missing items are built first"
         )

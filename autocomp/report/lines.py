@@ -12,13 +12,17 @@ from autocomp.core.budget import Budget
 from autocomp.core.quantities import format_seconds
 from autocomp.report.live import describe_trial
 from autocomp.report.state import SearchState
+from autocomp.study.activity import Activity
 from autocomp.study.records import TrialRecord
 
 _EVERY_S = 10.0
+_RUNNING_EVERY_S = 60.0
 
 
 class LineView(SearchState):
-    """One line when a phase starts and ends, about every ten seconds within, and per trial."""
+    """One line when a phase starts and ends, about every ten seconds within, and when a trial
+    starts and ends; trials that run long are told of once a minute.
+    """
 
     def __init__(
         self,
@@ -34,7 +38,7 @@ class LineView(SearchState):
             super().__init__(clock)
         self.console = console
         self.study = study
-        self._told_s = self.started_s
+        self._told_s = self._told_running_s = self.started_s
         self._told_header = ""
 
     def __enter__(self) -> Self:
@@ -109,6 +113,22 @@ class LineView(SearchState):
                 )
             else:
                 self._print(f"{current.name}: {current.done}")
+
+    def trial_started(self, id: str, by: str) -> None:
+        """See `SearchProgress`."""
+        with self.lock:
+            super().trial_started(id, by)
+            if len(self.running) == 1:
+                self._told_running_s = self.clock()
+            self._print(f"trial {id} ({by}): started")
+
+    def trial_advanced(self, id: str, activity: Activity) -> None:
+        """See `SearchProgress`."""
+        with self.lock:
+            super().trial_advanced(id, activity)
+            if self.running and self.clock() - self._told_running_s >= _RUNNING_EVERY_S:
+                self._told_running_s = self.clock()
+                self._print("running: " + "  ".join(self.running_trials()))
 
     def trial_finished(self, record: TrialRecord) -> None:
         """See `SearchProgress`."""

@@ -263,14 +263,8 @@ class LiveView(SearchState):
         return Text(format_excess(over), style="red") if over else Text("met", style="green")
 
     def _running(self, width: int) -> list[Text]:
-        if not self.running:
-            return []
-        now_s = self.clock()
-        texts = [
-            f"{name} ({by}, {format_seconds(now_s - since_s)})"
-            for name, (by, since_s) in self.running.items()
-        ]
-        return [_fit(Text("running  " + "  ".join(texts), style="dim"), width)]
+        texts = self.running_trials()
+        return [_fit(Text("running  " + "  ".join(texts), style="dim"), width)] if texts else []
 
     def _failures(self, width: int) -> list[Text]:
         failures = self.failures()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from autocomp.core.budget import Budget
+from autocomp.study.activity import Activity
 from autocomp.study.records import TrialRecord
 
 PHASES = (
@@ -25,8 +26,8 @@ FUNNEL = ("screened", "within_budget", "stitched", "distilled", "measured", "on_
 
 class SearchProgress(Protocol):
     """Events of a search, in this order: `header`, then per phase `phase` and `advance` repeatedly,
-    with `funnel`, `trial_started`, `trial_finished` and `note` at any time. Calls come from one
-    process, any thread; none of them raises or blocks.
+    with `funnel`, `trial_started`, `trial_advanced`, `trial_finished` and `note` at any time. Calls
+    come from one process, any thread; none of them raises or blocks.
     """
 
     def header(
@@ -54,6 +55,10 @@ class SearchProgress(Protocol):
 
     def trial_started(self, id: str, by: str) -> None:
         """A full trial began; `by` is its provenance (`baseline`, `milp`, `evolution`, …)."""
+        ...
+
+    def trial_advanced(self, id: str, activity: Activity) -> None:
+        """A full trial that runs is now at this; about once a second, perhaps never."""
         ...
 
     def trial_finished(self, record: TrialRecord) -> None:
@@ -88,6 +93,9 @@ class Silent:
         """Ignore."""
 
     def trial_started(self, id: str, by: str) -> None:
+        """Ignore."""
+
+    def trial_advanced(self, id: str, activity: Activity) -> None:
         """Ignore."""
 
     def trial_finished(self, record: TrialRecord) -> None:

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autocomp.core.budget import Budget
+from autocomp.core.quantities import format_seconds
 from autocomp.report.progress import FUNNEL
+from autocomp.study.activity import Activity
 from autocomp.study.records import TrialRecord, dense_reference
 
 _WINDOW_S = 60.0
 _WINDOW_CHANGES = 8
+_AT_ONCE_S = 0.5
 _STAGES = {"within_budget": "in budget"}
 
 
@@ -49,6 +52,9 @@ class PhaseState:
         if done == self.done:
             return
         self.done = done
+        if len(self.changes) == 1 and now_s - self.started_s < _AT_ONCE_S:
+            self.changes[0] = (now_s, done)  # known from before: no part of the pace
+            return
         self.changes.append((now_s, done))
         while len(self.changes) > _WINDOW_CHANGES and now_s - self.changes[1][0] > _WINDOW_S:
             self.changes.popleft()
@@ -74,6 +80,15 @@ class PhaseState:
         return max(left * step_s - (now_s - last_s), 0.25 * step_s if left > 0 else 0.0)
 
 
+@dataclass
+class Running:
+    """A trial that runs: who proposed it, since when on the state's clock, what it is at."""
+
+    by: str
+    started_s: float
+    activity: Activity | None = None
+
+
 class SearchState:
     """Accumulates the events of a search. Thread-safe; readers take `lock` around a whole read."""
 
@@ -87,7 +102,7 @@ class SearchState:
         self.budget: Budget | None = None
         self.phases: list[PhaseState] = []
         self.counts: dict[str, int] = {}
-        self.running: dict[str, tuple[str, float]] = {}
+        self.running: dict[str, Running] = {}
         self.trials: dict[str, TrialRecord] = {}
         self.notes: deque[str] = deque(maxlen=3)
 
@@ -128,7 +143,13 @@ class SearchState:
     def trial_started(self, id: str, by: str) -> None:
         """See `SearchProgress`."""
         with self.lock:
-            self.running[id] = (by, self.clock())
+            self.running[id] = Running(by, self.clock())
+
+    def trial_advanced(self, id: str, activity: Activity) -> None:
+        """See `SearchProgress`."""
+        with self.lock:
+            if id in self.running:  # else it is over: what watches it is late
+                self.running[id].activity = activity
 
     def trial_finished(self, record: TrialRecord) -> None:
         """See `SearchProgress`."""
@@ -159,6 +180,15 @@ class SearchState:
     def elapsed_s(self) -> float:
         """Seconds since the view was opened."""
         return self.clock() - self.started_s
+
+    def running_trials(self) -> list[str]:
+        """Each trial that runs: `8a6bc403cb (evolution, 40s, distil 62%)`."""
+        now_s = self.clock()
+        return [
+            f"{name} ({trial.by}, {format_seconds(now_s - trial.started_s)}"
+            + (f", {trial.activity.describe()})" if trial.activity else ")")
+            for name, trial in self.running.items()
+        ]
 
     def funnel_counts(self) -> list[tuple[str, int]]:
         """The known stages in order, with readable names."""

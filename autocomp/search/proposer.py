@@ -74,6 +74,7 @@ class TrialProposer:
         seed: of every random choice.
         finished: records of earlier runs (from the ledger); never proposed again.
         baselines: proposed first, not counted as `trials`.
+        again: records whose trials are proposed once more, before anything new; none of `finished`.
         margin: share of each predicted limit that is always left unused.
         peak_memory: how peak memory follows from size on each runtime, if it is limited.
         objectives: the values told to the Optuna study.
@@ -91,6 +92,7 @@ class TrialProposer:
         seed: int = 0,
         finished: Sequence[TrialRecord] = (),
         baselines: Sequence[Baseline] = (),
+        again: Sequence[TrialRecord] = (),
         margin: float = 0.01,
         peak_memory: Mapping[Runtime, PeakMemory | None] | None = None,
         objectives: Sequence[Objective] = OBJECTIVES,
@@ -115,6 +117,7 @@ class TrialProposer:
         for record in finished:
             self._replay(record)
         self._baselines = deque(b for b in baselines if b[0] not in self._records)
+        self._again = deque(record for record in again if record.kind == "search")
 
     @property
     def in_flight(self) -> list[Proposal]:
@@ -159,6 +162,9 @@ class TrialProposer:
             if self._baselines:
                 name, kind, candidate = self._baselines.popleft()
                 return self._begin(name, kind, candidate, "baseline")
+            if self._again:
+                record = self._again.popleft()
+                return self._begin(record.id, "search", record.candidate, record.proposed_by)
             if self._asked() >= self._trials:
                 return None
             chosen = self._choose()

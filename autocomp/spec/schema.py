@@ -19,6 +19,8 @@ from autocomp.spec.section import Section
 from autocomp.spec.space import RuleSection
 
 TASKS = ("text-classification", "image-classification", "language-modeling")
+Loss = Literal["logits"]
+"""What `trial.distil` computes."""
 AUTO = "auto"
 """As `target.runtime`: every installed runtime of the device."""
 
@@ -224,7 +226,7 @@ class FloatRange(Section):
 class DistilSection(Section):
     """Distillation settings: dimensions of the study."""
 
-    loss: list[str] = Field(
+    loss: list[Loss] = Field(
         ["logits"], min_length=1, description="What the student learns from the teacher."
     )
     temperature: list[Annotated[float, Field(gt=0)]] = Field(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -184,6 +185,15 @@ class Study:
             if kept is None or kept.state != "complete":
                 by_id[record.id] = record
         return list(by_id.values())
+
+    def failed_by_machine(self) -> list[TrialRecord]:
+        """Trials that failed once, and because the machine did: worth a second attempt."""
+        attempts = Counter(payload["id"] for payload in self.ledger.read().of("trial").values())
+        return [
+            record
+            for record in self.trials()
+            if record.state == "failed" and record.by_machine and attempts[record.id] == 1
+        ]
 
     def dense(self) -> TrialRecord | None:
         """The complete trial of the dense model, which relative budgets refer to.

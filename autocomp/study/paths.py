@@ -63,6 +63,11 @@ class StudyPaths:
         return self.root / "work"
 
     @property
+    def running(self) -> Path:
+        """How far each trial that runs has come, for `study.activity`."""
+        return self.work / "running"
+
+    @property
     def log(self) -> Path:
         """What happened, with tracebacks."""
         return self.root / "log.txt"

@@ -31,6 +31,8 @@ class TrialRecord:
         seconds: phase → duration (stitch, distil, export, evaluate, measure).
         artifact: directory of the exported model, relative to the study's.
         error: cause of a failed trial, first line readable by a person.
+        by_machine: it failed because the machine did (memory, a worker that died), which says
+            nothing about the candidate: a resumed search runs it again, once.
     """
 
     id: str
@@ -47,6 +49,7 @@ class TrialRecord:
     artifact: str | None = None
     error: str | None = None
     finished_at: str | None = None
+    by_machine: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping."""

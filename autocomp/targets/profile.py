@@ -21,6 +21,7 @@ from autocomp.targets.mixer_profile import format_seats, takes
 from autocomp.targets.profile_pieces import UnitFormats, UnitPieces, cost_key, in_range
 from autocomp.targets.runtime import Array, CpuTarget
 from autocomp.targets.skeleton_format import dense_formats
+from autocomp.targets.timing import ROUNDS
 from autocomp.targets.token_nodes import sequence_lengths
 from autocomp.targets.token_profile import (
     UnitReductions,
@@ -33,6 +34,8 @@ from autocomp.targets.weights import stand_in_weights
 
 Progress = Callable[[int, int], None]
 _WHOLE = {"runs": 48, "rounds": 8, "seconds": 0.4}
+_PER_WHOLE = 4
+"""Steps of progress that a whole candidate counts for, where a round of all pieces is one."""
 
 
 def profile(
@@ -63,13 +66,18 @@ def profile(
     """
     if candidates is None:
         candidates = 24 if target.decodes else 12
-    total = candidates + 3
-    _report(progress, 0, total)
+    total = ROUNDS + _PER_WHOLE * (candidates + 1)
+
+    def report(done: int, _: int = 0) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    report(0)
     cut = UnitPieces(target, skeleton, units, unit_formats, inputs)
     pieces = cut.lowered()
     lengths, extra = token_pieces(skeleton, units, reductions or {}, inputs, pieces, cut.at_length)
     pieces |= extra
-    timings = target.time_pieces(list(pieces.values()), seed=seed)
+    timings = target.time_pieces(list(pieces.values()), seed=seed, progress=report)
     times = dict(zip(pieces, map(target.to_ms, timings), strict=True))
     keys = {
         unit.name: {
@@ -92,7 +100,7 @@ def profile(
         }
         for unit in units
     }
-    _report(progress, 1, total)
+    report(ROUNDS)
     dense = {unit.name: dense_format(unit) for unit in units}
     whole = lower_formats(target, skeleton, units, dense)
     in_units = sum(target.size_bytes(one) for formats in dense.values() for one in formats.values())
@@ -106,7 +114,7 @@ def profile(
     )
     least = measure(smallest)
     known = sum(entries[unit][key].latency_ms for unit, key in smallest.items())
-    _report(progress, 2, total)
+    report(ROUNDS + _PER_WHOLE)
     table = CostTable(
         device=target.fingerprint(),
         workload=target.describe()["workload"],
@@ -122,9 +130,8 @@ def profile(
         choice = random_choice(rng, unit_formats)
         choice = _realisable(skeleton, units, unit_formats, reductions, choice)
         pairs.append((choice, measure(choice)))
-        _report(progress, 3 + index, total)
+        report(ROUNDS + _PER_WHOLE * (2 + index))
     table.fit(pairs)
-    _report(progress, total, total)
     return table
 
 
@@ -299,8 +306,3 @@ def _kernels(formats: UnitFormat, target: CpuTarget) -> str:
         return ""
     largest = max(formats.values(), key=lambda one: one.rows * one.columns)
     return target.recipes.kernel_class(largest, target.tokens)
-
-
-def _report(progress: Progress | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)

@@ -6,19 +6,20 @@ A runtime adds how a model is opened and written, and its recipes; see `onnxrunt
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from autocomp.core.errors import InternalError
+from autocomp.core.errors import InternalError, MachineError
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
@@ -256,7 +257,8 @@ class CpuTarget(ABC):
 
     def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
         """Latency at the workload, alone on the machine while the gate is held; and size."""
-        session = self.open(artifact.path)
+        with self._working():
+            session = self.open(artifact.path)
         inputs = artifact.feeds(inputs)
         timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
         prefill = None
@@ -374,7 +376,8 @@ class CpuTarget(ABC):
         Where the workload generates, the process reads the prompt and generates after it.
 
         Raises:
-            InternalError: if that process fails, with the end of what it said.
+            MachineError: if that process is killed.
+            InternalError: if it fails, with the end of what it said.
         """
         with tempfile.TemporaryDirectory() as scratch:
             arrays = Path(scratch) / "inputs.npz"
@@ -387,21 +390,32 @@ class CpuTarget(ABC):
             command = [sys.executable, "-m", "autocomp.targets.peak_memory"]
             command += [type(self).open.__module__, str(artifact.path), str(arrays)]
             command += [str(self.workload.threads), str(self.workload.generate or 0)]
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            with self._working():  # seconds, but nothing that can be interrupted
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                )
+        if done.returncode == -signal.SIGKILL:
+            raise MachineError(
+                "measuring peak memory failed: its process was killed, most often because memory "
+                "ran out"
             )
         if done.returncode != 0:
             raise InternalError(f"measuring peak memory failed: {done.stderr.strip()[-400:]}")
         return int(done.stdout)
 
+    def _working(self) -> AbstractContextManager[None]:
+        """The gate held shared."""
+        return nullcontext() if self.gate is None else self.gate.working()
+
     def _anchor_run(self) -> Callable[[], object]:
         if self._anchor is None:
-            model, inputs = self.anchor()
-            self._anchor = self.bound(self.open(model), inputs)
+            with self._working():
+                model, inputs = self.anchor()
+                self._anchor = self.bound(self.open(model), inputs)
         return self._anchor
 
     def _session(self, path: Path) -> Session:

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from autocomp.core.files import write_text_atomic
 
+ROUNDS = 80
+"""Runs of each graph in a round robin."""
+
 CHUNK = 4
 """Runs of one model in a row: the first refills the caches, the others are warm."""
 
@@ -140,7 +143,7 @@ def time_round_robin(
     anchor: Callable[[], object],
     *,
     single_threaded: bool,
-    rounds: int = 80,
+    rounds: int = ROUNDS,
     warm: int = 0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,

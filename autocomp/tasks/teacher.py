@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from torch import nn
 
 from autocomp.core.errors import ModelError, StorageError, UserError
 from autocomp.core.files import sync_directory, write_atomic
+from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key, file_digest
 from autocomp.models.conversion import save_model
 from autocomp.models.load import load_model, quiet
@@ -101,21 +103,22 @@ def teacher_logits(
     *,
     batch: int = 32,
     progress: Progress | None = None,
+    gate: Gate | None = None,
 ) -> Array:
     """Logits of a model for a whole split, in its order: float32 `(N, C)` or `(N, T, V)`.
 
     With `cache` (a `.npy` path the caller names by content) they are written there once, streamed,
     and memory-mapped read-only: language-model logits may exceed memory. A damaged file is made
-    again.
+    again. Each batch holds `gate` shared, if there is one.
 
     Raises:
         StorageError: if the disk is full.
     """
     if cache is None:
-        return np.concatenate(list(_logit_batches(model, task, split, batch, progress)))
+        return np.concatenate(list(_logit_batches(model, task, split, batch, progress, gate)))
     stored = _open_logits(cache, len(task.splits[split]))
     if stored is None:
-        parts = _logit_batches(model, task, split, batch, progress)
+        parts = _logit_batches(model, task, split, batch, progress, gate)
         write_atomic(cache, lambda path: _write_logits(path, parts, len(task.splits[split])))
         stored = _open_logits(cache, len(task.splits[split]))
         if stored is None:
@@ -124,11 +127,16 @@ def teacher_logits(
 
 
 def _logit_batches(
-    model: nn.Module, task: Task, split: Split, batch: int, progress: Progress | None
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    batch: int,
+    progress: Progress | None,
+    gate: Gate | None,
 ) -> Iterator[Array]:
     done, count = 0, len(task.splits[split])
     for inputs in task.batches(split, batch):
-        with torch.inference_mode():
+        with torch.inference_mode(), nullcontext() if gate is None else gate.working():
             logits = task.logits(model, inputs).float().numpy()
         yield logits
         done += len(logits)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autocomp.core.errors import InternalError
+from autocomp.core.gate import Gate
 from autocomp.models.surgery import blocks
 from autocomp.targets.protocol import Artifact, Target
 from autocomp.tasks.protocol import Array, Task
@@ -26,9 +27,9 @@ CHECKED_BATCHES = 4
 
 @torch.no_grad()
 def check_agreement(
-    target: Target, artifact: Artifact, student: nn.Module, task: Task, batch: int
+    target: Target, artifact: Artifact, student: nn.Module, task: Task, batch: int, gate: Gate
 ) -> None:
-    """Compare logits on a few batches of the calibrate split.
+    """Compare logits on a few batches of the calibrate split, each run with the gate held shared.
 
     Raises:
         DivergedError: if the trained model's logits are not finite.
@@ -37,12 +38,14 @@ def check_agreement(
     found, expected, nudged = [], [], []
     for inputs in islice(task.batches("calibrate", batch), CHECKED_BATCHES):
         feeds = {name: inputs[name] for name in task.input_names}
-        expected.append(task.logits(student, feeds).numpy())
+        with gate.working():
+            expected.append(task.logits(student, feeds).numpy())
         if not np.isfinite(expected[-1]).all():
             raise DivergedError("the trained model's logits are not finite")
-        with slightly_changed(student):
+        with gate.working(), slightly_changed(student):
             nudged.append(task.logits(student, feeds).numpy())
-        found.append(target.run(artifact, {name: t.numpy() for name, t in feeds.items()}))
+        with gate.working():
+            found.append(target.run(artifact, {name: t.numpy() for name, t in feeds.items()}))
     difference, allowed = disagreement(found, expected, nudged)
     if not difference <= allowed:
         raise InternalError(

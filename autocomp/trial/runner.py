@@ -6,25 +6,27 @@ controller afterwards, a finished trial is never run again.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
 
 from autocomp.core.candidate import Candidate, Runtime
-from autocomp.core.errors import AutocompError
+from autocomp.core.errors import AutocompError, MachineError, StorageError
+from autocomp.core.files import storage_error
+from autocomp.core.gate import Gate
 from autocomp.core.measurement import Measurement
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
@@ -32,6 +34,7 @@ from autocomp.library.student import save_student, teacher_digest
 from autocomp.models.load import load_model
 from autocomp.models.pruned_table import model_vocabulary
 from autocomp.models.vocabulary import Vocabulary
+from autocomp.study.activity import ActivityWriter
 from autocomp.study.directory import append_trial
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
@@ -39,7 +42,7 @@ from autocomp.study.records import TrialRecord
 from autocomp.targets.protocol import Target
 from autocomp.tasks import make_task
 from autocomp.tasks.protocol import Array, Run, Split, Task
-from autocomp.tasks.teacher import teacher_logits
+from autocomp.tasks.teacher import Progress, teacher_logits
 from autocomp.tasks.vocabulary import retokenised
 from autocomp.trial.agreement import check_agreement
 from autocomp.trial.context import TrialContext
@@ -51,24 +54,33 @@ STORED_LOGITS_BYTES = 1_000_000_000
 """Teacher logits beyond this are computed beside each artifact instead of kept on disk."""
 
 
-def teacher_side(model: nn.Module, task: Task, split: Split, cache: Path) -> Array | Run:
+def teacher_side(
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    cache: Path,
+    *,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+) -> Array | Run:
     """What `Task.evaluate` compares with: the teacher's logits, stored in `cache` where they fit.
 
     A vocabulary at every position of a long split is more than a disk should hold; then the
-    teacher runs on each batch again.
+    teacher runs on each batch again. Each batch holds `gate` shared, if there is one.
     """
     encoded = task.splits[split]
 
     @torch.inference_mode()
     def run(inputs: dict[str, Array]) -> Array:
         feeds = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        logits: Array = task.logits(model, feeds).float().numpy()
+        with nullcontext() if gate is None else gate.working():
+            logits: Array = task.logits(model, feeds).float().numpy()
         return logits
 
     one = run({name: array[:1] for name, array in encoded.inputs.items()})
     if one.nbytes * len(encoded) > STORED_LOGITS_BYTES:
         return run
-    return teacher_logits(model, task, split, cache)
+    return teacher_logits(model, task, split, cache, gate=gate, progress=progress)
 
 
 class CandidateRunner:
@@ -78,14 +90,16 @@ class CandidateRunner:
     """
 
     def setup(self, context: Mapping[str, Any]) -> None:
-        """Load what stays resident."""
+        """Load what stays resident. Others may measure meanwhile: each piece passes the gate."""
         torch.set_num_threads(1)
         trial: TrialContext = context["trial"]
-        self.context = trial
+        self.context, self.gate = trial, trial.gate
         self.paths = StudyPaths(trial.study_path)
         self.ledger = Ledger(self.paths.ledger)
-        self.task = make_task(trial.spec, trial.model_path)
-        self.teacher = load_model(trial.teacher_path, self.task.name, self.task.num_labels)
+        with self.gate.working():
+            self.task = make_task(trial.spec, trial.model_path)
+        with self.gate.working():
+            self.teacher = load_model(trial.teacher_path, self.task.name, self.task.num_labels)
         self._retokenised: tuple[Vocabulary, Task] | None = None
         self._about = {
             "teacher": str(trial.teacher_path.resolve()),
@@ -95,10 +109,22 @@ class CandidateRunner:
         }
         self.library = Library(trial.library_path)
         self._targets: dict[Runtime, Target] = {}
-        self.skeleton = onnx.load(trial.skeleton_path)
-        self.expected = teacher_side(
-            self.teacher, self.task, "search", self.paths.work / "teacher-search.npy"
-        )
+        with self.gate.working():
+            self.skeleton = onnx.load(trial.skeleton_path)
+        self._expected: Array | Run | None = None
+
+    def expected(self, progress: Progress | None = None) -> Array | Run:
+        """The teacher's side of evaluations, made at first use."""
+        if self._expected is None:
+            self._expected = teacher_side(
+                self.teacher,
+                self.task,
+                "search",
+                self.paths.work / "teacher-search.npy",
+                gate=self.gate,
+                progress=progress,
+            )
+        return self._expected
 
     def target(self, runtime: Runtime = None) -> Target:
         """The target of a runtime, made at first use."""
@@ -113,9 +139,16 @@ class CandidateRunner:
             payload: `id`, `kind`, `proposed_by`, `candidate` (JSON) and `estimated` (JSON or None).
 
         Returns:
-            The record as JSON. A candidate that cannot be carried out (training diverged, the
-            artifact disagrees with the model) gives a record in state `failed` with its cause.
+            The record as JSON, the earlier one if the trial is complete already. A candidate that
+            cannot be carried out (training diverged, the artifact disagrees with the model) gives a
+            record in state `failed` with its cause.
+
+        Raises:
+            StorageError: if the disk is full or refuses; no record is kept.
         """
+        known = self.ledger.read().of("trial").get(payload["id"])
+        if known is not None and known["state"] == "complete":
+            return known
         candidate = Candidate.from_json(payload["candidate"])
         estimated = payload.get("estimated")
         record = TrialRecord(
@@ -127,26 +160,52 @@ class CandidateRunner:
             estimated=Measurement.from_json(estimated) if estimated else None,
         )
         seconds: dict[str, float] = {}
+        activity = ActivityWriter(self.paths.running, record.id)
         try:
-            record = self._carry_out(record, seconds)
+            with machine_failures(self.paths.root):
+                record = self._carry_out(record, seconds, activity)
+        except StorageError:
+            raise
         except AutocompError as error:
             logger.exception("trial %s failed", record.id)
-            record = replace(record, error=str(error))
+            record = replace(record, error=str(error), by_machine=isinstance(error, MachineError))
+        finally:
+            activity.close()
         record = replace(
             record, seconds=seconds, finished_at=datetime.now(UTC).isoformat(timespec="seconds")
         )
         append_trial(self.ledger, record)
         return record.to_json()
 
-    def _carry_out(self, record: TrialRecord, seconds: dict[str, float]) -> TrialRecord:
-        context, candidate = self.context, record.candidate
-        target = self.target(candidate.runtime)
+    def _carry_out(
+        self, record: TrialRecord, seconds: dict[str, float], activity: ActivityWriter
+    ) -> TrialRecord:
+        context, candidate, gate = self.context, record.candidate, self.gate
+        activity.enter("teacher")
+        expected = self.expected(activity.advance)
+        known = self._distil_logits(candidate, activity.advance)
+        with gate.working():
+            target = self.target(candidate.runtime)
         workload = context.spec.target.workload
-        with _timed(seconds, "stitch"):
-            student = stitch(self.teacher, context.units, self.library, context.items, candidate)
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            activity.enter(name)
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                seconds[name] = round(time.perf_counter() - start, 3)
+
+        with phase("stitch"):
+            with gate.working():
+                student = stitch(
+                    self.teacher, context.units, self.library, context.items, candidate
+                )
             vocabulary = model_vocabulary(student)
-            task = self._task_of(vocabulary)
-        with _timed(seconds, "distil"):
+            with gate.working():
+                task = self._task_of(vocabulary)
+        with phase("distil"):
             distil(
                 student,
                 self.teacher,
@@ -154,29 +213,34 @@ class CandidateRunner:
                 candidate.distillation,
                 batch=context.spec.distill.batch,
                 seed=context.spec.search.seed,
-                gate=context.gate,
-                teacher_logits=self._distil_logits(candidate),
+                gate=gate,
+                teacher_logits=known,
+                progress=activity.advance,
             )
         directory = self.paths.artifacts / record.id
         inputs = {
             name: tensor.numpy()
             for name, tensor in self.task.example_inputs(workload.batch, workload.sequence).items()
         }
-        with _timed(seconds, "export"):
+        with phase("export"):
             shutil.rmtree(directory, ignore_errors=True)
-            lowered = target.lower(self.skeleton, student, context.units)
-            artifact = target.write(lowered, directory)
-            if vocabulary is not None:
-                vocabulary.save(directory)
-            check_agreement(target, artifact, student, self.task, workload.batch)
-            save_student(
-                self.paths.student(record.id), student, self.teacher, context.units, self._about
+            with gate.working():
+                lowered = target.lower(self.skeleton, student, context.units)
+            with gate.working():
+                artifact = target.write(lowered, directory)
+                if vocabulary is not None:
+                    vocabulary.save(directory)
+            check_agreement(target, artifact, student, self.task, workload.batch, gate)
+            with gate.working():
+                save_student(
+                    self.paths.student(record.id), student, self.teacher, context.units, self._about
+                )
+        with phase("evaluate"):
+            run = in_turns(
+                partial(target.run, artifact), gate, len(task.splits["search"]), activity.advance
             )
-        with _timed(seconds, "evaluate"):
-            evaluation = task.evaluate(
-                partial(target.run, artifact), "search", teacher=self.expected
-            )
-        with _timed(seconds, "measure"):
+            evaluation = task.evaluate(run, "search", teacher=expected)
+        with phase("measure"):
             measured = replace(
                 target.measure(artifact, inputs),
                 peak_memory_bytes=target.peak_memory(artifact, inputs),
@@ -203,19 +267,43 @@ class CandidateRunner:
             self._retokenised = (vocabulary, task)
         return self._retokenised[1]
 
-    def _distil_logits(self, candidate: Candidate) -> np.ndarray[Any, Any] | None:
+    def _distil_logits(self, candidate: Candidate, progress: Progress) -> Array | None:
         """The teacher's logits on the distil split where they are small: one row per example."""
         if self.task.num_labels is None or candidate.distillation.tokens == 0:
             return None
         return teacher_logits(
-            self.teacher, self.task, "distil", self.paths.work / "teacher-distil.npy"
+            self.teacher,
+            self.task,
+            "distil",
+            self.paths.work / "teacher-distil.npy",
+            gate=self.gate,
+            progress=progress,
         )
 
 
+def in_turns(run: Run, gate: Gate, examples: int, progress: Progress) -> Run:
+    """`run`, each batch with the gate held shared; tells how many of the examples are done."""
+    done = 0
+
+    def batch(inputs: dict[str, Array]) -> Array:
+        nonlocal done
+        with gate.working():
+            logits = run(inputs)
+        done = min(examples, done + len(logits))
+        progress(done, examples)
+        return logits
+
+    return batch
+
+
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
+def machine_failures(study: Path) -> Iterator[None]:
+    """What the machine refuses within comes out as `StorageError`, or `MachineError` for memory."""
     try:
         yield
-    finally:
-        seconds[phase] = round(time.perf_counter() - start, 3)
+    except MemoryError as error:
+        raise MachineError(f"memory ran out: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MachineError(f"memory ran out: {error}") from error
+        raise storage_error(Path(error.filename or study), error.errno, error) from error

@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autocomp.core.errors import UserError
+from autocomp.workers.log import HOOK, VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,15 @@ def quieten() -> None:
 
 
 @contextmanager
-def start(address: str | None = None, workers: int | None = None) -> Iterator[Cluster]:
+def start(
+    address: str | None = None, workers: int | None = None, log: Path | None = None
+) -> Iterator[Cluster]:
     """Run Ray for the length of a `with` block.
 
     Args:
         address: of a running cluster (`ray://…`, `host:port`); `None` starts Ray in this process.
         workers: worker processes; by default one per core of this machine, or of the cluster.
+        log: file that every worker process appends its log to; on a cluster, on shared storage.
 
     Raises:
         UserError: for `workers < 1`, or an address that does not answer.
@@ -72,7 +77,7 @@ def start(address: str | None = None, workers: int | None = None) -> Iterator[Cl
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
+        "runtime_env": _worker_environment(log),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -100,6 +105,15 @@ def start(address: str | None = None, workers: int | None = None) -> Iterator[Cl
         yield Cluster(count, address or "local")
     finally:
         ray.shutdown()
+
+
+def _worker_environment(log: Path | None) -> dict[str, Any]:
+    if log is None:
+        return {"env_vars": WORKER_ENVIRONMENT}
+    return {
+        "env_vars": {**WORKER_ENVIRONMENT, VARIABLE: str(log.resolve())},
+        "worker_process_setup_hook": HOOK,
+    }
 
 
 def _log_instead_of_print() -> None:

@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial has no result; `died`: its worker process did, every time it was run."""
+
+    cause: str
+    died: bool = False
+
+
 class Proposer(Protocol):
     """Decides what runs next. Called in the driver process, one call at a time."""
 
@@ -14,7 +22,7 @@ class Proposer(Protocol):
         """The next trial's key and JSON-ready payload; `None` ends the search."""
         ...
 
-    def tell(self, key: str, result: dict[str, Any] | None, error: str | None) -> None:
+    def tell(self, key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
         """Outcome of one trial: its result, or why it failed. Exactly one of the two is `None`."""
         ...
 
@@ -23,9 +31,11 @@ class TrialRunner(Protocol):
     """Runs trials in a worker process, which it keeps from one trial to the next.
 
     Call sequence: `setup(context)` once per process, before its first trial; then `run` once per
-    trial. An exception in either fails that trial alone, with its message; the search goes on. If
-    the process dies the trial is run again elsewhere, so `run` stores its result durably, under
-    its key, before it returns.
+    trial. An exception in `run` fails that trial alone, with its message; the search goes on. What
+    `setup` raises, and a `StorageError` in `run`, would fail every trial: it ends the search, and
+    the trials in flight are not told. If the process dies the trial is run again elsewhere, so
+    `run` stores its result durably, under its key, before it returns, and returns what is stored
+    under its key already.
     """
 
     def setup(self, context: Mapping[str, Any]) -> None:

@@ -7,10 +7,10 @@ Tuner.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autocomp.core.errors import AutocompError, InternalError, StorageError
 from autocomp.workers.cluster import quieten
-from autocomp.workers.protocol import Proposer, RunnerFactory, TrialRunner
+from autocomp.workers.protocol import Failure, Proposer, RunnerFactory, TrialRunner
 
 quieten()
 
@@ -31,10 +32,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A trial's result or error, opaque to Tune, which would flatten a dictionary."""
+    """A trial's result, its failure or what ends the search; opaque to Tune, which would flatten a
+    dictionary.
+    """
 
     result: dict[str, Any] | None = None
-    error: str | None = None
+    failure: Failure | None = None
+    fatal: AutocompError | None = None
 
 
 class _Trainable(tune.Trainable):
@@ -57,22 +61,43 @@ class _Trainable(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
+        return {"outcome": self._outcome(), "done": True}
+
+    def _outcome(self) -> _Outcome:
         try:
-            if self._runner is None:
-                runner = self._factory()
-                runner.setup(self._context)
-                self._runner = runner
-            outcome = _Outcome(result=self._runner.run(json.loads(self._config["payload"])))
-        except Exception as failure:
-            outcome = _Outcome(error=f"{type(failure).__name__}: {failure}")
-            logger.warning("trial %s failed\n%s", self._config["key"], traceback.format_exc())
-        return {"outcome": outcome, "done": True}
+            runner = self._runner or self._set_up()
+        except Exception as error:
+            logger.exception("a worker could not be set up")
+            text = f"a worker could not be set up: {type(error).__name__}: {error}"
+            fatal = error if isinstance(error, AutocompError) else InternalError(text)
+            return _Outcome(fatal=fatal)
+        try:
+            return _Outcome(result=runner.run(json.loads(self._config["payload"])))
+        except StorageError as error:
+            logger.exception("trial %s could not be stored", self._config["key"])
+            return _Outcome(fatal=error)
+        except Exception as error:
+            logger.exception("trial %s failed", self._config["key"])
+            return _Outcome(failure=Failure(f"{type(error).__name__}: {error}"))
+
+    def _set_up(self) -> TrialRunner:
+        runner = self._factory()
+        runner.setup(self._context)
+        self._runner = runner
+        return runner
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the ledger is the truth."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing."""
+
+
+class _Deaths(tune.Callback):
+    """Says that a worker died; Tune itself only runs the trial again."""
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        logger.warning("the worker of trial %s died; it is run again", trial.config["key"])
 
 
 class _Searcher(Searcher):
@@ -84,7 +109,7 @@ class _Searcher(Searcher):
         workers: int,
         max_failures: int,
         on_start: Callable[[str, dict[str, Any]], None] | None,
-        on_result: Callable[[str, dict[str, Any] | None, str | None], None] | None,
+        on_result: Callable[[str, dict[str, Any] | None, Failure | None], None] | None,
     ) -> None:
         super().__init__()
         self._proposer, self._workers, self._max_failures = proposer, workers, max_failures
@@ -94,6 +119,8 @@ class _Searcher(Searcher):
         self.failure: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
+        if self.failure is not None:
+            raise self.failure
         if len(self.in_flight) >= self._workers:
             return None
         with self._kept():
@@ -116,14 +143,17 @@ class _Searcher(Searcher):
         outcome = None if error else (result or {}).get("outcome")
         if outcome is None:
             times = self._max_failures + 1
-            outcome = _Outcome(
-                error=f"the worker process died each of the {times} times it was run"
-            )
+            cause = f"the worker process died each of the {times} times it was run"
+            outcome = _Outcome(failure=Failure(cause, died=True))
+        if outcome.fatal is not None:
+            self.failure = self.failure or outcome.fatal
+            return
         self.finished += 1
-        with self._kept():
-            self._proposer.tell(key, outcome.result, outcome.error)
+        # What is raised here Tune takes for the trial's failure, and runs the trial again.
+        with contextlib.suppress(Exception), self._kept():
+            self._proposer.tell(key, outcome.result, outcome.failure)
             if self._on_result is not None:
-                self._on_result(key, outcome.result, outcome.error)
+                self._on_result(key, outcome.result, outcome.failure)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -154,7 +184,7 @@ def run_trials(
     context: Mapping[str, Any] | None = None,
     max_failures: int = 3,
     on_start: Callable[[str, dict[str, Any]], None] | None = None,
-    on_result: Callable[[str, dict[str, Any] | None, str | None], None] | None = None,
+    on_result: Callable[[str, dict[str, Any] | None, Failure | None], None] | None = None,
 ) -> int:
     """Run trials until the proposer has no more and all are told.
 
@@ -166,13 +196,15 @@ def run_trials(
         context: passed to `TrialRunner.setup`.
         max_failures: how often a trial whose process died is run again.
         on_start: called with key and payload when a trial is dispatched.
-        on_result: called with key, result and error after the proposer was told.
+        on_result: called with key, result and failure after the proposer was told.
 
     Returns:
         The number of trials that were told.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; trials in flight end with the cluster and are not told.
+        StorageError: what a runner raised; the search cannot go on, and that trial is not told.
+        AutocompError: what setting a worker up raised, else InternalError with its cause.
         Exception: whatever the proposer or a callback raised.
     """
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)  # else processes start one by one
@@ -191,6 +223,7 @@ def run_trials(
             name="trials",
             storage_path=str(storage.resolve()),
             verbose=0,
+            callbacks=[_Deaths()],
             failure_config=tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=tune.CheckpointConfig(
                 checkpoint_at_end=False, checkpoint_frequency=0
@@ -202,6 +235,8 @@ def run_trials(
             tuner.fit()
         except Exception as error:
             raise searcher.failure or error from None
+    if searcher.failure is not None:
+        raise searcher.failure
     return searcher.finished
 
 

@@ -165,3 +165,41 @@ def test_the_disk_is_full_while_the_library_is_built(
     built = stamps(cache / "library", "**/*.safetensors")
     assert kept.items() <= built.items(), "what was stored is kept and used"
     assert len(built) > len(kept)
+
+
+FULL_FOR_TRIALS = """
+import os, sys
+
+def refuse(event, arguments):
+    if event == "os.rename" and "/students/" in str(arguments[1]):
+        if not str(arguments[1]).endswith("dense.safetensors"):
+            raise OSError(28, "No space left on device")
+
+sys.addaudithook(refuse)
+"""
+
+
+def test_the_disk_is_full_while_trials_run(
+    command: Command,
+    cut_back: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No candidate is blamed: the search ends, and runs every trial once there is space."""
+    study = cut_back("score", "screen")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "sitecustomize.py").write_text(FULL_FOR_TRIALS)
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(tmp_path / "full"))
+        ended = command.search(study, options=("--quiet",))
+    message = ended.complaint(4)
+    assert "No space left on device" in message
+    assert "free disk space and start the same command again" in message
+    assert finished_trials(study) == ["dense"]
+    log = (study / "log.txt").read_text()
+    assert "could not be stored\nTraceback" in log, "what happened in the worker is in the log"
+
+    again = command.search(study, options=("--quiet", "--json"))
+    assert again.status == 0, again.err
+    assert {trial["state"] for trial in again.json["trials"]} == {"complete"}
+    assert len(again.json["trials"]) == 6

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_study import SETTINGS, SPEC, Command, ledger
+from tiny_study import SETTINGS, SPEC, Command, ledger, stamps
 
 from autocomp.api import prepare
 from autocomp.api.plan import make_plan
 from autocomp.core.candidate import Candidate, Distillation
+from autocomp.core.errors import StorageError
 from autocomp.core.gate import Gate
 from autocomp.library.stitch import stitch
 from autocomp.report.progress import Silent
 from autocomp.spec.loader import parse_overrides
+from autocomp.study.activity import ActivityWriter, read_activities
 from autocomp.study.directory import Study
-from autocomp.targets import open_artifact
+from autocomp.targets import open_artifact, runtime
+from autocomp.trial import runner as runner_module
 from autocomp.trial.distil import distil
 from autocomp.trial.runner import CandidateRunner
 
@@ -102,7 +108,7 @@ def test_a_diverging_trial_fails_with_its_reason_and_the_next_one_runs(
         batch=runner.context.spec.distill.batch,
         seed=runner.context.spec.search.seed,
         gate=Gate(runner.paths.gate),
-        teacher_logits=runner._distil_logits(calm),
+        teacher_logits=runner._distil_logits(calm, lambda done, total: None),
     )
     artifact = open_artifact(runner.paths.root / record["artifact"])
     inputs = next(iter(runner.task.batches("search", 48, trim=False)))
@@ -119,9 +125,126 @@ def test_a_diverging_trial_fails_with_its_reason_and_the_next_one_runs(
         shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
-    teacher, student_ = log_softmax(np.asarray(runner.expected)), log_softmax(found)
+    teacher, student_ = log_softmax(np.asarray(runner.expected())), log_softmax(found)
     divergence = np.mean((np.exp(teacher) * (teacher - student_)).sum(-1))
     assert record["teacher_kl"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
     assert math.isfinite(record["measured"]["latency_ms"])
     files = (runner.paths.root / record["artifact"]).iterdir()
     assert record["measured"]["size_bytes"] == sum(file.stat().st_size for file in files)
+
+
+UNTRAINED = Distillation()
+
+
+def test_a_full_disk_is_not_the_candidates_fault(
+    runner: CandidateRunner, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No record is kept, whoever meets the full disk; once there is space, the trial is run."""
+    given = payload("full", replace(searched(finished), distillation=UNTRAINED))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "artifact.onnx")
+
+    target = runner.target()
+    for place, name in ((target, "write"), (runner_module, "save_student"), (target, "measure")):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, refuse)
+            with pytest.raises(StorageError, match=r"artifact\.onnx: No space left on device"):
+                runner.run(given)
+    assert "full" not in trial_keys(runner)
+    assert read_activities(runner.paths.running) == {}
+    assert runner.run(given)["state"] == "complete"
+
+
+def test_memory_that_ran_out_is_recorded_as_the_machines_failure(
+    runner: CandidateRunner, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = payload("large", replace(searched(finished), distillation=UNTRAINED))
+
+    def killed(command: list[str], **_: Any) -> Any:
+        assert "autocomp.targets.peak_memory" in command
+        return subprocess.CompletedProcess(command, -9, "", "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", killed)
+        record = runner.run(given)
+    assert (record["state"], record["by_machine"]) == ("failed", True)
+    assert "its process was killed, most often because memory ran out" in record["error"]
+    record = runner.run(given)
+    assert (record["state"], record["by_machine"]) == ("complete", False)
+    assert trial_keys(runner)[-2:] == ["large#failed-1", "large"]
+
+
+def test_a_trial_that_is_complete_is_returned_not_run_again(
+    runner: CandidateRunner, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a worker dies between storing a trial and telling of it."""
+    given = payload("twice", replace(searched(finished), distillation=UNTRAINED))
+    first = runner.run(given)
+    assert first["state"] == "complete"
+    before = stamps(runner.paths.root)
+    monkeypatch.setattr(runner, "_carry_out", pytest.fail)
+    assert runner.run(given) == first
+    assert stamps(runner.paths.root) == before
+
+
+def test_every_phase_is_told_and_nothing_runs_beside_a_measurement(
+    runner: CandidateRunner, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work in this process holds the gate; the work between two turns is too short to be seen."""
+    candidate = replace(searched(finished), distillation=Distillation(tokens=400, lr=3e-4))
+    told: list[str] = []
+    turns = {"working": 0, "measuring": 0}
+    held: set[str] = set()
+    enter = ActivityWriter.enter
+
+    def remember(self: ActivityWriter, phase: str) -> None:
+        told.append(phase)
+        enter(self, phase)
+
+    def turn(name: str) -> Any:
+        plain = getattr(Gate, name)
+
+        @contextmanager
+        def entered(self: Gate) -> Iterator[None]:
+            with plain(self):
+                outer = not held
+                held.add(name)
+                turns[name] += 1
+                yield
+                if outer:
+                    held.clear()
+
+        return entered
+
+    def inside(place: Any, name: str, mode: str = "working") -> None:
+        plain = getattr(place, name)
+
+        def checked(*arguments: Any, **named: Any) -> Any:
+            assert held == {mode}, f"{name} runs without the gate"
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(place, name, checked)
+
+    monkeypatch.setattr(ActivityWriter, "enter", remember)
+    for name in turns:
+        monkeypatch.setattr(Gate, name, turn(name))
+    target = runner.target()
+    inside(runner_module, "stitch")
+    inside(runner_module, "save_student")
+    for name in ("lower", "write", "run", "open"):
+        inside(target, name)
+    inside(runner.task, "logits")
+    inside(subprocess, "run")
+    inside(runtime, "time_interleaved", "measuring")
+    record = runner.run(payload("gated", candidate))
+    assert record["state"] == "complete", record["error"]
+    assert told == ["teacher", "stitch", "distil", "export", "evaluate", "measure"]
+    assert list(record["seconds"]) == told[1:]
+    assert turns["measuring"] == 1
+    batches = len(runner.task.splits["search"]) // runner.context.spec.target.workload.batch
+    assert turns["working"] > batches, "evaluation gives way after every batch"
+
+
+def trial_keys(runner: CandidateRunner) -> list[str]:
+    return [entry["key"] for entry in ledger(runner.paths.root) if entry["kind"] == "trial"]

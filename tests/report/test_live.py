@@ -14,6 +14,7 @@ from test_state import Clock
 from autocomp.report.lines import LineView
 from autocomp.report.live import LiveView, open_view
 from autocomp.report.progress import PHASES, SearchProgress
+from autocomp.study.activity import Activity
 from autocomp.study.records import TrialRecord
 
 
@@ -47,6 +48,7 @@ def play(view: SearchProgress, clock: Clock, trials: list[TrialRecord]) -> None:
         view.trial_finished(trial)
         view.advance(index + 1)
     view.trial_started("3fa9c1d2e0", "evolution")
+    view.trial_advanced("3fa9c1d2e0", Activity("distil", 62, 100))
     view.note("The cost table was refitted.")
 
 
@@ -76,7 +78,7 @@ def test_it_says_what_matters(width: int, height: int) -> None:
     assert re.search(r"^best uniform +0\.906 .*latency \+85%, size ×2\.3", text, re.MULTILINE)
     assert re.search(r"^best found .* met", text, re.MULTILINE)
     assert "1 trial failed: 1 × the loss became NaN at step 99" in text
-    assert "3fa9c1d2e0 (evolution, 0s)" in text
+    assert "3fa9c1d2e0 (evolution, 0s, distil 62%)" in text
     assert "The cost table was refitted." in text
     for name in PHASES[:-2]:
         assert f"✓ {name}" in text
@@ -179,6 +181,10 @@ class TestLines:
             assert sum(line.startswith(f"{name}: started") for line in lines) == 1
             assert sum(line.startswith(f"{name}: done in") for line in lines) == 1
         trials = [line for line in lines if line.startswith("trial ")]
+        started = [line for line in trials if line.endswith("): started")]
+        assert started[-1] == "trial 3fa9c1d2e0 (evolution): started"
+        assert len(started) == len(records(2)) + 1
+        trials = [line for line in trials if line not in started]
         assert len(trials) == len(records(2))
         assert trials[1].startswith(
             "trial uniform-int8 (baseline): quality 0.906, latency 2.4 ms (37%), "
@@ -197,6 +203,19 @@ class TestLines:
         progress = [line for line in self.lines(output) if re.match(r"library: \d+/600", line)]
         assert len(progress) == 7
         assert progress[0] == "library: 80/600 (13%), ETA 1m05s"
+
+    def test_long_trials_are_told_of_once_a_minute(self) -> None:
+        output, clock = io.StringIO(), Clock()
+        view = LineView(Console(file=output), clock=clock)
+        clock.now_s = 1000.0
+        view.trial_started("8a6bc403cb", "milp")
+        for second in range(1, 151):
+            clock.now_s += 1.0
+            view.trial_advanced("8a6bc403cb", Activity("distil", second, 200))
+        assert [line for line in self.lines(output) if line.startswith("running")] == [
+            "running: 8a6bc403cb (milp, 1m00s, distil 30%)",
+            "running: 8a6bc403cb (milp, 2m00s, distil 60%)",
+        ]
 
     def test_no_colour_and_no_cursor_control(self) -> None:
         output, clock = io.StringIO(), Clock()

@@ -8,6 +8,7 @@ from samples import BUDGET, baselines, failed, record
 from autocomp.core.budget import Budget
 from autocomp.core.measurement import Measurement
 from autocomp.report.state import SearchState
+from autocomp.study.activity import Activity
 
 
 class Clock:
@@ -67,6 +68,15 @@ def test_a_late_step_slows_the_rate(state: SearchState, clock: Clock) -> None:
     assert before == pytest.approx(20.0)
     assert late is not None
     assert late > 0
+
+
+def test_what_was_done_before_is_no_pace(state: SearchState, clock: Clock) -> None:
+    state.phase("trials", total=14)
+    state.advance(10)
+    assert eta_s(state, clock) is None
+    clock.now_s = 30.0
+    state.advance(11)
+    assert eta_s(state, clock) == pytest.approx(90.0)
 
 
 def test_eta_is_zero_when_all_is_done(state: SearchState, clock: Clock) -> None:
@@ -148,3 +158,16 @@ def test_the_funnel_keeps_its_order(state: SearchState) -> None:
     state.funnel(measured=2, screened=9)
     state.funnel(measured=3)
     assert state.funnel_counts() == [("screened", 9), ("measured", 3)]
+
+
+def test_a_running_trial_says_what_it_is_at(state: SearchState, clock: Clock) -> None:
+    state.trial_started("8a6bc403cb", "evolution")
+    state.trial_started("uniform-int8", "baseline")
+    clock.now_s = 40.0
+    state.trial_advanced("8a6bc403cb", Activity("distil", 625, 1000))
+    state.trial_advanced("uniform-int8", Activity("measure"))
+    state.trial_advanced("finished before", Activity("measure"))
+    assert state.running_trials() == [
+        "8a6bc403cb (evolution, 40s, distil 62%)",
+        "uniform-int8 (baseline, 40s, measure)",
+    ]

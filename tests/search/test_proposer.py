@@ -128,6 +128,24 @@ def test_it_adapts_after_three_feasible_trials(screened: tuple[Problem, list[Scr
     assert len({proposal.candidate.distillation.lr for proposal in late}) > 4
 
 
+def test_what_the_machine_failed_is_proposed_again_first_and_once(
+    screened: tuple[Problem, list[Screened]],
+) -> None:
+    p, _ = screened
+    earlier = _run(p, _proposer(screened, 5))
+    finished = [_record(p, proposal) for proposal in earlier[:3]]
+    again = [
+        TrialRecord(x.id, x.kind, x.proposed_by, "failed", x.candidate, by_machine=True)
+        for x in earlier[3:]
+    ]
+    resumed = _run(p, _proposer(screened, 7, finished=finished, again=again))
+    assert [(x.id, x.candidate, x.proposed_by) for x in resumed[:2]] == [
+        (x.id, x.candidate, x.proposed_by) for x in earlier[3:]
+    ]
+    assert len(resumed) == 4, "they are of the seven in all"
+    assert len({x.id for x in [*earlier[:3], *resumed]}) == 7
+
+
 def test_it_turns_away_from_what_is_bad_and_from_what_is_pending() -> None:
     p = problem(seed=1)
     near, far, bad, good = (1, 1, 1, 1, 1, 1, 0), (2,) * 7, (1,) * 7, (3,) * 7

@@ -62,6 +62,11 @@ def test_reads_sparsity_levels_with_and_without_quotes(write):
             "{trials: five}",
             "19 search.trials: expected a whole number, got 'five'",
         ),
+        (
+            "search: {trials: 5}",
+            "distill: {loss: [logits, hidden]}",
+            "19 distill.loss[1]: expected logits, got 'hidden'",
+        ),
         ("{trials: 5}", "{trials: 2.5}", "19 search.trials: expected a whole number, got 2.5"),
         ("{trials: 5}", "{trials: true}", "19 search.trials: expected a whole number, got true"),
         ("{trials: 5}", "{trials: '5'}", "19 search.trials: expected a whole number, got '5'"),

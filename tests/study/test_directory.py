@@ -12,6 +12,7 @@ import pytest
 
 from autocomp.core.errors import StorageError, StudyError
 from autocomp.study.directory import Study, append_trial
+from autocomp.study.records import TrialRecord
 
 HOLD = """
 import sys
@@ -72,7 +73,8 @@ def test_every_path_lies_in_the_directory(tmp_path, make_spec):
     names = [name for name, value in vars(type(paths)).items() if isinstance(value, property)]
     values = {getattr(paths, name) for name in names}
     assert len(values) == len(names) > 10
-    assert {value.parent for value in values} == {paths.root}
+    assert all(paths.root in value.parents for value in values)
+    assert paths.running.parent == paths.work, "scratch"
 
 
 def test_resumes_and_keeps_the_new_amount(tmp_path, make_spec, make_record):
@@ -292,3 +294,20 @@ def test_a_worker_started_by_the_holder_does_not_keep_the_lease(tmp_path, make_s
     finally:
         orphan.kill()
         orphan.wait()
+
+
+def test_what_the_machine_failed_is_worth_one_more_attempt(tmp_path, make_spec, make_record):
+    study = Study.create_or_open(tmp_path / "x", make_spec())
+    for name, by_machine in (("killed", True), ("diverged", False), ("recovered", True)):
+        record = make_record(id=name, state="failed", error="it failed", by_machine=by_machine)
+        study.add_trial(record)
+    study.add_trial(make_record(id="recovered"))
+    assert [record.id for record in study.failed_by_machine()] == ["killed"]
+    study.add_trial(make_record(id="killed", state="failed", error="again", by_machine=True))
+    assert study.failed_by_machine() == []
+
+
+def test_a_record_written_before_opens(make_record):
+    data = make_record().to_json()
+    del data["by_machine"]
+    assert TrialRecord.from_json(data) == make_record()

@@ -16,6 +16,7 @@ from autocomp.core.errors import InternalError
 from autocomp.core.unit import dense_format
 from autocomp.targets.cost_table import CostTable, Entry
 from autocomp.targets.profile import check_table, lower_formats, profile, random_choice
+from autocomp.targets.timing import ROUNDS
 
 ENTRIES = {
     f"layers.{index}": {
@@ -148,8 +149,13 @@ def test_profiling_a_small_model(exported, layout):
         candidates=2,
         progress=lambda *step: steps.append(step),
     )
-    assert steps[-1] == (5, 5)
+    total = ROUNDS + 4 * 3  # of the pieces, the smallest candidate and two random ones
+    assert steps[0] == (0, total)
+    assert steps[-1] == (total, total)
     assert steps == sorted(steps)
+    assert {done for done, _ in steps} >= set(range(ROUNDS + 1)), (
+        "the pieces are told round by round"
+    )
     assert len(table.pairs) == 3
     rng = random.Random(0)
     for _ in range(3):

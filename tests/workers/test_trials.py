@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import worker_samples as samples
 
-from autocomp.core.errors import InfeasibleError
+from autocomp.core.errors import InfeasibleError, InternalError, StorageError
 from autocomp.workers import Cluster, RunnerFactory
+from autocomp.workers.protocol import Failure
 from autocomp.workers.trials import run_trials
 
 RUNNER = RunnerFactory(samples.Runner, (10,))
@@ -24,18 +25,22 @@ class Queue:
 
     def __init__(self, payloads: dict[str, dict[str, Any]]) -> None:
         self.waiting = list(payloads.items())
-        self.told: dict[str, tuple[dict[str, Any] | None, str | None]] = {}
+        self.told: dict[str, tuple[dict[str, Any] | None, Failure | None]] = {}
 
     def ask(self) -> tuple[str, dict[str, Any]] | None:
         return self.waiting.pop(0) if self.waiting else None
 
-    def tell(self, key: str, result: dict[str, Any] | None, error: str | None) -> None:
+    def tell(self, key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
         assert key not in self.told
-        self.told[key] = (result, error)
+        self.told[key] = (result, failure)
 
 
 def test_trials_complete_fail_alone_and_survive_a_dead_worker(
-    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cluster: Cluster,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    worker_log: Path,
 ) -> None:
     payloads: dict[str, dict[str, Any]] = {f"t{i}": {"x": i, "sleep": 0.2} for i in range(6)}
     payloads["broken"] = {"x": 0, "raise": True}
@@ -52,8 +57,8 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
         started.append(key)
         most = max(most, len(started) - len(finished))
 
-    def on_result(key: str, result: dict[str, Any] | None, error: str | None) -> None:
-        assert queue.told[key] == (result, error)
+    def on_result(key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
+        assert queue.told[key] == (result, failure)
         finished.append(key)
 
     count = run_trials(
@@ -75,11 +80,19 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
         assert result["value"] == 10 * i
         assert result["context"] == {"teacher": "path"}
         assert result["nested"]["list"] == [1, 2]
-    assert queue.told["broken"] == (None, "ValueError: this trial is broken")
+    assert queue.told["broken"] == (None, Failure("ValueError: this trial is broken"))
     assert (tmp_path / "died").exists()
     assert queue.told["mortal"][0] is not None
     assert queue.told["mortal"][0]["value"] == 70
-    assert queue.told["deadly"] == (None, "the worker process died each of the 2 times it was run")
+    dead = Failure("the worker process died each of the 2 times it was run", died=True)
+    assert queue.told["deadly"] == (None, dead)
+    assert sorted(r.getMessage() for r in caplog.records if r.levelname == "WARNING") == [
+        "the worker of trial deadly died; it is run again",
+        "the worker of trial mortal died; it is run again",
+    ]
+    log = worker_log.read_text()
+    assert "trial broken failed\nTraceback (most recent call last)" in log
+    assert "ValueError: this trial is broken" in log
     assert most == 2
     assert max(result["runs"] for result, _ in queue.told.values() if result) >= 2, "not reused"
     captured = capfd.readouterr()
@@ -87,14 +100,24 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
     assert captured.err == ""
 
 
-def test_a_runner_that_cannot_be_set_up_fails_each_trial_with_the_cause(
+def test_a_worker_that_cannot_be_set_up_ends_the_search_and_blames_no_trial(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     queue = Queue({"a": {"x": 1}, "b": {"x": 2}})
     factory = RunnerFactory(samples.BrokenSetup, (1,))
-    run_trials(queue, factory, workers=1, storage=tmp_path / "ray")
-    message = "FileNotFoundError: teacher.safetensors is missing"
-    assert queue.told == {"a": (None, message), "b": (None, message)}
+    message = "a worker could not be set up: FileNotFoundError: teacher.safetensors is missing"
+    with pytest.raises(InternalError, match=message):
+        run_trials(queue, factory, workers=1, storage=tmp_path / "ray")
+    assert queue.told == {}
+
+
+def test_a_full_disk_ends_the_search_and_blames_no_trial(cluster: Cluster, tmp_path: Path) -> None:
+    payloads: dict[str, dict[str, Any]] = {"first": {"x": 1}, "second": {"x": 2, "full": True}}
+    queue = Queue({**payloads, "third": {"x": 3}})
+    with pytest.raises(StorageError, match="cannot write x: disk full"):
+        run_trials(queue, RUNNER, workers=1, storage=tmp_path / "ray")
+    assert list(queue.told) == ["first"]
+    assert run_trials(Queue({"second": {"x": 2}}), RUNNER, workers=1, storage=tmp_path / "ray") == 1
 
 
 def test_nothing_to_propose_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
@@ -108,6 +131,17 @@ def test_what_the_proposer_raises_comes_back_as_it_was(cluster: Cluster, tmp_pat
 
     with pytest.raises(InfeasibleError, match="nothing fits"):
         run_trials(Raises({}), RUNNER, workers=1, storage=tmp_path / "ray")
+
+
+def test_what_a_proposer_raises_when_told_comes_back_too(cluster: Cluster, tmp_path: Path) -> None:
+    class Raises(Queue):
+        def tell(self, *outcome: Any) -> None:
+            raise StorageError("the ledger is full")
+
+    queue = Raises({"a": {"x": 1}, "b": {"x": 2}})
+    with pytest.raises(StorageError, match="the ledger is full"):
+        run_trials(queue, RUNNER, workers=1, storage=tmp_path / "ray")
+    assert list(dict(queue.waiting)) == ["b"]
 
 
 SCRIPT = """

@@ -74,6 +74,8 @@ class Runner:
         self.runs += 1
         if payload.get("raise"):
             raise ValueError("this trial is broken")
+        if payload.get("full"):
+            raise StorageError("cannot write x: disk full")
         if payload.get("die"):
             die_once(payload["die"])
         if payload.get("always"):
