@@ -10,6 +10,7 @@ from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import StudyError, UserError
 from autocomp.core.gate import Gate
+from autocomp.core.metric import floor_problem
 from autocomp.core.quantities import parse_limit
 from autocomp.front.comparison import compare
 from autocomp.front.pick import pick
@@ -69,12 +70,15 @@ class OpenStudy:
     ) -> Picked:
         """The best measured trial within a budget; without limits, within the study's own.
 
-        Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%").
+        Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%"); `quality` is a
+        floor in (0, 1]: an accuracy, or of a language model 1 / perplexity.
 
         Raises:
             UserError: for a limit that cannot be read.
             NothingFitsError: if no measured trial fits, with the nearest one.
         """
+        if quality is not None and (problem := floor_problem(quality)) is not None:
+            raise UserError(f"quality: {problem}")
         if all(limit is None for limit in (latency, size, peak_memory, quality)):
             budget = study_budget(self.study)
         else:
@@ -107,7 +111,7 @@ class Picked:
         """The trial in the shape of `autocomp front --json`."""
         front = self.opened.front()
         on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
-        return trial_json(self.record, self.budget, on_front, front["target"].get("runtime"))
+        return trial_json(self.record, self.budget, on_front, front["target"])
 
     def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.

@@ -19,10 +19,12 @@ from autocomp.api.session import Measured, Session
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import InfeasibleError
-from autocomp.front.pick import pick
+from autocomp.front.pick import pick, scale_of
 from autocomp.study.directory import Study
+from autocomp.study.records import TrialRecord
 
 if TYPE_CHECKING:
+    from autocomp.api.prepare import Teacher
     from autocomp.report.progress import SearchProgress
     from autocomp.trial.context import TrialContext
     from autocomp.workers.cluster import Cluster
@@ -61,7 +63,8 @@ def search(
 
     Raises:
         UserError: for anything wrong in the spec, model, data or study directory.
-        InfeasibleError: if no candidate, or no measured trial, meets the budget.
+        InfeasibleError: if no candidate, or no measured trial (`NothingFitsError`, with the nearest
+            one), meets the budget. The front is written all the same.
     """
     from autocomp.report.mlflow_log import MlflowProjector
     from autocomp.report.progress import Silent
@@ -113,8 +116,6 @@ class _Search:
         """Everything, to the report split of the chosen trial."""
         from autocomp.api import prepare
         from autocomp.api.finish import open_report_split, write_front
-        from autocomp.api.screening import score_and_screen
-        from autocomp.api.trials import run_trials
 
         plan, study, progress = self.session.plan, self.session.study, self.session.progress
         spec = plan.spec
@@ -128,16 +129,30 @@ class _Search:
         assert dense.measured is not None
         budget = spec.budget.limits().resolve(dense.measured)
         progress.header(budget=budget)
+        _note_high_floor(budget, dense, progress)
+        try:
+            chosen = self._chosen(teacher, context, budget)
+        except InfeasibleError:  # the front is what a person decides by what to relax
+            write_front(study)
+            raise
+        progress.phase("report", 2)
+        open_report_split(self.session, context, [dense, chosen])
+        write_front(study)
+        shutil.rmtree(study.paths.work, ignore_errors=True)  # made again if the search goes on
+
+    def _chosen(self, teacher: Teacher, context: TrialContext, budget: Budget) -> TrialRecord:
+        """From the measured dense model to the trial chosen."""
+        from autocomp.api import prepare
+        from autocomp.api.screening import score_and_screen
+        from autocomp.api.trials import run_trials
+
+        plan, study, progress = self.session.plan, self.session.study, self.session.progress
         tables = within_reach(self.session, self._tables(context), budget)
         items = prepare.prepare_library(plan, teacher, self.cluster, progress)
         measured = Measured(replace(context, items=items), budget, tables)
         screened, scores = score_and_screen(self.session, measured)
         run_trials(self.session, measured, screened, scores)
-        chosen = pick(study.trials(), budget)
-        progress.phase("report", 2)
-        open_report_split(self.session, measured.context, [dense, chosen])
-        write_front(study)
-        shutil.rmtree(study.paths.work, ignore_errors=True)  # made again if the search goes on
+        return pick(study.trials(), budget)
 
     def cluster(self) -> Cluster:
         """Ray, started at first use and kept until the search ends."""
@@ -159,6 +174,17 @@ class _Search:
             )
             for runtime in context.references
         }
+
+
+def _note_high_floor(budget: Budget, dense: TrialRecord, progress: SearchProgress) -> None:
+    """Say so early where the floor on quality is above what the teacher itself reaches."""
+    if budget.quality is None or dense.quality is None or dense.quality >= budget.quality:
+        return
+    scale = scale_of([dense])
+    progress.note(
+        f"the budget asks for {scale.floor(budget.quality)}, the dense model itself has "
+        f"{scale.name} {scale.value(dense.quality):.4g}: a compressed model rarely does better"
+    )
 
 
 def within_reach(

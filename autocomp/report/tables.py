@@ -15,9 +15,9 @@ from autocomp.report.figures import (
     COSTS,
     format_cost,
     format_metric,
-    format_quality,
     format_share,
     quality_name,
+    shown_figure,
     summarise_option,
 )
 
@@ -48,16 +48,13 @@ def print_picked(
     )
     table = plain_table("", "measured", "of dense", "predicted", right=("measured", "of dense"))
     predicted = trial.get("estimated") or {}
-    base = None if dense is None else dense.get("quality")
-    quality = trial["quality"]
-    gap = "" if quality is None or base is None else f"{quality - base:+.3f}"
-    table.add_row("quality", format_quality(quality), gap, "")
-    metric = trial.get("metric") or {}
-    measure = quality_name([metric], [quality])
-    if measure != "quality":
-        theirs = {} if dense is None else dense.get("metric") or {}
-        reference = f"dense {format_metric(base, theirs, measure)}" if theirs else ""
-        table.add_row(measure, format_metric(quality, metric, measure), reference, "")
+    pair = [trial] if dense is None else [trial, dense]
+    metrics = [each.get("metric") or {} for each in pair]
+    measure = quality_name(metrics, [each["quality"] for each in pair])
+    figures = [shown_figure(each, measure) for each in pair]
+    table.add_row(
+        measure, format_metric(trial["quality"], metrics[0], measure), _gap(figures, measure), ""
+    )
     for name in COSTS:
         value = trial.get(name)
         if value is None:
@@ -83,6 +80,14 @@ def print_picked(
     else:
         place = exported.get("directory") or exported.get("path") or ""
         console.print(f"Exported and verified: {place}", markup=False, soft_wrap=True)
+
+
+def _gap(figures: Sequence[float | None], measure: str) -> str:
+    """A trial's figure less dense's, with its sign; empty where there is none of dense."""
+    known = [figure for figure in figures if figure is not None]
+    if len(known) < 2:
+        return ""
+    return f"{known[0] - known[1]:{'+.3f' if measure == 'quality' else '+.3g'}}"
 
 
 def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
