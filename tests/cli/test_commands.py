@@ -45,6 +45,16 @@ FRONT: dict[str, Any] = {
     "trials": [TRIAL],
 }
 
+PROFILE: dict[str, Any] = {  # as `api.profile` gives it; tests/report/test_profile_table.py
+    "target": {"target": "onnxruntime-cpu", "workload": {"batch": 1, "threads": 1}},
+    "estimated": {
+        "error": 0.02,
+        "dense": {"latency_ms": 1.0, "size_bytes": 1000},
+        "smallest": {"latency_ms": 0.5, "size_bytes": 500},
+    },
+    "units": {"layers.0.ffn": {"dense": {"latency_ms": 0.5, "size_bytes": 900}}},
+}
+
 
 class FakePicked:
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +123,7 @@ class FakeApi(ModuleType):
 
     def profile(self, spec: Path, **options: Any) -> dict[str, Any]:
         self._call("profile", spec, options["overrides"])
-        return {"device": "cpu", "entries": [{"unit": "ffn", "latency_ms": 0.5}]}
+        return PROFILE
 
     def list_kind(self, kind: str) -> list[dict[str, Any]]:
         self._call("list_kind", kind)
@@ -289,8 +299,8 @@ class TestInspect:
 
     def test_profile(self, api: FakeApi) -> None:
         result = run("profile", "s.yaml", "--json", "--quiet")
-        assert json.loads(result.stdout)["entries"] == [{"unit": "ffn", "latency_ms": 0.5}]
-        assert "ffn" in run("profile", "s.yaml", "--quiet").stdout
+        assert json.loads(result.stdout) == PROFILE
+        assert "layers.0.ffn  dense" in run("profile", "s.yaml", "--quiet").stdout
 
     def test_ls(self, api: FakeApi) -> None:
         assert json.loads(run("ls", "operators", "--json").stdout)[0]["name"] == "gptq"

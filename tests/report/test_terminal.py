@@ -15,7 +15,7 @@ from samples import BUDGET, baselines, on_two_runtimes, record, records, view
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.quantities import parse_limit
 from autocomp.front.pick import pick
-from autocomp.report.tables import print_check, print_kind, print_mapping, print_picked
+from autocomp.report.tables import print_check, print_kind, print_picked
 from autocomp.report.terminal import describe_target, print_front
 from autocomp.study.records import TrialRecord
 
@@ -244,17 +244,35 @@ def test_a_check() -> None:
     assert "autocomp search" not in output.getvalue()
 
 
-def test_a_mapping() -> None:
-    output = io.StringIO()
-    data = {
-        "device": "cpu",
-        "fit": {"error": 0.0214},
-        "entries": [{"unit": "ffn", "latency_ms": 1.25}],
+def test_a_check_says_what_it_looked_at() -> None:
+    report = {
+        "model": "package:m/model",
+        "task": "text-classification: 2,000 examples, 5 labels",
+        "target": {
+            "target": "onnxruntime-cpu",
+            "runtime": "onnxruntime 1.23.2",
+            "cpu": "Some Processor",
+            "workload": {"batch": 1, "sequence": 32, "threads": 1},
+        },
+        "dense_size_bytes": 90_000_000,
+        "smallest_size_bytes": 9_000_000,
+        "budget": {"latency": "20%", "size": "12%", "peak_memory": "200 MB"},
+        "size_limit_bytes": 10_800_000.0,
     }
-    print_mapping(Console(file=output, width=100), data)
-    text = output.getvalue()
-    assert re.search(r"fit\.error +0\.0214", text)
-    assert re.search(r"unit +latency_ms\s+ffn +1\.25", text)
+    output = io.StringIO()
+    print_check(Console(file=output, width=120), report, "s.yaml")
+    lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
+    assert "model package:m/model" in lines
+    assert "task text-classification: 2,000 examples, 5 labels" in lines
+    assert (
+        "target onnxruntime-cpu (onnxruntime 1.23.2), Some Processor, batch 1, sequence 32, "
+        "threads 1"
+    ) in lines
+    assert "dense size 90 MB" in lines
+    assert "smallest size 9 MB (10% of dense)" in lines
+    assert "budget size 12% of dense, 10.8 MB" in lines
+    assert "budget latency 20%" in lines
+    assert "budget peak memory 200 MB" in lines
 
 
 def test_extensions() -> None:
