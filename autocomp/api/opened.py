@@ -14,7 +14,7 @@ from autocomp.core.metric import floor_problem
 from autocomp.core.quantities import parse_limit
 from autocomp.front.comparison import compare
 from autocomp.front.pick import pick
-from autocomp.front.view import study_budget, study_front, trial_json
+from autocomp.front.view import candidates_reported, study_budget, study_front, trial_json
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
 
@@ -58,8 +58,14 @@ class OpenStudy:
         return self.study.trials()
 
     def report(self, trial: str) -> dict[str, Any] | None:
-        """What the report split said of a trial, if it was opened for it."""
-        return self.study.ledger.read().of("report").get(trial)
+        """What the report split said of a trial, if it was opened for it.
+
+        `candidates` counts those of the study that were looked at there.
+        """
+        reports = self.study.ledger.read().of("report")
+        if trial not in reports:
+            return None
+        return {**reports[trial], "candidates": candidates_reported(reports)}
 
     def pick(
         self,

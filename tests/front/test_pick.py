@@ -231,6 +231,9 @@ def test_the_report_of_the_chosen_trial_is_beside_the_teacher() -> None:
     earlier = {"small": {"quality": 0.01, "teacher_quality": 0.02}, **reports}
     again = front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD], reports=earlier)
     assert again["report"]["candidates"] == 2
+    forked = {"good@old-1": earlier["small"], "small@old-1": earlier["small"], **reports}
+    again = front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD], reports=forked)
+    assert again["report"]["candidates"] == 2
     assert front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD])["report"] is None
     assert front_json("s", {}, Budget(latency_ms=0.1), [DENSE], reports=reports)["report"] is None
 
