@@ -66,7 +66,7 @@ def search(
         InfeasibleError: if no candidate, or no measured trial (`NothingFitsError`, with the nearest
             one), meets the budget. The front is written all the same.
     """
-    from autocomp.report.mlflow_log import MlflowProjector
+    from autocomp.report.mlflow_projector import MlflowProjector
     from autocomp.report.progress import Silent
 
     progress = progress or Silent()
@@ -86,7 +86,7 @@ def search(
     with (
         opened.lease(),
         _logging_to(opened.paths.log),
-        MlflowProjector(opened.paths.root, tracking_uri, units=plan.units),
+        MlflowProjector(opened.paths.root, tracking_uri, units=plan.units, note=progress.note),
         ExitStack() as stack,
     ):
         _Search(plan, opened, progress, stack, workers, ray_address, deadline).run()
