@@ -349,7 +349,7 @@ def test_where_nothing_measured_fits_the_front_is_shown_and_kept(
     limit = (checked["smallest_size_bytes"] + measured) // 2
     assert limit < measured
     other = tmp_path / "other"
-    options = ("--fork", str(other), "--trials", "0", "--quiet")
+    options = ("--fork", str(other), "--trials", "0", "--screen", "0", "--quiet")
     ended = command.search(finished, f"budget.size={limit} B", options=options)
     assert ended.status == 3, ended.err
     assert "Nearest:" in ended.err
