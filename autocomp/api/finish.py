@@ -1,4 +1,4 @@
-"""The end of a search: the report split, opened once, and the front's files."""
+"""The end of a search: the report split, opened after selection, and the front's files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 def open_report_split(
     session: Session, context: TrialContext, records: Sequence[TrialRecord]
 ) -> None:
-    """Evaluate dense, first, and the chosen trial on the report split, once, after selection.
+    """Evaluate dense, first, and the chosen trial on the report split, after selection.
 
-    Dense is the teacher, exported. Each is evaluated on its own runtime.
+    Dense is the teacher, exported. Each is evaluated on its own runtime. Every candidate looked at
+    is an entry of the ledger and stays one: a search that goes on and then chooses another adds to
+    them, and reports say how many there are.
     """
     from autocomp.models.vocabulary import load_vocabulary
     from autocomp.targets import open_artifact

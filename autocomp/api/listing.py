@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autocomp.core.errors import UserError, did_you_mean
+from autocomp.core.errors import InternalError, UserError, did_you_mean
 from autocomp.core.registry import Registry
 
 KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
@@ -14,6 +14,8 @@ def list_kind(kind: str) -> list[dict[str, Any]]:
     """One row per extension: `name`, `summary`, `paper`, `options`, `speeds_up`, `shrinks`,
     `saves_memory`, `expresses` (exporters: which candidates they can write).
 
+    What cannot be loaded is listed too, its summary says why.
+
     Raises:
         UserError: for an unknown kind.
     """
@@ -22,7 +24,8 @@ def list_kind(kind: str) -> list[dict[str, Any]]:
     for name in registry.names():
         try:
             item = registry.get(name)
-        except UserError as error:  # what it stands on is not installed
+        except (UserError, InternalError) as error:
+            # What it stands on is not installed, or the package that registered it is broken.
             rows.append(_row(name, str(error)))
             continue
         summary = getattr(item, "summary", None) or (item.__doc__ or "").strip().split("\n")[0]

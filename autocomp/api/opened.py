@@ -10,10 +10,11 @@ from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import StudyError, UserError
 from autocomp.core.gate import Gate
+from autocomp.core.metric import floor_problem
 from autocomp.core.quantities import parse_limit
 from autocomp.front.comparison import compare
 from autocomp.front.pick import pick
-from autocomp.front.view import study_budget, study_front, trial_json
+from autocomp.front.view import candidates_reported, study_budget, study_front, trial_json
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
 
@@ -57,8 +58,14 @@ class OpenStudy:
         return self.study.trials()
 
     def report(self, trial: str) -> dict[str, Any] | None:
-        """What the report split said of a trial, if it was opened for it."""
-        return self.study.ledger.read().of("report").get(trial)
+        """What the report split said of a trial, if it was opened for it.
+
+        `candidates` counts those of the study that were looked at there.
+        """
+        reports = self.study.ledger.read().of("report")
+        if trial not in reports:
+            return None
+        return {**reports[trial], "candidates": candidates_reported(reports)}
 
     def pick(
         self,
@@ -69,12 +76,15 @@ class OpenStudy:
     ) -> Picked:
         """The best measured trial within a budget; without limits, within the study's own.
 
-        Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%").
+        Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%"); `quality` is a
+        floor in (0, 1]: an accuracy, or of a language model 1 / perplexity.
 
         Raises:
             UserError: for a limit that cannot be read.
             NothingFitsError: if no measured trial fits, with the nearest one.
         """
+        if quality is not None and (problem := floor_problem(quality)) is not None:
+            raise UserError(f"quality: {problem}")
         if all(limit is None for limit in (latency, size, peak_memory, quality)):
             budget = study_budget(self.study)
         else:
@@ -107,7 +117,7 @@ class Picked:
         """The trial in the shape of `autocomp front --json`."""
         front = self.opened.front()
         on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
-        return trial_json(self.record, self.budget, on_front, front["target"].get("runtime"))
+        return trial_json(self.record, self.budget, on_front, front["target"])
 
     def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.

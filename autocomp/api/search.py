@@ -20,11 +20,13 @@ from autocomp.api.watch import watching
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import InfeasibleError
-from autocomp.front.pick import pick
+from autocomp.front.pick import pick, scale_of
 from autocomp.study.directory import Study
 from autocomp.study.log import LogFile, logging_to
+from autocomp.study.records import TrialRecord
 
 if TYPE_CHECKING:
+    from autocomp.api.prepare import Teacher
     from autocomp.report.progress import SearchProgress
     from autocomp.trial.context import TrialContext
     from autocomp.workers.cluster import Cluster
@@ -63,9 +65,10 @@ def search(
 
     Raises:
         UserError: for anything wrong in the spec, model, data or study directory.
-        InfeasibleError: if no candidate, or no measured trial, meets the budget.
+        InfeasibleError: if no candidate, or no measured trial (`NothingFitsError`, with the nearest
+            one), meets the budget. The front is written all the same.
     """
-    from autocomp.report.mlflow_log import MlflowProjector
+    from autocomp.report.mlflow_projector import MlflowProjector
     from autocomp.report.progress import Silent
 
     progress = progress or Silent()
@@ -86,7 +89,7 @@ def search(
         opened.lease(),
         logging_to(LogFile(opened.paths.log), _Notes(progress)),
         watching(opened.paths.running, progress),
-        MlflowProjector(opened.paths.root, tracking_uri, units=plan.units),
+        MlflowProjector(opened.paths.root, tracking_uri, units=plan.units, note=progress.note),
         ExitStack() as stack,
     ):
         _Search(plan, opened, progress, stack, workers, ray_address, deadline).run()
@@ -116,8 +119,6 @@ class _Search:
         """Everything, to the report split of the chosen trial."""
         from autocomp.api import prepare
         from autocomp.api.finish import open_report_split, write_front
-        from autocomp.api.screening import score_and_screen
-        from autocomp.api.trials import run_trials
 
         plan, study, progress = self.session.plan, self.session.study, self.session.progress
         spec = plan.spec
@@ -131,16 +132,30 @@ class _Search:
         assert dense.measured is not None
         budget = spec.budget.limits().resolve(dense.measured)
         progress.header(budget=budget)
+        _note_high_floor(budget, dense, progress)
+        try:
+            chosen = self._chosen(teacher, context, budget)
+        except InfeasibleError:  # the front is what a person decides by what to relax
+            write_front(study)
+            raise
+        progress.phase("report", 2)
+        open_report_split(self.session, context, [dense, chosen])
+        write_front(study)
+        shutil.rmtree(study.paths.work, ignore_errors=True)  # made again if the search goes on
+
+    def _chosen(self, teacher: Teacher, context: TrialContext, budget: Budget) -> TrialRecord:
+        """From the measured dense model to the trial chosen."""
+        from autocomp.api import prepare
+        from autocomp.api.screening import score_and_screen
+        from autocomp.api.trials import run_trials
+
+        plan, study, progress = self.session.plan, self.session.study, self.session.progress
         tables = within_reach(self.session, self._tables(context), budget)
         items = prepare.prepare_library(plan, teacher, self.cluster, progress)
         measured = Measured(replace(context, items=items), budget, tables)
         screened, scores = score_and_screen(self.session, measured)
         run_trials(self.session, measured, screened, scores)
-        chosen = pick(study.trials(), budget)
-        progress.phase("report", 2)
-        open_report_split(self.session, measured.context, [dense, chosen])
-        write_front(study)
-        shutil.rmtree(study.paths.work, ignore_errors=True)  # made again if the search goes on
+        return pick(study.trials(), budget)
 
     def cluster(self) -> Cluster:
         """Ray, started at first use and kept until the search ends."""
@@ -163,6 +178,17 @@ class _Search:
             )
             for runtime in context.references
         }
+
+
+def _note_high_floor(budget: Budget, dense: TrialRecord, progress: SearchProgress) -> None:
+    """Say so early where the floor on quality is above what the teacher itself reaches."""
+    if budget.quality is None or dense.quality is None or dense.quality >= budget.quality:
+        return
+    scale = scale_of([dense])
+    progress.note(
+        f"the budget asks for {scale.floor(budget.quality)}, the dense model itself has "
+        f"{scale.name} {scale.value(dense.quality):.4g}: a compressed model rarely does better"
+    )
 
 
 def within_reach(

@@ -6,7 +6,7 @@ from functools import partial
 
 from autocomp.api.dispatch import Dispatcher, peak_memories, stages
 from autocomp.api.session import Measured, Session
-from autocomp.front.pick import feasible
+from autocomp.front.pick import feasible, scale_of
 from autocomp.search.baselines import Baseline, baselines
 from autocomp.search.proposer import TrialProposer
 from autocomp.search.scores import Scores
@@ -15,7 +15,8 @@ from autocomp.search.settings import Settings
 from autocomp.trial.context import TrialContext
 
 EXTRA_ROUNDS = 2
-"""How often the search goes on, with a third of its trials, while no measured trial fits."""
+"""How often the search goes on, with a third of its trials, while no measured trial fits; never
+where none were asked for."""
 
 
 def run_trials(
@@ -56,18 +57,20 @@ def run_trials(
     progress.phase("trials", allowed + others)
     progress.funnel(**stages(finished))
     advance()
-    for extra in range(1 + EXTRA_ROUNDS):
+    rounds = EXTRA_ROUNDS if allowed else 0
+    for extra in range(1 + rounds):
         _dispatch(session, dispatcher, measured.context)
         records = study.trials()
         if any(feasible(record, budget) for record in records) or dispatcher.late:
             break
-        if extra < EXTRA_ROUNDS:
+        if extra < rounds:
             more = max(2, spec.search.trials // 3)
             proposer.extend(more)
             allowed += more
             advance()
             progress.note(
-                f"no measured trial meets {budget.describe()} yet: {more} more trials, "
+                f"no measured trial meets {budget.describe(scale_of(records))} yet: "
+                f"{more} more trials, "
                 f"with a larger margin"
             )
 

@@ -66,9 +66,9 @@ def profile(spec: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -
     if as_json:
         print_json(table)
     else:
-        from autocomp.report.tables import print_mapping
+        from autocomp.report.profile_table import print_profile
 
-        print_mapping(stdout_console(), table)
+        print_profile(stdout_console(), table)
 
 
 @click.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +20,11 @@ from autocomp.cli.values import Duration
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes [one per core].")
 @click.option("--ray", "ray_address", metavar="ADDRESS", help="Use a running Ray cluster.")
 @click.option("--time", "time_limit_s", type=Duration(), help="Propose no trial after this long.")
-@click.option("--trials", type=click.IntRange(min=0), help="Full trials, instead of the spec's.")
+@click.option(
+    "--trials",
+    type=click.IntRange(min=0),
+    help="Full trials, instead of the spec's; 0: baselines alone.",
+)
 @click.option("--screen", type=click.IntRange(min=0), help="Candidates screened.")
 @click.option(
     "--set",
@@ -56,34 +62,44 @@ def search(
     continues where it stopped, and more --trials continue a finished study.
     """
     from autocomp.cli.interrupts import stoppable
+    from autocomp.front.pick import NothingFitsError
     from autocomp.report.live import open_view
     from autocomp.spec.loader import parse_overrides
 
     overrides = parse_overrides(settings)
     directory = study or default_study(spec)
-    with open_view(stderr_console(), quiet=quiet, study=str(fork or directory)) as progress:
-        from autocomp import api
+    try:
+        with open_view(stderr_console(), quiet=quiet, study=str(fork or directory)) as progress:
+            from autocomp import api
 
-        found = api.search(
-            spec,
-            study=directory,
-            workers=workers,
-            ray_address=ray_address,
-            trials=trials,
-            screen=screen,
-            time_limit_s=time_limit_s,
-            overrides=overrides,
-            progress=stoppable(progress),
-            tracking_uri=tracking_uri,
-            **({} if fork is None else {"fork": fork}),
-        )
+            found = api.search(
+                spec,
+                study=directory,
+                workers=workers,
+                ray_address=ray_address,
+                trials=trials,
+                screen=screen,
+                time_limit_s=time_limit_s,
+                overrides=overrides,
+                progress=stoppable(progress),
+                tracking_uri=tracking_uri,
+                **({} if fork is None else {"fork": fork}),
+            )
+    except NothingFitsError:
+        if not as_json:  # what was measured, above the message that says what to relax
+            _print_front(api.open_study(fork or directory).front())
+        raise
     view = found.front()
     if as_json:
         print_json(view)
     else:
-        from autocomp.report.terminal import print_front
+        _print_front(view)
 
-        print_front(stdout_console(), view)
+
+def _print_front(view: Mapping[str, Any]) -> None:
+    from autocomp.report.terminal import print_front
+
+    print_front(stdout_console(), view)
 
 
 def default_study(spec: Path) -> Path:

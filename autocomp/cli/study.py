@@ -52,7 +52,9 @@ def front(
 @click.option("--latency", type=Quantity("latency"), help='Upper limit: "4 ms" or "25%" of dense.')
 @click.option("--size", type=Quantity("size"), help='Upper limit: "12 MB" or "25%" of dense.')
 @click.option("--peak-memory", type=Quantity("peak_memory"), help='Upper limit: "200 MB", "50%".')
-@click.option("--quality", type=float, help="Lower limit on the task's metric.")
+@click.option(
+    "--quality", type=float, help="Lower limit: an accuracy (0.9), or 1 / perplexity (0.02)."
+)
 @click.option(
     "--export",
     type=click.Path(path_type=Path, file_okay=False),

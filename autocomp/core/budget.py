@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autocomp.core.measurement import Measurement
+from autocomp.core.metric import Scale
 from autocomp.core.quantities import Limit, format_bytes, format_ms
 
 
@@ -24,9 +25,9 @@ class Budget:
     quality: float | None = None
 
     def excess(self, cost: Measurement, quality: float | None = None) -> dict[str, float]:
-        """Overshoot per limited dimension: ≤ 0 meets it, `inf` when unmeasured (or NaN).
+        """Overshoot per limited dimension, relative to the limit: ≤ 0 meets it.
 
-        Relative to the limit for costs, absolute for quality.
+        `inf` when unmeasured (or NaN); for quality the shortfall.
         """
         excess: dict[str, float] = {}
         for name in ("latency_ms", "size_bytes", "peak_memory_bytes"):
@@ -37,15 +38,15 @@ class Budget:
             if quality is None or math.isnan(quality):
                 excess["quality"] = math.inf
             else:
-                excess["quality"] = self.quality - quality
+                excess["quality"] = (self.quality - quality) / (abs(self.quality) or 1.0)
         return excess
 
     def feasible(self, cost: Measurement, quality: float | None = None) -> bool:
         """Whether every limit is met."""
         return all(value <= 0 for value in self.excess(cost, quality).values())
 
-    def describe(self) -> str:
-        """`latency ≤ 1.3 ms, size ≤ 10.1 MB`."""
+    def describe(self, scale: Scale | None = None) -> str:
+        """`latency ≤ 1.3 ms, size ≤ 10.1 MB`; with a scale, the floor as a person reads it."""
         parts = []
         if self.latency_ms is not None:
             parts.append(f"latency ≤ {format_ms(self.latency_ms)}")
@@ -54,7 +55,7 @@ class Budget:
         if self.peak_memory_bytes is not None:
             parts.append(f"peak memory ≤ {format_bytes(self.peak_memory_bytes)}")
         if self.quality is not None:
-            parts.append(f"quality ≥ {self.quality:.4g}")
+            parts.append((scale or Scale()).floor(self.quality))
         return ", ".join(parts) or "no limit"
 
     def to_json(self) -> dict[str, Any]:

@@ -11,6 +11,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Provenance = Literal["estimated", "measured"]
+Clock = Literal["processor", "wall"]
+
+
+def latency_clock(threads: int) -> Clock:
+    """What a latency is counted in, by the workload's threads.
+
+    The processor time of the process is a latency only on one thread, and does not count being
+    preempted there; on several it is wall-clock time. Both are normalised by the anchor model.
+    """
+    return "processor" if threads == 1 else "wall"
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,8 @@ class Measurement:
 
     Attributes:
         provenance: `measured` (the artifact on the target) or `estimated` (the cost table).
-        latency_ms: normalised by the anchor model; what budgets are held against. Of one run, or
-            of one generated token where the workload generates.
+        latency_ms: on the clock of `latency_clock`, normalised by the anchor model; what budgets
+            are held against. Of one run, or of one generated token where the workload generates.
         size_bytes: bytes on disk of the artifact.
         peak_memory_bytes: peak resident memory of a process that only loads and runs the artifact.
         latency_wall_ms: plain wall-clock median, for the record.

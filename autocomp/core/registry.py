@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
-from autocomp.core.errors import InternalError, UserError, did_you_mean
+from autocomp.core.errors import AutocompError, InternalError, UserError, did_you_mean
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Registry(Generic[T]):
                         "%s: %r (%s) is ignored: taken", self.kind, entry.name, entry.value
                     )
                 else:
-                    self._paths[entry.name] = f"{entry.module}:{entry.attr}"
+                    self._paths[entry.name] = entry.value.partition("[")[0].replace(" ", "")
             self._scanned = True
 
     def register(self, name: str, value: T) -> None:
@@ -58,6 +58,7 @@ class Registry(Generic[T]):
 
         Raises:
             UserError: for an unknown name, with the closest known one and the whole list.
+            InternalError: if what another package registered cannot be loaded.
         """
         self._scan()
         if name not in self._loaded:
@@ -74,10 +75,12 @@ class Registry(Generic[T]):
         module, _, attribute = self._paths[name].partition(":")
         try:
             return cast(T, attrgetter(attribute)(importlib.import_module(module)))
-        except (ImportError, AttributeError) as error:
+        except AutocompError:
+            raise  # it says itself what it lacks
+        except Exception as error:  # code of other packages runs at import
             raise InternalError(
-                f"{self.kind}: {name!r} ({self._paths[name]}) cannot be loaded: {error}. "
-                f"Reinstall or remove the package that provides it"
+                f"{self.kind}: {name!r} ({self._paths[name]}) cannot be loaded: "
+                f"{type(error).__name__}: {error}. Reinstall or remove the package that provides it"
             ) from error
 
     def __contains__(self, name: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autocomp.core.measurement import Measurement
+from autocomp.core.measurement import Measurement, latency_clock
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.export.loading import loading_code
 from autocomp.export.protocol import ExportRequest
@@ -41,6 +41,7 @@ def model_card(
         *_quality(request),
         "",
         *(remarks or [_MEASURED]),
+        _clock(request),
         "What was done to each unit is in `candidate.yaml`.",
         *_vocabulary(request),
         "",
@@ -82,6 +83,19 @@ def _rows(
     return rows
 
 
+def _clock(request: ExportRequest) -> str:
+    """What the latency is: which clock, and what the other one said."""
+    threads = request.spec.target.workload.threads
+    measured = request.record.measured
+    wall = None if measured is None else measured.latency_wall_ms
+    if latency_clock(threads) == "processor":
+        clock = "processor time of one thread"
+    else:
+        clock = f"wall-clock time on {threads} threads"
+    line = f"Latency is {clock}, normalised by an anchor model run in between"
+    return line + ("." if wall is None else f"; the plain wall-clock median was {format_ms(wall)}.")
+
+
 def _quality(request: ExportRequest) -> list[str]:
     record = request.record
     name = record.metric.get("name", "quality")
@@ -97,8 +111,13 @@ def _quality(request: ExportRequest) -> list[str]:
         found, reference = report.get("metric", whole), report.get("teacher_metric", teacher)
         ratio = report["quality"] / report["teacher_quality"] if report["teacher_quality"] else 0.0
         lines.append(
-            f"- {found['name']} on the report split, opened once: {found['value']:.4g} (teacher "
-            f"{reference['value']:.4g}; quality {ratio:.1%} of the teacher's)"
+            f"- {found['name']} on the report split, after selection: {found['value']:.4g} "
+            f"(teacher {reference['value']:.4g}; quality {ratio:.1%} of the teacher's)"
+        )
+        count = report.get("candidates") or 1
+        looked = "this candidate alone was" if count == 1 else f"{count} candidates were"
+        lines.append(
+            f"- looked at on the report split in this study: {looked}, none selected by it"
         )
     return lines
 

@@ -24,7 +24,8 @@ class ExportRequest:
         artifact: its exported model.
         companions: tokenizer or processor files, labels and example inputs of the study.
         dense: the dense trial, for the card.
-        report: what the report split said (`quality`, `teacher_quality`), if it was opened.
+        report: what the report split said (`quality`, `teacher_quality`), if it was opened for this
+            trial, and how many `candidates` of the study were looked at there.
         student: where the trial's torch weights are, for formats that are not the runtime's own;
             the file may be missing.
     """

@@ -7,11 +7,12 @@ estimate, a NaN or a missing figure never ranks, on no front and under no budget
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from autocomp.core.budget import Budget
 from autocomp.core.errors import InfeasibleError
+from autocomp.core.metric import Scale, round_down
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.front.dominance import Sense, non_dominated
 from autocomp.study.records import TrialRecord
@@ -111,17 +112,23 @@ def pick(records: Sequence[TrialRecord], budget: Budget) -> TrialRecord:
     fitting = [record for record in records if feasible(record, budget)]
     if fitting:
         return min(fitting, key=_preference)
+    scale = scale_of(records)
     ranked = [record for record in records if rankable(record)]
     if not ranked:
         raise NothingFitsError(
             f"No trial of this study is complete and measured, so none can meet "
-            f"{budget.describe()}. Run more trials: autocomp search with a higher --trials",
+            f"{budget.describe(scale)}. Run more trials: autocomp search with a higher --trials",
             None,
             None,
         )
     nearest = min(ranked, key=lambda record: (_worst(record, budget)[1], _preference(record)))
     binding, excess = _worst(nearest, budget)
-    raise NothingFitsError(_message(nearest, budget, binding, excess), nearest, binding)
+    raise NothingFitsError(_message(nearest, budget, binding, excess, scale), nearest, binding)
+
+
+def scale_of(records: Iterable[TrialRecord]) -> Scale:
+    """What the qualities of these trials are shown as: quality, or a perplexity."""
+    return Scale.of((record.metric, record.quality) for record in records)
 
 
 def _worst(record: TrialRecord, budget: Budget) -> tuple[str, float]:
@@ -133,11 +140,13 @@ def _worst(record: TrialRecord, budget: Budget) -> tuple[str, float]:
     return name, finite[name]
 
 
-def _message(record: TrialRecord, budget: Budget, binding: str, excess: float) -> str:
+def _message(record: TrialRecord, budget: Budget, binding: str, excess: float, scale: Scale) -> str:
     assert record.measured is not None
-    cost = record.measured
+    assert record.quality is not None
+    cost, quality = record.measured, record.quality
+    shown = f"{scale.name} {scale.value(quality):.4g}"
     figures = {
-        "quality": f"quality {record.quality:.4g}",
+        "quality": shown,
         "latency_ms": f"latency {format_ms(cost.latency_ms)}",
         "size_bytes": f"size {format_bytes(cost.size_bytes)}",
     }
@@ -147,12 +156,15 @@ def _message(record: TrialRecord, budget: Budget, binding: str, excess: float) -
     if not math.isfinite(excess):
         why, relax = f"its {name} was not measured", f"drop the {name} limit"
     elif binding == "quality":
-        why = f"quality is {excess:.4g} below the floor"
-        relax = f"lower the floor to {record.quality:.4g}"
+        assert budget.quality is not None
+        why = f"{scale.floor(budget.quality)} binds"
+        relax = f"lower the floor on quality to {round_down(quality):.4g}"
+        if scale.reciprocal:
+            relax += f", that is {shown}"
     else:
         why = f"{name} is {excess:.1%} over and binds"
         relax = f"raise the limit to {figures[binding]}"
     return (
-        f"No measured trial meets {budget.describe()}. Nearest: {record.id} "
+        f"No measured trial meets {budget.describe(scale)}. Nearest: {record.id} "
         f"({', '.join(figures.values())}): {why}. Next: {relax}, or search on with more trials"
     )

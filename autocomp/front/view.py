@@ -9,12 +9,11 @@ can be compared among studies of one task.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autocomp.core.budget import Budget
-from autocomp.core.candidate import Runtime
-from autocomp.core.measurement import Measurement
+from autocomp.core.measurement import Measurement, latency_clock
 from autocomp.front.dominance import hypervolume
 from autocomp.front.pick import (
     OBJECTIVES,
@@ -28,7 +27,7 @@ from autocomp.front.pick import (
     senses,
 )
 from autocomp.study.directory import Study
-from autocomp.study.records import TrialRecord, dense_reference
+from autocomp.study.records import DENSE, TrialRecord, dense_reference
 
 
 def study_hypervolume(
@@ -68,17 +67,19 @@ def _metric(record: TrialRecord) -> dict[str, Any]:
 
 
 def trial_json(
-    record: TrialRecord, budget: Budget, on_front: bool, runtime: Runtime = None
+    record: TrialRecord, budget: Budget, on_front: bool, target: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One trial in the stable shape. Costs are measured ones or null; estimates stay apart.
 
-    `runtime` is that of a study without a choice of them.
+    `target` is the description of the front's target. Its `runtime` is that of a study without a
+    choice; its workload says which clock `latency_ms` is counted on (`latency_clock`).
     """
     measured = record.measured if objective(record, "latency") is not None else None
+    threads = (target.get("workload") or {}).get("threads")
     return {
         "id": record.id,
         "kind": record.kind,
-        "runtime": record.candidate.runtime or runtime,
+        "runtime": record.candidate.runtime or target.get("runtime"),
         "proposed_by": record.proposed_by,
         "state": record.state,
         "on_front": on_front,
@@ -87,6 +88,8 @@ def trial_json(
         "metric": _metric(record),
         "teacher_kl": _finite(record.teacher_kl),
         **_costs(measured),
+        "latency_clock": None if measured is None or threads is None else latency_clock(threads),
+        "latency_wall_ms": None if measured is None else _finite(measured.latency_wall_ms),
         "measured": measured is not None,
         "estimated": _costs(record.estimated),
         "candidate": record.candidate.to_json(),
@@ -103,6 +106,9 @@ def front_json(
 ) -> dict[str, Any]:
     """The whole study, JSON-ready: no NaN, no infinity.
 
+    While nothing measured meets the budget, `chosen` is null and `nearest` names the trial that
+    misses it least, with the limit that binds (a key of `budget`).
+
     Args:
         study: name or path of the study.
         target: the target's description; `runtime` in it is the one of a study without a choice.
@@ -113,31 +119,32 @@ def front_json(
     """
     dense = dense_reference(records)
     on_front = {record.id for record in front(records, objectives)}
+    chosen = nearest = None
     try:
-        chosen: str | None = pick(records, budget).id
-    except NothingFitsError:
-        chosen = None
-    limits = budget.to_json()
+        chosen = pick(records, budget).id
+    except NothingFitsError as error:
+        if error.nearest is not None:
+            nearest = {"id": error.nearest.id, "binding": error.binding}
     return {
         "study": study,
         "target": dict(target),
-        "budget": {name: limits[name] for name in _costs(None)},
+        "budget": budget.to_json(),
         "dense": None if dense is None else dense.id,
         "chosen": chosen,
+        "nearest": nearest,
         "hypervolume": study_hypervolume(records, dense, objectives),
-        "report": None if chosen is None else report_json(chosen, (reports or {}).get(chosen)),
-        "trials": [
-            trial_json(record, budget, record.id in on_front, target.get("runtime"))
-            for record in records
-        ],
+        "report": None if chosen is None else report_json(chosen, reports or {}),
+        "trials": [trial_json(record, budget, record.id in on_front, target) for record in records],
     }
 
 
-def report_json(id: str, report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def report_json(id: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """A trial on the report split, beside the teacher; `None` if the split was not opened for it.
 
-    `ratio` is quality over the teacher's, `metric` the task's own figure (a perplexity).
+    `ratio` is quality over the teacher's, `metric` the task's own figure (a perplexity),
+    `candidates` what `candidates_reported` counts.
     """
+    report = reports.get(id)
     if report is None:
         return None
     quality, teacher = _finite(report["quality"]), _finite(report["teacher_quality"])
@@ -148,7 +155,16 @@ def report_json(id: str, report: Mapping[str, Any] | None) -> dict[str, Any] | N
         "ratio": quality / teacher if quality is not None and teacher else None,
         "metric": dict(report.get("metric") or {}),
         "teacher_metric": dict(report.get("teacher_metric") or {}),
+        "candidates": candidates_reported(reports),
     }
+
+
+def candidates_reported(reports: Iterable[str]) -> int:
+    """How many candidates were looked at on the report split: dense is none.
+
+    An entry that a fork took over ends with the name of its study, `3f2a91c0b7@quickstart-5e0d`.
+    """
+    return len({key.partition("@")[0] for key in reports} - {DENSE})
 
 
 def study_budget(study: Study) -> Budget:

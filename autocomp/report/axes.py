@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+from autocomp.core.metric import Scale
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,35 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
     first = math.ceil(low / step)
     return [index * step for index in range(first, math.floor(high / step) + 1)]
+
+
+@dataclass(frozen=True)
+class QualityAxis:
+    """An axis of qualities on a scale: ends and ticks as heights, each tick with its text."""
+
+    low: float
+    high: float
+    clipped: bool
+    ticks: list[tuple[float, str]]
+
+
+def quality_axis(values: Sequence[float], scale: Scale) -> QualityAxis:
+    """The axis for these qualities; ticks are round figures of the scale, perplexities say."""
+    span = quality_range([scale.height(value) for value in values])
+    if not scale.reciprocal:
+        ticks = linear_ticks(span.low, span.high, about=6)
+        return QualityAxis(span.low, span.high, span.clipped, _written(ticks, ticks))
+    worst, best = math.exp(-span.low), math.exp(-span.high)
+    narrow = worst / best < 3
+    figures = linear_ticks(best, worst, about=6) if narrow else log_ticks(best, worst)
+    heights = [-math.log(figure) for figure in figures]
+    return QualityAxis(span.low, span.high, span.clipped, _written(heights, figures))
+
+
+def _written(heights: Sequence[float], figures: Sequence[float]) -> list[tuple[float, str]]:
+    """Each height with its figure, as many decimals as the step between figures needs."""
+    step = min((abs(b - a) for a, b in pairwise(figures)), default=0.1)
+    digits = max(0, min(6, len(f"{step:.6f}".rstrip("0").partition(".")[2])))
+    return [
+        (height, f"{figure:.{digits}f}") for height, figure in zip(heights, figures, strict=True)
+    ]

@@ -14,15 +14,23 @@ from importlib.resources import files
 from typing import Any
 
 from autocomp.core.budget import Budget
-from autocomp.report.axes import cost_range, linear_ticks, log_ticks, quality_range
+from autocomp.core.metric import Scale
+from autocomp.report.axes import cost_range, log_ticks, quality_axis
 from autocomp.report.figures import (
     COST_NAMES,
     COSTS,
     format_cost,
+    format_excess,
     format_metric,
     format_share,
+    latency_note,
+    missed,
     quality_name,
+    shown_figure,
     summarise_option,
+    verdict,
+    view_budget,
+    view_scale,
 )
 from autocomp.report.summary import candidate_figures, figures_text
 from autocomp.report.terminal import describe_target, report_line
@@ -44,14 +52,15 @@ def _page_data(view: Mapping[str, Any]) -> dict[str, Any]:
         [trial.get("metric") or {} for trial in view["trials"]],
         [trial["quality"] for trial in view["trials"]],
     )
-    trials = [_trial(trial, dense, view.get("chosen"), measure) for trial in view["trials"]]
+    scale, budget = view_scale(view), view_budget(view)
+    trials = [_trial(trial, dense, view, measure, scale, budget) for trial in view["trials"]]
     drawn = [trial for trial in view["trials"] if _drawable(trial)]
-    limits = {name: view["budget"].get(name) for name in COSTS}
     hypervolume, report = view.get("hypervolume"), view.get("report")
     return {
         "study": str(view["study"]),
         "target": describe_target(view.get("target") or {}),
-        "budget": Budget(**limits).describe(),
+        "latency": latency_note(view.get("target") or {}),
+        "budget": budget.describe(scale),
         "hypervolume": None if hypervolume is None else f"{hypervolume:.4g}",
         "report": None if report is None else report_line(report),
         "dense": view.get("dense"),
@@ -59,8 +68,8 @@ def _page_data(view: Mapping[str, Any]) -> dict[str, Any]:
         "failed": sum(trial["state"] == "failed" for trial in view["trials"]),
         "trials": trials,
         "measure": measure,
-        "quality": _quality_axis(drawn),
-        "costs": [_cost_axis(name, drawn, limits[name]) for name in COSTS[:2]],
+        "quality": _quality_axis(drawn, scale, budget.quality),
+        "costs": [_cost_axis(name, drawn, view["budget"].get(name)) for name in COSTS[:2]],
     }
 
 
@@ -73,18 +82,26 @@ def _drawable(trial: Mapping[str, Any]) -> bool:
     )
 
 
-def _quality_axis(drawn: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _quality_axis(
+    drawn: list[Mapping[str, Any]], scale: Scale, floor: float | None
+) -> dict[str, Any]:
+    """Heights of the axis, of its ticks and of the floor; better is above on every scale."""
+    title = f"{scale.name}, lower is better" if scale.reciprocal else scale.name
     if not drawn:
-        return {"low": 0.0, "high": 1.0, "ticks": []}
-    axis = quality_range([trial["quality"] for trial in drawn])
-    ticks = linear_ticks(axis.low, axis.high, about=6)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.1
-    digits = max(0, min(6, len(f"{step:.6f}".rstrip("0").partition(".")[2])))
+        return {"title": title, "low": 0.0, "high": 1.0, "ticks": [], "floor": None}
+    values = [trial["quality"] for trial in drawn]
+    if floor is not None and floor > min(values):
+        values.append(floor)
+    axis = quality_axis(values, scale)
+    height = None if floor is None else scale.height(floor)
     return {
+        "title": title,
         "low": axis.low,
         "high": axis.high,
         "clipped": axis.clipped,
-        "ticks": [[tick, f"{tick:.{digits}f}"] for tick in ticks],
+        "ticks": axis.ticks,
+        "floor": height if height is not None and axis.low < height < axis.high else None,
+        "floorText": None if floor is None else f"budget {scale.floor(floor)}",
     }
 
 
@@ -106,9 +123,17 @@ def _cost_axis(name: str, drawn: list[Mapping[str, Any]], limit: float | None) -
 
 
 def _trial(
-    trial: Mapping[str, Any], dense: Mapping[str, Any] | None, chosen: str | None, measure: str
+    trial: Mapping[str, Any],
+    dense: Mapping[str, Any] | None,
+    view: Mapping[str, Any],
+    measure: str,
+    scale: Scale,
+    budget: Budget,
 ) -> dict[str, Any]:
-    """What the script needs of one trial; every figure also as text."""
+    """What the script needs of one trial; every figure also as text.
+
+    `height` is where the plot draws its quality, `shown` the figure that the table sorts by.
+    """
     predicted = trial.get("estimated") or {}
     text = {"quality": format_metric(trial["quality"], trial.get("metric") or {}, measure)}
     kl = trial.get("teacher_kl")
@@ -118,17 +143,23 @@ def _trial(
         text[name] = format_cost(name, trial[name])
         text[f"{name}_share"] = share
         text[f"{name}_predicted"] = format_cost(name, predicted.get(name))
+    drawn, quality = _drawable(trial), trial["quality"]
+    over = missed(trial, budget) if drawn and trial["kind"] != "dense" else {}
     return {
         "id": str(trial["id"]),
         "kind": trial["kind"],
         "by": str(trial["proposed_by"]),
         "runtime": trial.get("runtime") or "",
         "state": trial["state"],
-        "drawn": _drawable(trial),
+        "drawn": drawn,
         "front": trial["on_front"],
         "feasible": trial["feasible"],
-        "chosen": trial["id"] == chosen,
-        "quality": trial["quality"],
+        "verdict": verdict(trial, budget),
+        "missed": format_excess(over, scale),
+        "chosen": trial["id"] == view.get("chosen"),
+        "quality": quality,
+        "height": scale.height(quality) if drawn else None,
+        "shown": shown_figure(trial, measure),
         "teacher_kl": kl,
         **{name: trial[name] for name in COSTS},
         "text": text,

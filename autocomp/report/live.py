@@ -18,6 +18,7 @@ from rich.text import Text
 
 from autocomp.core.budget import Budget
 from autocomp.core.quantities import format_seconds
+from autocomp.front.pick import scale_of
 from autocomp.report.figures import (
     COSTS,
     format_cost,
@@ -152,7 +153,13 @@ class LiveView(SearchState):
             lines.append(_fit(Text(what, style="dim"), width))
         if self.budget is not None:
             lines.append(
-                _fit(Text.assemble(("budget  ", "dim"), (self.budget.describe(), "yellow")), width)
+                _fit(
+                    Text.assemble(
+                        ("budget  ", "dim"),
+                        (self.budget.describe(scale_of(self.measured())), "yellow"),
+                    ),
+                    width,
+                )
             )
         if roomy:
             lines.append(Text(("-" if ascii_only else "─") * width, style="dim"))
@@ -210,15 +217,17 @@ class LiveView(SearchState):
         limit = None
         if self.budget is not None:
             limit = self.budget.size_bytes if by_size else self.budget.latency_ms
+        scale = scale_of(records)
         plot = draw_scatter(
             points,
+            scale=scale,
             width=width,
             height=height,
             limit=None if limit is None else limit / unit,
             label="size, MB" if by_size else "latency, ms",
             ascii_only=ascii_only,
         )
-        legend = Text.assemble(("quality  ", "dim"))
+        legend = Text.assemble((f"{scale.name}  ", "dim"))
         for mark, word in _LEGEND:
             symbol, style, _ = marks[mark]
             legend.append(f"{symbol} ", style=style)
@@ -260,7 +269,8 @@ class LiveView(SearchState):
         if self.budget is None or record.kind == "dense":
             return Text()
         over = self.excess(record)
-        return Text(format_excess(over), style="red") if over else Text("met", style="green")
+        told = format_excess(over, scale_of([record]))
+        return Text(told, style="red") if over else Text("met", style="green")
 
     def _running(self, width: int) -> list[Text]:
         texts = self.running_trials()
@@ -344,6 +354,7 @@ def describe_trial(record: TrialRecord, dense: TrialRecord | None, budget: Budge
         parts.append(f"{word} {format_cost(cost, value)}" + (f" ({share})" if share else ""))
     if budget is not None:
         over = {k: v for k, v in budget.excess(record.measured, record.quality).items() if v > 0}
-        parts.append(f"over budget: {format_excess(over)}" if over else "meets the budget")
+        told = format_excess(over, scale_of([record]))
+        parts.append(f"over budget: {told}" if over else "meets the budget")
     parts.append(format_seconds(sum(record.seconds.values())))
     return f"{head}: " + ", ".join(parts)

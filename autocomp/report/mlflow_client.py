@@ -36,6 +36,11 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+def is_local(uri: str) -> bool:
+    """Whether writing there is work of this machine, not waiting for another one."""
+    return urlsplit(uri).scheme in ("", "file", "sqlite")
+
+
 def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
@@ -65,9 +70,8 @@ def find_runs(client: MlflowClient, experiment_id: str, query: str) -> list[Any]
             return runs
 
 
-def without_password(uri: str) -> str:
-    """The address without user and password: it is written to a file."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+def without_password(uri: str, text: str | None = None) -> str:
+    """The address, or a text that speaks of it, without user and password: it is written down."""
+    secret, at, _ = urlsplit(uri).netloc.rpartition("@")
+    text = uri if text is None else text
+    return text.replace(f"{secret}@", "") if at else text

@@ -1,31 +1,36 @@
-"""A study projected to MLflow, from the ledger, in the background.
+"""A study projected to MLflow, from the ledger.
 
 Layout: one experiment for each model and target; a parent run per study (budget, hypervolume,
 `front.json`, `pareto/front.html`); a child run per trial with few parameters, metrics that carry
 their units, tags, and `candidate.yaml`; a saved view that draws the front. The ledger stays the
 truth: a projection is idempotent (runs are found by the tags `study_key` and `trial_key` before
-they are made), can be made again at any time, and its failures are logged and stop nothing.
+they are made) and can be made again at any time. During a search `mlflow_projector` makes it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from autocomp.core.files import write_text_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
 from autocomp.front.view import study_front
+from autocomp.report.figures import COSTS, quality_name, shown_figure
 from autocomp.report.html import front_html
-from autocomp.report.mlflow_client import connect, find_experiment, find_runs, without_password
+from autocomp.report.mlflow_client import (
+    connect,
+    find_experiment,
+    find_runs,
+    is_local,
+    without_password,
+)
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, view_tag
 from autocomp.report.summary import candidate_figures, trial_metrics
 from autocomp.study.directory import Study
@@ -34,10 +39,6 @@ from autocomp.study.records import TrialRecord
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-logger = logging.getLogger(__name__)
-
-_INTERVAL_S = 2.0
-_LONGEST_PAUSE_S = 60.0
 _PLACE_FILE = "mlflow.json"
 
 
@@ -70,7 +71,7 @@ def project(
         StudyError: if there is no study.
         Exception: whatever MLflow raises.
     """
-    projection = _Projection(Path(study_dir), tracking_uri, experiment, None, units, anew=True)
+    projection = Projection(Path(study_dir), tracking_uri, experiment, None, units, anew=True)
     projection.catch_up()
     projection.finish("FINISHED")
     return projection.place
@@ -86,103 +87,7 @@ def projected_place(study_dir: Path) -> dict[str, str] | None:
     return place
 
 
-class MlflowProjector:
-    """Follows a study's ledger in a thread and writes what is new to MLflow.
-
-    ```
-    with MlflowProjector(study.paths.root) as projector:
-        ...                       # search
-    ```
-    `start` and `close` return quickly; an unreachable server costs a warning and late pages.
-    """
-
-    def __init__(
-        self,
-        study_dir: Path | str,
-        tracking_uri: str | None = None,
-        experiment: str | None = None,
-        *,
-        front: Callable[[], Mapping[str, Any]] | None = None,
-        units: Iterable[Unit] | None = None,
-        interval_s: float = _INTERVAL_S,
-    ) -> None:
-        """Nothing is read or opened yet.
-
-        Args:
-            study_dir: an existing study.
-            tracking_uri: MLflow store or server; the study's own SQLite store by default.
-            experiment: its name; model and target by default.
-            front: gives the `front --json` mapping; worked out from the study by default.
-            units: the model's units, so that means are weighted by parameters.
-            interval_s: pause between looks at the ledger.
-        """
-        self._make: Callable[[], _Projection] = lambda: _Projection(
-            Path(study_dir), tracking_uri, experiment, front, units
-        )
-        self._interval_s = interval_s
-        self._closing = threading.Event()
-        self._status = "FINISHED"
-        self._complete = False
-        self._thread = threading.Thread(target=self._follow, name="autocomp-mlflow", daemon=True)
-
-    def start(self) -> Self:
-        """Begin to follow."""
-        self._thread.start()
-        return self
-
-    def close(self, timeout_s: float = 30.0, *, status: str = "FINISHED") -> bool:
-        """Write what is left and end; `False` (and a warning) if that was not possible in time.
-
-        `status` is the parent run's: `FINISHED`, `KILLED` or `FAILED`.
-        """
-        self._status = status
-        self._closing.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        if not self._complete:
-            logger.warning(
-                "MLflow has not got the whole study; `autocomp dashboard` projects it again"
-            )
-        return self._complete
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
-        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
-        self.close(5.0 if stopped else 30.0, status=status)
-
-    def _follow(self) -> None:
-        projection: _Projection | None = None
-        pause_s = self._interval_s
-        warned = False
-        while True:
-            closing = self._closing.is_set()
-            try:
-                if projection is None:
-                    projection = self._make()
-                projection.catch_up()
-                if closing:
-                    projection.finish(self._status)
-                    self._complete = True
-                pause_s, warned = self._interval_s, False
-            except Exception as error:
-                level = logging.DEBUG if warned else logging.WARNING
-                logger.log(level, "MLflow is behind, the search goes on: %s", error)
-                logger.debug("MLflow", exc_info=True)
-                warned, pause_s = True, min(2 * pause_s, _LONGEST_PAUSE_S)
-            if closing:
-                return
-            self._closing.wait(pause_s)
-
-
-class _Projection:
+class Projection:
     """The projection itself, synchronous: connects at the first `catch_up`, raises on failure."""
 
     def __init__(
@@ -201,7 +106,12 @@ class _Projection:
         self._front = front or (lambda: study_front(self._study))
         self._units = None if units is None else tuple(units)
         self._anew = anew
-        self._gate = Gate(self._study.paths.gate)
+        gate = Gate(self._study.paths.gate)
+        # A local store takes the processor; a server is waited for, and nothing waits for us.
+        self._working: Callable[[], AbstractContextManager[None]] = (
+            gate.working if is_local(self._uri) else nullcontext
+        )
+        self._measure = ""
         self._client: MlflowClient | None = None
         self._cursor = 0
         self._runs: dict[str, str] = {}
@@ -213,17 +123,17 @@ class _Projection:
     def catch_up(self) -> None:
         """Write every trial the ledger has beyond the cursor, then the front if there were any."""
         if self._client is None:
-            with self._gate.working():
+            with self._working():
                 self._client = self._connect()
         entries, cursor = self._study.ledger.follow(self._cursor)
         fresh = False
         for entry in entries:
             if entry.kind == "trial" and (self._anew or entry.key not in self._done):
-                with self._gate.working():
+                with self._working():
                     self._write_trial(entry.key, TrialRecord.from_json(entry.payload))
             fresh = fresh or entry.kind == "trial"
         if fresh:
-            with self._gate.working():
+            with self._working():
                 self._write_front(dict(self._front()))
         self._cursor = cursor
 
@@ -248,18 +158,28 @@ class _Projection:
                 self._done.add(key)
         parent = self._parent(client, experiment_id)
         view_key = re.sub(r"[^A-Za-z0-9-]", "-", f"autocomp-{study_key}")
-        name = f"Front of {self._study.name}"
-        client.set_experiment_tag(
-            experiment_id, TAG_PREFIX + view_key, view_tag(name, saved_view(name, study_key))
-        )
         self.place = {
             "tracking_uri": without_password(self._uri),
             "experiment_id": experiment_id,
             "run_id": parent,
             "view_key": view_key,
         }
+        trials = self._study.trials()
+        measure = quality_name([t.metric for t in trials], [t.quality for t in trials])
+        self._save_view(client, measure)
         write_text_atomic(self._root / _PLACE_FILE, json.dumps(self.place, indent=2) + "\n")
         return client
+
+    def _save_view(self, client: MlflowClient, measure: str) -> None:
+        """The view of the front, drawn over `measure`; again when trials show what that is."""
+        if measure == self._measure:
+            return
+        self._measure = measure
+        name = f"Front of {self._study.name}"
+        tag = view_tag(name, saved_view(name, self._study.id, measure))
+        client.set_experiment_tag(
+            self.place["experiment_id"], TAG_PREFIX + self.place["view_key"], tag
+        )
 
     def _parent(self, client: MlflowClient, experiment_id: str) -> str:
         """The study's own run, running."""
@@ -341,13 +261,18 @@ class _Projection:
                 client.set_tag(child, "feasible", flags[1])
                 self._flags[trial["id"]] = flags
         trials = view["trials"]
+        measure = quality_name(
+            [trial.get("metric") or {} for trial in trials], [trial["quality"] for trial in trials]
+        )
+        self._save_view(client, measure)
         chosen = next((t for t in trials if t["id"] == view.get("chosen")), None)
         metrics: dict[str, Any] = {
             "hypervolume": view.get("hypervolume"),
             "trials": len(trials),
             "front_size": sum(bool(trial["on_front"]) for trial in trials),
         }
-        for name in ("quality", "latency_ms", "size_bytes", "peak_memory_bytes"):
+        metrics[measure] = None if chosen is None else shown_figure(chosen, measure)
+        for name in COSTS:
             metrics[name] = None if chosen is None else chosen[name]
         budget = {f"limit_{k}": v for k, v in view["budget"].items() if v is not None}
         if view.get("dense") is None:

@@ -15,13 +15,15 @@ from urllib.parse import quote
 
 TAG_PREFIX = "mlflow.sharedViewState."
 
-_METRICS = ("quality", "teacher_kl", "latency_ms", "size_bytes")
+_METRICS = ("teacher_kl", "latency_ms", "size_bytes")
 _PARAMS = ("mean_bits", "skipped_units", "tokens")
 _TAGS = ("kind", "proposed_by", "runtime", "feasible")
 
 
-def saved_view(name: str, study_key: str) -> dict[str, Any]:
+def saved_view(name: str, study_key: str, measure: str = "quality") -> dict[str, Any]:
     """The state of a runs page with this study's front: table, scatters, parallel coordinates.
+
+    `measure` is the metric that says how good a trial is: `quality`, or a perplexity.
 
     Sorted by a metric: sorted by date, MLflow would show the collapsed parent run alone.
     """
@@ -34,7 +36,7 @@ def saved_view(name: str, study_key: str) -> dict[str, Any]:
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            *(f"metrics.`{metric}`" for metric in _METRICS),
+            *(f"metrics.`{metric}`" for metric in (measure, *_METRICS)),
             *(f"params.`{param}`" for param in _PARAMS),
             *(f"tags.`{tag}`" for tag in _TAGS),
         ],
@@ -42,12 +44,12 @@ def saved_view(name: str, study_key: str) -> dict[str, Any]:
         "columnWidths": {},
         "runsHiddenMode": "SHOWALL",
         "compareRunCharts": [
-            _scatter("autocomp-latency", "latency_ms"),
-            _scatter("autocomp-size", "size_bytes"),
+            _scatter("autocomp-latency", "latency_ms", measure),
+            _scatter("autocomp-size", "size_bytes", measure),
             {
                 **_chart("autocomp-parallel", "PARALLEL"),
                 "selectedParams": list(_PARAMS[:2]),
-                "selectedMetrics": ["size_bytes", "latency_ms", "quality"],
+                "selectedMetrics": ["size_bytes", "latency_ms", measure],
             },
         ],
         "compareRunSections": [
@@ -86,11 +88,11 @@ def _chart(uuid: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _scatter(uuid: str, metric: str) -> dict[str, Any]:
+def _scatter(uuid: str, cost: str, measure: str) -> dict[str, Any]:
     return {
         **_chart(uuid, "SCATTER"),
-        "xaxis": {"key": metric, "type": "METRIC"},
-        "yaxis": {"key": "quality", "type": "METRIC"},
+        "xaxis": {"key": cost, "type": "METRIC"},
+        "yaxis": {"key": measure, "type": "METRIC"},
     }
 
 

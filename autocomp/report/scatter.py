@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from autocomp.core.metric import Scale
 from autocomp.report.axes import Range, cost_range, log_ticks, quality_range
 
 _GUTTER = 8
@@ -31,6 +32,7 @@ def draw_scatter(
     height: int,
     limit: float | None,
     label: str,
+    scale: Scale | None = None,
     ascii_only: bool = False,
 ) -> list[Text]:
     """Lines of text: `height` rows of plot, then the axis and its ticks.
@@ -40,11 +42,14 @@ def draw_scatter(
         width, height: characters of the whole, rows of the plot.
         limit: the budget on the cost axis, drawn as a vertical line.
         label: name and unit of the cost axis.
+        scale: what the ticks of the quality axis are given in; better is above on every scale.
         ascii_only: draw lines with plain characters.
     """
     columns = max(10, width - _GUTTER - 1)
     costs = [point.cost for point in points] + ([limit] if limit else [])
-    x_range, y_range = cost_range(costs), quality_range([point.quality for point in points])
+    scale = scale or Scale()
+    heights = [scale.height(point.quality) for point in points]
+    x_range, y_range = cost_range(costs), quality_range(heights)
     cells: list[list[tuple[str, str]]] = [[(" ", "")] * columns for _ in range(height)]
     corner, wall, floor, bar = ("+", "|", "-", ":") if ascii_only else ("└", "┤", "─", "┊")
 
@@ -55,10 +60,11 @@ def draw_scatter(
         for row in cells:
             row[column_of(limit)] = (bar, "yellow")
     for point in sorted(points, key=lambda point: point.order):
-        row_index = height - 1 - _cell(point.quality, y_range.low, y_range.high, height)
+        at = scale.height(point.quality)
+        row_index = height - 1 - _cell(at, y_range.low, y_range.high, height)
         cells[row_index][column_of(point.cost)] = (point.symbol, point.style)
 
-    labels = _row_labels(y_range, height)
+    labels = _row_labels(y_range, height, scale)
     lines = []
     for index, row in enumerate(cells):
         text = Text.assemble((labels.get(index, "").rjust(_GUTTER - 1) + " ", "dim"))
@@ -76,15 +82,15 @@ def _cell(value: float, low: float, high: float, cells: int) -> int:
     return max(0, min(cells - 1, int((value - low) / (high - low) * cells)))
 
 
-def _row_labels(y_range: Range, height: int) -> dict[int, str]:
-    """Row index → quality at the middle of that row; every third row or so."""
+def _row_labels(y_range: Range, height: int, scale: Scale) -> dict[int, str]:
+    """Row index → figure at the middle of that row; every third row or so."""
     every = 3 if height >= 9 else 2
     step = (y_range.high - y_range.low) / height
     digits = max(2, min(5, 1 - math.floor(math.log10(step)))) if step < 10 else 0
     labels = {}
     for row in range(0, height, every):
         value = y_range.high - (row + 0.5) * step
-        labels[row] = f"{value:.{digits}f}"
+        labels[row] = f"{math.exp(-value):.4g}" if scale.reciprocal else f"{value:.{digits}f}"
     return labels
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from autocomp.core.candidate import Option
 from autocomp.core.unit import Unit
 from autocomp.operators import option_formats
+from autocomp.report.figures import quality_name
 from autocomp.study.records import TrialRecord
 
 _DENSE_BITS = 32
@@ -146,13 +147,15 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
 
 
 def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
-    """A trial's figures, units in their names; what was not measured is `None`."""
-    metrics: dict[str, float | None] = {
-        "quality": record.quality,
-        "teacher_kl": record.teacher_kl,
-    }
+    """A trial's figures, units in their names; what was not measured is `None`.
+
+    Quality goes by the name and in the sense of the task's metric where that is another figure.
+    """
+    metrics: dict[str, float | None] = {"teacher_kl": record.teacher_kl}
     name, value = record.metric.get("name"), record.metric.get("value")
-    if name and name != "quality" and isinstance(value, int | float):
+    if quality_name([record.metric], [record.quality]) == "quality":
+        metrics["quality"] = record.quality
+    if name and isinstance(value, int | float):
         metrics[str(name)] = float(value)
     for prefix, cost in (("", record.measured), ("estimated_", record.estimated)):
         if cost is not None:

@@ -1,4 +1,4 @@
-"""Tables for the terminal beside the front: a picked trial, a check, a profile, extensions."""
+"""Tables for the terminal beside the front: a picked trial, a check, extensions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from autocomp.report.figures import (
     COSTS,
     format_cost,
     format_metric,
-    format_quality,
     format_share,
     quality_name,
+    shown_figure,
     summarise_option,
 )
+from autocomp.report.terminal import describe_target
 
 
 def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -48,16 +49,13 @@ def print_picked(
     )
     table = plain_table("", "measured", "of dense", "predicted", right=("measured", "of dense"))
     predicted = trial.get("estimated") or {}
-    base = None if dense is None else dense.get("quality")
-    quality = trial["quality"]
-    gap = "" if quality is None or base is None else f"{quality - base:+.3f}"
-    table.add_row("quality", format_quality(quality), gap, "")
-    metric = trial.get("metric") or {}
-    measure = quality_name([metric], [quality])
-    if measure != "quality":
-        theirs = {} if dense is None else dense.get("metric") or {}
-        reference = f"dense {format_metric(base, theirs, measure)}" if theirs else ""
-        table.add_row(measure, format_metric(quality, metric, measure), reference, "")
+    pair = [trial] if dense is None else [trial, dense]
+    metrics = [each.get("metric") or {} for each in pair]
+    measure = quality_name(metrics, [each["quality"] for each in pair])
+    figures = [shown_figure(each, measure) for each in pair]
+    table.add_row(
+        measure, format_metric(trial["quality"], metrics[0], measure), _gap(figures, measure), ""
+    )
     for name in COSTS:
         value = trial.get(name)
         if value is None:
@@ -85,8 +83,35 @@ def print_picked(
         console.print(f"Exported and verified: {place}", markup=False, soft_wrap=True)
 
 
+def describe_device(described: Mapping[str, Any]) -> str:
+    """`onnxruntime-cpu (onnxruntime 1.20), AMD …, batch 1, sequence 32, threads 1`."""
+    words = [str(described.get("target") or "")]
+    if described.get("runtime"):
+        words[0] += f" ({described['runtime']})"
+    workload = describe_target({"workload": described.get("workload")})
+    return ", ".join(word for word in (*words, described.get("cpu"), workload) if word)
+
+
+def _gap(figures: Sequence[float | None], measure: str) -> str:
+    """A trial's figure less dense's, with its sign; empty where there is none of dense."""
+    known = [figure for figure in figures if figure is not None]
+    if len(known) < 2:
+        return ""
+    return f"{known[0] - known[1]:{'+.3f' if measure == 'quality' else '+.3g'}}"
+
+
 def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
     """What `autocomp check` found. Keys that the report does not have are left out."""
+    heading = plain_table("", "")
+    heading.show_header = False
+    for name in ("model", "task"):
+        if report.get(name):
+            heading.add_row(name, str(report[name]))
+    if report.get("target"):
+        heading.add_row("target", describe_device(report["target"]))
+    if heading.row_count:
+        console.print(heading)
+        console.print()
     rules = report.get("rules") or []
     if rules:
         table = plain_table("rule", "matches", "units", right=("units",))
@@ -123,11 +148,20 @@ def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
     facts.show_header = False
     if report.get("space_log10") is not None:
         facts.add_row("space", f"10^{report['space_log10']:.1f} candidates")
-    if report.get("smallest_size_bytes") is not None:
-        facts.add_row("smallest size", format_bytes(report["smallest_size_bytes"]))
+    dense = report.get("dense_size_bytes")
+    for title, size in (
+        ("dense size", dense),
+        ("smallest size", report.get("smallest_size_bytes")),
+    ):
+        if size is not None:
+            share = f"{format_share(size, dense)} of dense" if dense and size != dense else ""
+            facts.add_row(title, " ".join([format_bytes(size), share and f"({share})"]).strip())
+    limit = report.get("size_limit_bytes")
     for name, value in (report.get("budget") or {}).items():
         if value is not None:
-            facts.add_row(f"budget {name}", str(value))
+            relative = name == "size" and limit is not None and str(value).endswith("%")
+            absolute = f" of dense, {format_bytes(limit)}" if relative else ""
+            facts.add_row(f"budget {name.replace('_', ' ')}", f"{value}{absolute}")
     console.print(facts)
     for note in report.get("notes") or []:
         console.print(Text(f"· {note}", style="dim"), soft_wrap=True)
@@ -137,36 +171,6 @@ def print_check(console: Console, report: Mapping[str, Any], spec: str) -> None:
     if not problems:
         console.print("\nNo problems. Next:", style="dim")
         console.print(f"  autocomp search {spec}", style="bold", soft_wrap=True, markup=False)
-
-
-def print_mapping(console: Console, data: Mapping[str, Any]) -> None:
-    """Scalars line by line, then a table per list of mappings."""
-    scalars = plain_table("", "")
-    scalars.show_header = False
-    for name, value in _flat(data):
-        scalars.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(scalars)
-    for name, value in data.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            columns = list(value[0])
-            figures = [c for c in columns if isinstance(value[0][c], int | float)]
-            table = plain_table(*columns, right=figures)
-            for row in value:
-                cells = [row.get(column, "") for column in columns]
-                table.add_row(*(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
-            console.print()
-            console.print(name, style="bold")
-            console.print(table)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{name}.")
-        elif not isinstance(value, list):
-            rows.append((f"{prefix}{name}", value))
-    return rows
 
 
 def print_kind(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autocomp.core.budget import Budget
+from autocomp.core.metric import round_down
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.report.figures import (
     COSTS,
@@ -17,7 +17,11 @@ from autocomp.report.figures import (
     format_metric,
     format_quality,
     format_share,
+    latency_note,
     quality_name,
+    verdict,
+    view_budget,
+    view_scale,
 )
 
 
@@ -51,6 +55,12 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     parts.append(
         Text("▸ chosen  ● on the front  memory: peak, of a process that only runs it", "dim")
     )
+    if note := latency_note(view.get("target") or {}):
+        parts.append(Text(f"latency: {note}", "dim"))
+    if view["budget"].get("quality") is not None:
+        parts.append(
+            Text("budget: over a limit on cost, or below the floor on quality alone", "dim")
+        )
     if estimated:
         parts += [Text(), _estimated(shown)]
     return Group(*parts)
@@ -71,6 +81,8 @@ def report_line(report: Mapping[str, Any]) -> str:
     line = f"{report['id']} on the report split: {', '.join(parts)}"
     if report["ratio"] is not None:
         line += f"; quality {100 * report['ratio']:.1f}% of the teacher's"
+    if (report.get("candidates") or 1) > 1:
+        line += f"; {report['candidates']} candidates were looked at there"
     return line
 
 
@@ -86,12 +98,12 @@ def _order(trial: Mapping[str, Any]) -> tuple[int, float, str]:
 
 
 def _heading(view: Mapping[str, Any]) -> Text:
-    budget = Budget(**{name: view["budget"].get(name) for name in _LIMITS})
+    budget = view_budget(view).describe(view_scale(view))
     text = Text.assemble((str(view["study"]), "bold"))
     target = describe_target(view.get("target") or {})
     if target:
         text.append(f"  {target}", style="dim")
-    text.append("\nbudget  ", style="dim").append(budget.describe(), style="yellow")
+    text.append("\nbudget  ", style="dim").append(budget, style="yellow")
     if view.get("hypervolume") is not None:
         text.append(f"   hypervolume {view['hypervolume']:.4g}", style="dim")
     other = view.get("against")
@@ -104,9 +116,6 @@ def _heading(view: Mapping[str, Any]) -> Text:
             style="dim",
         )
     return text
-
-
-_LIMITS = ("latency_ms", "size_bytes", "peak_memory_bytes", "quality")
 
 
 def describe_target(target: Mapping[str, Any]) -> str:
@@ -127,6 +136,7 @@ def _measured(
 ) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     memory = any(trial["peak_memory_bytes"] is not None for trial in trials)
+    budget = view_budget(view)
     several = len({trial.get("runtime") for trial in trials}) > 1
     table.add_column("", no_wrap=True)
     table.add_column("id", no_wrap=True)
@@ -150,11 +160,8 @@ def _measured(
             cells.append(format_share(trial[name], None if dense is None else dense[name]))
         if memory:
             cells.append(format_cost("peak_memory_bytes", trial["peak_memory_bytes"]))
-        verdict = "" if trial["kind"] == "dense" else "met" if trial["feasible"] else "over"
-        if not trial["measured"]:
-            verdict = "–"
         style = "bold green" if chosen else "" if trial["on_front"] else "dim"
-        table.add_row(*cells, verdict, style=style)
+        table.add_row(*cells, verdict(trial, budget), style=style)
     return table
 
 
@@ -192,32 +199,27 @@ def next_steps(view: Mapping[str, Any]) -> list[Text]:
             Text(f"{view['chosen']} is the best that meets the budget. Export it:", style="dim"),
             Text(f"  autocomp pick {study} --export out/", style="bold"),
         ]
-    measured = [t for t in view["trials"] if t["measured"] and t["kind"] != "dense"]
-    nearest = min(measured, key=lambda t: _overshoot(view["budget"], t), default=None)
     lines = [Text("No measured model meets the budget.", style="red")]
-    if nearest is None:
+    found = view.get("nearest")
+    if found is None:
         return lines
-    flags = "".join(
-        f' --{name} "{write(1.005 * nearest[key])}"'
-        for name, key, write in (
-            ("latency", "latency_ms", format_ms),
-            ("size", "size_bytes", format_bytes),
-            ("peak-memory", "peak_memory_bytes", format_bytes),
-        )
-        if view["budget"].get(key) is not None and nearest[key] is not None
-    )
+    nearest = next(trial for trial in view["trials"] if trial["id"] == found["id"])
+    relaxed = "".join(_relaxed(view["budget"], nearest))
     return [
         *lines,
         Text(f"Nearest: {nearest['id']}. Search on with more --trials, or accept it:", style="dim"),
-        Text(f"  autocomp pick {study}{flags} --export out/", style="bold"),
+        Text(f"  autocomp pick {study}{relaxed} --export out/", style="bold"),
     ]
 
 
-def _overshoot(budget: Mapping[str, Any], trial: Mapping[str, Any]) -> float:
-    """Largest ratio of a measured cost to its limit."""
-    ratios = [
-        (trial[name] if trial[name] is not None else float("inf")) / budget[name]
-        for name in COSTS
-        if budget.get(name)
-    ]
-    return max(ratios, default=0.0)
+def _relaxed(budget: Mapping[str, Any], trial: Mapping[str, Any]) -> Iterator[str]:
+    """Flags for the limits of a budget, moved to where a trial meets them."""
+    for flag, name, write in (
+        ("--latency", "latency_ms", format_ms),
+        ("--size", "size_bytes", format_bytes),
+        ("--peak-memory", "peak_memory_bytes", format_bytes),
+    ):
+        if budget.get(name) is not None and trial[name] is not None:
+            yield f' {flag} "{write(max(budget[name], 1.005 * trial[name]))}"'
+    if budget.get("quality") is not None:
+        yield f" --quality {round_down(min(budget['quality'], trial['quality'])):.4g}"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from autocomp.core.errors import SpecError, did_you_mean
+from autocomp.core.metric import floor_problem
 from autocomp.spec.problems import schema_problems
 from autocomp.spec.schema import Spec
 from autocomp.spec.source import Parts, SpecSource, parse_scalar
@@ -43,7 +44,7 @@ def load_spec(path: Path | str, overrides: Mapping[str, Any] | None = None) -> L
     """
     source = _read(path)
     source.override(overrides or {})
-    source.problems += _resolve_sources(source)
+    source.problems += [*_resolve_sources(source), *_out_of_range(source)]
     return LoadedSpec(_validate(source), source)
 
 
@@ -87,6 +88,19 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
             raise SpecError(f"--set {setting}: write it like --set search.trials=3")
         overrides[name.strip()] = parse_scalar(value)
     return overrides
+
+
+def _out_of_range(source: SpecSource) -> list[tuple[Parts, str]]:
+    """A floor on quality that no model can be held against.
+
+    Not the schema's business: studies that were made with one shall still open.
+    """
+    section = (source.data or {}).get("budget")
+    floor = section.get("quality") if isinstance(section, dict) else None
+    if not isinstance(floor, int | float) or isinstance(floor, bool):
+        return []
+    problem = floor_problem(floor)
+    return [] if problem is None else [(("budget", "quality"), problem)]
 
 
 def _resolve_sources(source: SpecSource) -> list[tuple[Parts, str]]:

@@ -76,7 +76,7 @@ class DataSection(Section):
     calibrate: int = Field(128, gt=0, description="Examples for activation statistics.")
     distil: int = Field(1000, gt=0, description="Examples for teacher fitting and distillation.")
     search: int = Field(300, gt=0, description="Examples the search is steered by.")
-    report: int = Field(500, gt=0, description="Examples looked at once, after selection.")
+    report: int = Field(500, gt=0, description="Examples the chosen are looked at on, at the end.")
 
 
 class TeacherSection(Section):
@@ -180,7 +180,7 @@ class TargetSection(Section):
 
 
 class BudgetSection(Section):
-    """Hard upper limits, absolute ("4 ms") or relative to dense ("25%")."""
+    """Hard limits: on costs absolute ("4 ms") or relative to dense ("25%"), on quality a floor."""
 
     latency: Annotated[str | None, _limit("latency")] = Field(
         None,
@@ -193,7 +193,12 @@ class BudgetSection(Section):
     peak_memory: Annotated[str | None, _limit("peak_memory")] = Field(
         None, description="Of a process that loads and runs the model: 200 MB, 50%."
     )
-    quality: float | None = Field(None, description="Floor on the task metric, optional.")
+    quality: float | None = Field(
+        None,
+        description="Floor on quality, optional, above 0 and at most 1: an accuracy as a share "
+        "(0.9); of a language model 1 / perplexity (0.02 for a perplexity of 50 at most).",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+    )
 
     def limits(self) -> RelativeBudget:
         """The parsed limits."""
@@ -255,7 +260,9 @@ class SearchSection(Section):
     screen_examples: int = Field(
         128, gt=0, description="Examples of the distil split a candidate is screened on."
     )
-    trials: int = Field(12, gt=0, description="Full trials proposed by the search.")
+    trials: int = Field(
+        12, ge=0, description="Full trials proposed by the search; 0 runs the baselines alone."
+    )
     seed: int = Field(0, ge=0, description="Of everything random: splits, proposals, training.")
 
 

@@ -272,7 +272,8 @@ def _check_same(paths: StudyPaths, about: dict[str, Any], spec: Spec) -> None:
     raise StudyError(
         f"{paths.root} holds the study {about['name']!r} of another spec (study → this spec):\n"
         + "\n".join(f"  {line}" for line in lines)
-        + "\nRestore these values to resume it, or name a new directory"
+        + "\nRestore these values to resume it, keep the changed spec's study in a directory of "
+        "its own with --fork DIR, reusing what this one has built, or name a new directory"
     )
 
 

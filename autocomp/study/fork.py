@@ -1,9 +1,10 @@
 """Forks: a study of a changed spec that starts from what another study has built and measured.
 
 What may be taken over follows from what changed. Built options and teachers need no taking over:
-they are kept by content, for every study. A cost table needs the same model and target; scores and
-measured trials also the same task and seed (the splits). The search's own trials need the same
-space and distillation too, since they must be points of the new space; baselines do not.
+they are kept by content, for every study. A cost table needs the same model and target; scores,
+measured trials and what was looked at on the report split also the same task and seed (the
+splits). The search's own trials need the same space and distillation too, since they must be points
+of the new space; baselines do not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from autocomp.core.errors import StudyError
 from autocomp.core.files import storage_error
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study, append_trial
-from autocomp.study.records import TrialRecord
+from autocomp.study.records import DENSE, TrialRecord
 
 
 def fork_study(source: Study, path: Path | str, spec: Spec) -> Study:
@@ -43,6 +44,7 @@ def fork_study(source: Study, path: Path | str, spec: Spec) -> Study:
             _link(table, new.root / table.name)
         if _agree(source.spec, spec, "task") and source.spec.search.seed == spec.search.seed:
             study.ledger.append_many("score", source.ledger.read().of("score").items())
+            _take_over_reports(source, study)
             same_space = _agree(source.spec, spec, "space", "distill")
             for record in source.trials():
                 if record.state == "complete" and (record.kind != "search" or same_space):
@@ -59,6 +61,22 @@ def _take_over(record: TrialRecord, source: Study, study: Study) -> None:
         _link_tree(source.paths.root / record.artifact, study.paths.root / record.artifact)
         _link(source.paths.student(record.id), study.paths.student(record.id))
     append_trial(study.ledger, record)
+
+
+def _take_over_reports(source: Study, study: Study) -> None:
+    """The report split is the same one: what was looked at there stays looked at.
+
+    Under a name of its own, as a trial of the fork is another artifact and is looked at itself.
+    """
+    reports = source.ledger.read().of("report")
+    study.ledger.append_many(
+        "report",
+        [
+            (key if "@" in key else f"{key}@{source.id}", payload)
+            for key, payload in reports.items()
+            if key != DENSE
+        ],
+    )
 
 
 def _link_tree(source: Path, destination: Path) -> None:

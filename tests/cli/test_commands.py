@@ -17,6 +17,7 @@ import autocomp
 from autocomp.cli.main import cli
 from autocomp.cli.values import Duration
 from autocomp.core.errors import InfeasibleError, SpecError, StorageError, StudyError
+from autocomp.front.pick import NothingFitsError
 
 TRIAL: dict[str, Any] = {
     "id": "6fc4fb7607",
@@ -44,6 +45,16 @@ FRONT: dict[str, Any] = {
     "trials": [TRIAL],
 }
 
+PROFILE: dict[str, Any] = {  # as `api.profile` gives it; tests/report/test_profile_table.py
+    "target": {"target": "onnxruntime-cpu", "workload": {"batch": 1, "threads": 1}},
+    "estimated": {
+        "error": 0.02,
+        "dense": {"latency_ms": 1.0, "size_bytes": 1000},
+        "smallest": {"latency_ms": 0.5, "size_bytes": 500},
+    },
+    "units": {"layers.0.ffn": {"dense": {"latency_ms": 0.5, "size_bytes": 900}}},
+}
+
 
 class FakePicked:
     def to_json(self) -> dict[str, Any]:
@@ -54,12 +65,12 @@ class FakePicked:
 
 
 class FakeStudy:
-    def __init__(self, calls: list[tuple[str, Any]]) -> None:
-        self.calls = calls
+    def __init__(self, calls: list[tuple[str, Any]], view: dict[str, Any] = FRONT) -> None:
+        self.calls, self.view = calls, view
 
     def front(self, against: Path | None = None) -> dict[str, Any]:
         if against is None:
-            return FRONT
+            return self.view
         other = {"study": str(against), "hypervolume": 0.5, "ratio": 1.2, "covers": 0.5}
         return {**FRONT, "against": {**other, "covered": 0.25}}
 
@@ -84,11 +95,16 @@ class FakeApi(ModuleType):
         self.calls: list[tuple[str, Any]] = []
         self.error: BaseException | None = None
         self.report = FakeReport()
+        self.front = FRONT
 
     def _call(self, name: str, *details: Any) -> None:
         self.calls.append((name, *details))
-        if self.error is not None:
+        if self.error is not None and not self._only_of_searching(name):
             raise self.error
+
+    def _only_of_searching(self, name: str) -> bool:
+        """The study of a search in which nothing fits can be opened."""
+        return isinstance(self.error, NothingFitsError) and name != "search"
 
     def check(self, spec: Path, overrides: dict[str, Any]) -> FakeReport:
         self._call("check", spec, overrides)
@@ -103,11 +119,11 @@ class FakeApi(ModuleType):
 
     def open_study(self, path: Path) -> FakeStudy:
         self._call("open_study", path)
-        return FakeStudy(self.calls)
+        return FakeStudy(self.calls, self.front)
 
     def profile(self, spec: Path, **options: Any) -> dict[str, Any]:
         self._call("profile", spec, options["overrides"])
-        return {"device": "cpu", "entries": [{"unit": "ffn", "latency_ms": 0.5}]}
+        return PROFILE
 
     def list_kind(self, kind: str) -> list[dict[str, Any]]:
         self._call("list_kind", kind)
@@ -175,6 +191,18 @@ class TestSearch:
 
     def test_quiet(self, api: FakeApi) -> None:
         assert run("search", "tiny.yaml", "--quiet").stderr == ""
+
+    def test_where_nothing_fits_the_front_stands_above_the_message(self, api: FakeApi) -> None:
+        api.error = NothingFitsError("No measured trial meets it. Nearest: x", None, "size_bytes")
+        api.front = {**FRONT, "chosen": None, "nearest": None}
+        result = run("search", "tiny.yaml", "--quiet", "--fork", "there")
+        assert result.exit_code == 3
+        assert api.calls[1:] == [("open_study", Path("there"))]
+        assert "6fc4fb7607" in result.stdout
+        assert "No measured model meets the budget." in result.stdout
+        assert result.stderr == "autocomp: error: No measured trial meets it. Nearest: x\n"
+        result = run("search", "tiny.yaml", "--quiet", "--json")
+        assert (result.exit_code, result.stdout) == (3, "")
 
     def test_json(self, api: FakeApi) -> None:
         assert json.loads(run("search", "tiny.yaml", "--json").stdout) == FRONT
@@ -271,8 +299,8 @@ class TestInspect:
 
     def test_profile(self, api: FakeApi) -> None:
         result = run("profile", "s.yaml", "--json", "--quiet")
-        assert json.loads(result.stdout)["entries"] == [{"unit": "ffn", "latency_ms": 0.5}]
-        assert "ffn" in run("profile", "s.yaml", "--quiet").stdout
+        assert json.loads(result.stdout) == PROFILE
+        assert "layers.0.ffn  dense" in run("profile", "s.yaml", "--quiet").stdout
 
     def test_ls(self, api: FakeApi) -> None:
         assert json.loads(run("ls", "operators", "--json").stdout)[0]["name"] == "gptq"

@@ -35,7 +35,7 @@ def test_unmeasured_is_infeasible(name, value):
 
 
 @pytest.mark.parametrize(
-    ("quality", "excess"), [(None, math.inf), (math.nan, math.inf), (0.8, 0.1), (0.95, -0.05)]
+    ("quality", "excess"), [(None, math.inf), (math.nan, math.inf), (0.81, 0.1), (0.945, -0.05)]
 )
 def test_quality_is_a_floor(quality, excess):
     budget = Budget(quality=0.9)

@@ -54,11 +54,35 @@ def test_entry_points_add_names_and_cannot_replace_ours(entries, caplog):
     assert registry.get("rtn").__name__ == "Fraction"
 
 
-@pytest.mark.parametrize("value", ["no_such_package_here:x", "collections:Nothing"])
+@pytest.mark.parametrize(
+    "value", ["no_such_package_here:x", "collections:Nothing", "collections", "not a name:"]
+)
 def test_a_broken_extension_is_named(entries, value):
-    entries.append(("broken", value))
-    with pytest.raises(InternalError, match=f"'broken' .{value}. cannot be loaded"):
+    entries += [("broken", value), ("fine", "collections:OrderedDict")]
+    registry = Registry("targets", {})
+    named = value.replace(" ", "")
+    with pytest.raises(InternalError, match=f"'broken' .{named}. cannot be loaded"):
+        registry.get("broken")
+    assert registry.names() == ["broken", "fine"]
+    assert registry.get("fine").__name__ == "OrderedDict"
+
+
+def test_an_extension_that_raises_when_it_is_imported(entries, tmp_path, monkeypatch):
+    (tmp_path / "raises_at_import.py").write_text("raise ValueError('no such device')\n")
+    (tmp_path / "lacks_something.py").write_text(
+        "from autocomp.core.errors import UserError\nraise UserError('install it')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entries += [("broken", "raises_at_import:x"), ("absent", "lacks_something:x")]
+    with pytest.raises(InternalError, match="cannot be loaded: ValueError: no such device"):
         Registry("targets", {}).get("broken")
+    with pytest.raises(UserError, match=r"^install it$"):
+        Registry("targets", {}).get("absent")
+
+
+def test_extras_of_an_entry_point_are_no_part_of_its_name(entries):
+    entries.append(("mine", "collections:OrderedDict [fast]"))
+    assert Registry("tasks", {}).get("mine").__name__ == "OrderedDict"
 
 
 def test_register_by_hand(entries):

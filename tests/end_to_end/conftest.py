@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_study import Command, sentences, write_model, write_rows
+from tiny_study import ROOT, Command, sentences, write_model, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -20,14 +20,36 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 
 @pytest.fixture(scope="session")
-def finished(command: Command) -> Path:
+def footprint() -> dict[str, set[str]]:
+    """What the search of `finished` left in its working directory and in this checkout."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def finished(command: Command, footprint: dict[str, set[str]]) -> Path:
     """A study that was searched once, without interruption. Read only: copy it to change it."""
     study = command.directory / "finished"
+    here, checkout = entries(command.directory), entries(ROOT)
     # Named relative to the working directory, as a person does; workers have another one.
     ended = command.search(Path("finished"), options=("--json",))
     assert ended.status == 0, ended.err
+    footprint["working directory"] = entries(command.directory) - here
+    footprint["checkout"] = entries(ROOT) - checkout
     (command.directory / "printed.json").write_text(ended.out, encoding="utf-8")
     return study
+
+
+def entries(directory: Path) -> set[str]:
+    """Files and directories up to two levels down, without what interpreters and tools cache."""
+    return {
+        str(path.relative_to(directory))
+        for pattern in ("*", "*/*")
+        for path in directory.glob(pattern)
+        if not any(
+            part.startswith(".") or part == "__pycache__"
+            for part in path.relative_to(directory).parts
+        )
+    }
 
 
 @pytest.fixture

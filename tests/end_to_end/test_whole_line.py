@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from tiny_study import ROOT, TOPICS, Command, keys, ledger, stamps
+from tiny_study import TOPICS, Command, keys, ledger, stamps
 
 pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
 
@@ -44,6 +44,8 @@ TRIAL: dict[str, Any] = {
     "metric": {"type": "object"},
     "teacher_kl": NUMBER,
     **COSTS,
+    "latency_clock": {"const": "processor"},
+    "latency_wall_ms": {"type": "number"},
     "measured": {"type": "boolean"},
     "estimated": shape(COSTS),
     "candidate": shape({"units": {"type": "object"}, "distillation": {"type": "object"}}),
@@ -52,9 +54,10 @@ FRONT = shape(
     {
         "study": {"type": "string"},
         "target": {"type": "object"},
-        "budget": shape(COSTS),
+        "budget": shape({**COSTS, "quality": NUMBER}),
         "dense": {"type": "string"},
         "chosen": {"type": ["string", "null"]},
+        "nearest": {"type": ["object", "null"]},
         "hypervolume": {"type": "number"},
         "report": {"type": ["object", "null"]},
         "trials": {"type": "array", "items": shape(TRIAL)},
@@ -115,6 +118,7 @@ def test_the_chosen_model_meets_the_budget_as_measured(view: dict[str, Any]) -> 
         "latency_ms": pytest.approx(2.0 * dense["latency_ms"]),
         "size_bytes": pytest.approx(0.6 * dense["size_bytes"]),
         "peak_memory_bytes": None,
+        "quality": None,
     }
     assert chosen["measured"]
     assert chosen["feasible"]
@@ -222,7 +226,7 @@ def test_the_exported_directory_loads_as_its_card_says(
     card = (out / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load((out / "candidate.yaml").read_text()) == picked["candidate"]
     report = {e["key"]: e["payload"] for e in ledger(finished) if e["kind"] == "report"}
-    assert f"report split, opened once: {report[picked['id']]['quality']:.4g}" in card
+    assert f"report split, after selection: {report[picked['id']]['quality']:.4g}" in card
     code = card.partition("```python\n")[2].partition("```")[0]
     assert 0 < len(code.splitlines()) <= 12
     code = code.replace("Shares rise as bank beats forecasts", "sport0 sport1 common3 sport4")
@@ -320,6 +324,9 @@ def test_profile(command: Command, view: dict[str, Any]) -> None:
     dense = trials(view)["dense"]
     assert table["estimated"]["dense"]["size_bytes"] == pytest.approx(dense["size_bytes"], rel=0.02)
     assert table["estimated"]["smallest"]["size_bytes"] < 0.5 * dense["size_bytes"]
+    shown = " ".join(command.run("profile", *command.spec_arguments(), "--quiet").out.split())
+    assert "layers.0–1.ffn dense" in shown
+    assert "of that for whole candidates" in shown
     for options in table["units"].values():
         assert "dense" in options
         assert all(cost["size_bytes"] >= 0 for cost in options.values())
@@ -328,5 +335,35 @@ def test_profile(command: Command, view: dict[str, Any]) -> None:
     assert sorted(ended.json["units"]) == sorted(dense["candidate"]["units"])
 
 
-def test_nothing_is_written_into_the_checkout() -> None:
-    assert not (ROOT / "runs").exists() or not (ROOT / "runs" / "tiny").exists()
+def test_a_search_writes_its_study_and_the_cache_alone(
+    finished: Path, footprint: dict[str, set[str]]
+) -> None:
+    assert {name.partition("/")[0] for name in footprint["working directory"]} == {
+        finished.name,
+        "cache",
+    }
+    assert footprint["checkout"] == set()
+
+
+def test_where_nothing_measured_fits_the_front_is_shown_and_kept(
+    command: Command, finished: Path, view: dict[str, Any], tmp_path: Path
+) -> None:
+    """Smaller ones than any measured are predicted, but no trial is asked for."""
+    checked = command.run("check", *command.spec_arguments(), "--json").json
+    measured = min(trial["size_bytes"] for trial in view["trials"])
+    limit = (checked["smallest_size_bytes"] + measured) // 2
+    assert limit < measured
+    other = tmp_path / "other"
+    options = ("--fork", str(other), "--trials", "0", "--screen", "0", "--quiet")
+    ended = command.search(finished, f"budget.size={limit} B", options=options)
+    assert ended.status == 3, ended.err
+    assert "Nearest:" in ended.err
+    assert "raise the limit to size" in ended.err
+    assert "No measured model meets the budget." in ended.out
+    assert all(trial["id"] in ended.out for trial in view["trials"])
+    front = json.loads((other / "front.json").read_text(encoding="utf-8"))
+    check_shape(front, FRONT)
+    assert front["chosen"] is None
+    assert front["nearest"]["binding"] == "size_bytes"
+    assert [trial["id"] for trial in front["trials"]] == [trial["id"] for trial in view["trials"]]
+    assert "uniform-int8" in (other / "front.html").read_text(encoding="utf-8")

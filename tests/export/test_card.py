@@ -116,7 +116,7 @@ def test_the_language_model_card_predicts_a_token(tmp_path, monkeypatch, capsys)
     )
     request = _request(companions, "language-modeling", tmp_path / "model.onnx", REPORT)
     card = model_card(request, "model.onnx")
-    assert "perplexity on the report split, opened once: 80 (teacher 70.4; quality 88.0%" in card
+    assert "perplexity on the report split, after selection: 80 (teacher 70.4; quality 88" in card
     monkeypatch.chdir(tmp_path)
     exec(_code(card), {})
     assert capsys.readouterr().out.strip() == "and"

@@ -115,8 +115,31 @@ def test_the_card_says_what_was_measured(request_: ExportRequest) -> None:
     assert "| latency | 1 ms | 25.0% | 1.1 ms |" in card
     assert "| peak memory | 75 MB | 75.0% | – |" in card
     assert "accuracy on the search split: 0.875" in card
-    assert "report split, opened once: 0.8125 (teacher 0.84; quality 96.7% of" in card
+    assert "report split, after selection: 0.8125 (teacher 0.84; quality 96.7% of" in card
+    assert "this candidate alone was" in card
+    assert "Latency is processor time of one thread, normalised by an anchor model" in card
     assert "batch 1, 128 tokens, 1 thread(s)" in card
+
+
+def test_the_card_says_how_many_were_looked_at(request_: ExportRequest) -> None:
+    assert request_.report is not None
+    asked = replace(request_, report={**request_.report, "candidates": 3})
+    assert "in this study: 3 candidates were" in model_card(asked, "model.onnx")
+
+
+def test_the_card_says_the_clock(request_: ExportRequest) -> None:
+    workload = request_.spec.target.workload.model_copy(update={"threads": 4})
+    target = request_.spec.target.model_copy(update={"workload": workload})
+    assert request_.record.measured is not None
+    measured = replace(request_.record.measured, latency_wall_ms=1.25)
+    asked = replace(
+        request_,
+        spec=request_.spec.model_copy(update={"target": target}),
+        record=replace(request_.record, measured=measured),
+    )
+    card = model_card(asked, "model.onnx")
+    assert "Latency is wall-clock time on 4 threads, normalised by an anchor model" in card
+    assert "the plain wall-clock median was 1.25 ms." in card
 
 
 @pytest.mark.parametrize(

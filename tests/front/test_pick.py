@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -106,8 +107,27 @@ def test_nothing_fits_names_the_nearest_and_what_binds() -> None:
 
 
 def test_the_quality_floor_can_bind() -> None:
-    with pytest.raises(NothingFitsError, match=r"lower the floor to 0\.9"):
+    with pytest.raises(NothingFitsError, match=r"lower the floor on quality to 0\.9,") as caught:
         pick([DENSE, GOOD], Budget(quality=0.99))
+    assert "No measured trial meets quality ≥ 0.99." in str(caught.value)
+    assert pick([DENSE, GOOD], Budget(quality=0.9)) is DENSE
+
+
+def test_a_language_model_is_told_of_in_perplexity() -> None:
+    def of(id: str, perplexity: float, latency: float) -> TrialRecord:
+        metric = {"name": "perplexity", "value": perplexity}
+        return record(id, 1 / perplexity, latency, 30, metric=metric)
+
+    trials = [of("dense", 50.0, 10.0), of("near", 56.0, 4.0), of("fast", 80.0, 3.0)]
+    with pytest.raises(NothingFitsError) as caught:
+        pick(trials, Budget(latency_ms=5.0, quality=1 / 55))
+    message = str(caught.value)
+    assert "No measured trial meets latency ≤ 5 ms, perplexity ≤ 55. Nearest: near" in message
+    assert "(perplexity 56, latency 4 ms" in message
+    assert "perplexity ≤ 55 binds" in message
+    named = re.search(r"lower the floor on quality to ([0-9.]+), that is perplexity 56", message)
+    assert named is not None
+    assert pick(trials, Budget(latency_ms=5.0, quality=float(named[1]))).id == "near"
 
 
 def test_hypervolume_is_normalised_by_dense() -> None:
@@ -122,10 +142,15 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
     budget = Budget(latency_ms=5.0, size_bytes=50)
     data = front_json("runs/x", {"name": "t"}, budget, [DENSE, GOOD, broken])
     json.dumps(data, allow_nan=False)
-    keys = "study, target, budget, dense, chosen, hypervolume, report, trials"
+    keys = "study, target, budget, dense, chosen, nearest, hypervolume, report, trials"
     assert ", ".join(data) == keys
-    assert data["budget"] == {"latency_ms": 5.0, "size_bytes": 50, "peak_memory_bytes": None}
-    assert (data["dense"], data["chosen"]) == ("dense", "good")
+    assert data["budget"] == {
+        "latency_ms": 5.0,
+        "size_bytes": 50,
+        "peak_memory_bytes": None,
+        "quality": None,
+    }
+    assert (data["dense"], data["chosen"], data["nearest"]) == ("dense", "good", None)
     good = data["trials"][1]
     assert list(good) == [
         "id",
@@ -141,6 +166,8 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
         "latency_ms",
         "size_bytes",
         "peak_memory_bytes",
+        "latency_clock",
+        "latency_wall_ms",
         "measured",
         "estimated",
         "candidate",
@@ -158,7 +185,27 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
 def test_front_json_without_a_feasible_trial_chooses_none() -> None:
     data = front_json("s", {}, Budget(latency_ms=0.1), [DENSE])
     assert data["chosen"] is None
-    assert front_json("s", {}, Budget(), [])["dense"] is None
+    assert data["nearest"] == {"id": "dense", "binding": "latency_ms"}
+    empty = front_json("s", {}, Budget(), [])
+    assert (empty["dense"], empty["nearest"]) == (None, None)
+
+
+def test_the_floor_is_part_of_the_budget() -> None:
+    data = front_json("s", {}, Budget(quality=0.85), [DENSE, GOOD, SMALL])
+    assert data["budget"]["quality"] == 0.85
+    assert {t["id"]: t["feasible"] for t in data["trials"]}["small"] is False
+    data = front_json("s", {}, Budget(quality=0.95), [DENSE, GOOD, SMALL])
+    assert data["nearest"] == {"id": "dense", "binding": "quality"}
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, "processor"), (4, "wall")])
+def test_a_latency_says_its_clock(threads: int, clock: str) -> None:
+    timed = replace(GOOD, measured=Measurement("measured", 4.0, 30, latency_wall_ms=4.4))
+    target = {"name": "t", "workload": {"threads": threads}}
+    failed = record("x", None, None, None, state="failed", measured=None)
+    rows = front_json("s", target, Budget(), [timed, failed])["trials"]
+    assert [row["latency_clock"] for row in rows] == [clock, None]
+    assert [row["latency_wall_ms"] for row in rows] == [4.4, None]
 
 
 def test_the_report_of_the_chosen_trial_is_beside_the_teacher() -> None:
@@ -179,7 +226,14 @@ def test_the_report_of_the_chosen_trial_is_beside_the_teacher() -> None:
         "ratio": pytest.approx(0.9),
         "metric": {"name": "perplexity", "value": 55.6},
         "teacher_metric": {"name": "perplexity", "value": 50.0},
+        "candidates": 1,
     }
+    earlier = {"small": {"quality": 0.01, "teacher_quality": 0.02}, **reports}
+    again = front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD], reports=earlier)
+    assert again["report"]["candidates"] == 2
+    forked = {"good@old-1": earlier["small"], "small@old-1": earlier["small"], **reports}
+    again = front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD], reports=forked)
+    assert again["report"]["candidates"] == 2
     assert front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD])["report"] is None
     assert front_json("s", {}, Budget(latency_ms=0.1), [DENSE], reports=reports)["report"] is None
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
+import pytest
 from samples import baselines, failed, on_two_runtimes, record, records, view
 
+from autocomp.core.budget import Budget
 from autocomp.report.html import front_html
 
 
@@ -36,6 +40,13 @@ class Page(HTMLParser):
             self.scripts.append(data)
         elif self._inside == "title":
             self.title += data
+
+    @property
+    def shown(self) -> str:
+        """Everything a person may read that comes from the data."""
+        data = self.data
+        words = [data["measure"], data["budget"], data["quality"]["title"], str(data["report"])]
+        return " ".join([*words, *(trial["missed"] for trial in data["trials"])])
 
     @property
     def data(self) -> dict[str, Any]:
@@ -100,6 +111,45 @@ def test_the_figures_are_the_study_s() -> None:
         assert axis["low"] < min(shown)
         assert max(shown) < axis["high"]
         assert all(axis["low"] <= tick <= axis["high"] for tick, _ in axis["ticks"])
+
+
+def test_a_language_model_is_drawn_in_perplexity() -> None:
+    trials = [
+        replace(trial, metric={"name": "perplexity", "value": 1 / trial.quality})
+        for trial in records()
+        if trial.quality is not None
+    ]
+    floor = 0.9
+    text = front_html(view(trials, Budget(latency_ms=1.3, quality=floor)))
+    page = Page(text).data
+    axis = page["quality"]
+    assert (page["measure"], axis["title"]) == ("perplexity", "perplexity, lower is better")
+    assert page["budget"] == "latency ≤ 1.3 ms, perplexity ≤ 1.111"
+    assert axis["floorText"] == "budget perplexity ≤ 1.111"
+    assert axis["low"] < axis["floor"] < axis["high"]
+    assert len(axis["ticks"]) >= 3
+    for height, tick in axis["ticks"]:
+        assert axis["low"] <= height <= axis["high"]
+        assert height == pytest.approx(-math.log(float(tick)), rel=1e-3, abs=1e-4)
+    by_id = {trial["id"]: trial for trial in page["trials"]}
+    for trial in trials:
+        shown = by_id[trial.id]
+        assert shown["shown"] == pytest.approx(1 / trial.quality)
+        assert shown["height"] == pytest.approx(math.log(trial.quality))
+    heights = [(trial["height"], trial["quality"]) for trial in page["trials"]]
+    assert sorted(heights) == sorted(heights, key=lambda pair: pair[1])
+    assert "quality" not in Page(text).shown
+
+
+def test_who_misses_the_floor_and_by_how_much() -> None:
+    trials = [*baselines(), record(1, id="poor", quality=0.81), record(2, id="good", quality=0.91)]
+    page = Page(front_html(view(trials, Budget(quality=0.9)))).data
+    by_id = {trial["id"]: trial for trial in page["trials"]}
+    assert (by_id["poor"]["verdict"], by_id["poor"]["missed"]) == ("below", "quality −10%")
+    assert (by_id["good"]["verdict"], by_id["good"]["missed"]) == ("met", "")
+    assert by_id["dense"]["missed"] == ""
+    assert page["quality"]["floor"] == 0.9
+    assert page["latency"].startswith("processor time of its one thread")
 
 
 def test_unmeasured_and_failed_trials_are_not_drawn() -> None:

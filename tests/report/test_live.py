@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from samples import BUDGET, records
 from test_state import Clock
 
+from autocomp.core.budget import Budget
 from autocomp.report.lines import LineView
 from autocomp.report.live import LiveView, open_view
 from autocomp.report.progress import PHASES, SearchProgress
@@ -60,6 +62,23 @@ def test_it_fits(width: int, height: int) -> None:
     lines = shown(view)
     assert len(lines) < height
     assert max(map(len, lines)) <= width
+
+
+def test_a_language_model_is_shown_in_perplexity() -> None:
+    clock = Clock()
+    view = LiveView(console(100, 40), clock=clock)
+    trials = [
+        replace(trial, metric={"name": "perplexity", "value": 1 / trial.quality})
+        for trial in records(12)
+        if trial.quality is not None
+    ]
+    play(view, clock, trials)
+    view.header(budget=Budget(quality=0.95))
+    text = "\n".join(shown(view))
+    assert "quality" not in text
+    assert "budget  perplexity ≤ 1.053" in text
+    assert re.search(r"best uniform +1\.104 .*perplexity \+4\.9%", text)
+    assert re.search(r"^perplexity +■ dense", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])

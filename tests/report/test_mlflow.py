@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import pytest
 from samples import BUDGET, baselines, failed, record, records
 
 from autocomp.core.candidate import Candidate
+from autocomp.core.gate import Gate
 from autocomp.front.view import study_front
 from autocomp.report import mlflow_client
 from autocomp.report.dashboard import Dashboard
-from autocomp.report.mlflow_log import MlflowProjector, project, projected_place
+from autocomp.report.mlflow_log import project, projected_place
+from autocomp.report.mlflow_projector import MlflowProjector
 from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, unpack_view, view_tag, view_url
 from autocomp.report.summary import trial_metrics
 from autocomp.spec.schema import Spec
@@ -207,13 +211,83 @@ def test_a_store_that_is_away_stops_nothing(
         projector = MlflowProjector(
             study.paths.root, f"sqlite:///{blocked}/mlflow.db", interval_s=0.01
         ).start()
-        wait_for(lambda: "MLflow is behind" in caplog.text)
+        wait_for(lambda: "the search goes on" in caplog.text)
         study.add_trial(record(600))
         start_s = time.monotonic()
         assert projector.close(timeout_s=5.0) is False
         assert time.monotonic() - start_s < 5.0
-    assert caplog.text.count("MLflow is behind") == 1
+    assert caplog.text.count("WARNING") == 1
     assert "autocomp dashboard" in caplog.text
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A port of this machine that listens, and answers nothing."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def test_a_server_that_is_away_is_told_of_once(
+    study: Study, server: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = server.getsockname()[1]
+    server.close()  # from now on, connections are refused
+    notes: list[str] = []
+    uri = f"http://me:secret@127.0.0.1:{port}"
+    with caplog.at_level(logging.INFO, "autocomp"):
+        projector = MlflowProjector(study.paths.root, uri, note=notes.append, interval_s=0.01)
+        with projector:
+            wait_for(lambda: bool(notes))
+            study.add_trial(record(600))
+            time.sleep(0.2)  # it tries again
+    assert projector._complete is False
+    (note,) = notes
+    assert f"MLflow at http://127.0.0.1:{port} is out of reach" in note
+    assert "the search goes on" in note
+    assert "autocomp dashboard" in note
+    assert "WARNING" not in caplog.text
+    assert "has not got the whole study" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_search_that_ends_before_a_server_answers_says_so(
+    study: Study, server: socket.socket
+) -> None:
+    notes: list[str] = []
+    uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+    projector = MlflowProjector(study.paths.root, uri, note=notes.append).start()
+    connection, _ = server.accept()
+    with connection:
+        assert projector.close(timeout_s=0.1) is False
+        (note,) = notes
+        assert "has not got the whole study" in note
+    projector._thread.join()
+    assert len(notes) == 1
+
+
+def test_nothing_waits_to_measure_while_a_server_is_waited_for(
+    study: Study, server: socket.socket
+) -> None:
+    uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+    projector = MlflowProjector(study.paths.root, uri, note=lambda text: None).start()
+    connection, _ = server.accept()  # its request is under way
+    with connection:
+        start_s = time.monotonic()
+        with Gate(study.paths.gate).measuring():
+            assert time.monotonic() - start_s < 1.0
+    projector.close()
+
+
+def test_a_local_store_is_written_while_nothing_is_measured(store: str, study: Study) -> None:
+    """That is work of this machine's processor."""
+    with Gate(study.paths.gate).measuring():
+        projector = MlflowProjector(study.paths.root, store, interval_s=0.01).start()
+        time.sleep(0.5)
+        assert projected_place(study.paths.root) is None
+    assert projector.close()
+    assert projected_place(study.paths.root) is not None
 
 
 def test_the_parent_says_how_the_search_ended(store: str, study: Study) -> None:
@@ -255,6 +329,31 @@ def test_the_saved_view_is_the_experiment_s(store: str, whole: Study) -> None:
     assert set(state["selectedColumns"]) <= logged
 
 
+def test_a_language_model_s_pages_speak_of_perplexity(store: str, tmp_path: Path) -> None:
+    made = Study.create_or_open(tmp_path / f"lm-{tmp_path.name}", SPEC)
+    with MlflowProjector(made.paths.root, store, interval_s=0.05):
+        wait_for(lambda: projected_place(made.paths.root) is not None)
+        better = record(500, id="better", quality=0.95)
+        assert better.measured is not None
+        better = replace(better, measured=replace(better.measured, latency_ms=1.0, size_bytes=9000))
+        for trial in (baselines()[0], better):
+            assert trial.quality is not None
+            metric = {"name": "perplexity", "value": 1 / trial.quality}
+            made.add_trial(replace(trial, metric=metric))
+    view = study_front(made)
+    assert view["chosen"] == "better"
+    for run in [*children(store, made).values(), parent(store, made)]:
+        assert "quality" not in run.data.metrics
+        assert "perplexity" in run.data.metrics
+    assert parent(store, made).data.metrics["perplexity"] == pytest.approx(1 / 0.95, rel=1e-5)
+    place = projected_place(made.paths.root)
+    assert place is not None
+    tags = client(store).get_experiment(place["experiment_id"]).tags
+    state = unpack_view(tags[TAG_PREFIX + place["view_key"]])
+    assert "metrics.`perplexity`" in state["selectedColumns"]
+    assert "quality" not in json.dumps(state)
+
+
 def test_a_view_survives_packing() -> None:
     state = saved_view("Front of x", "x-1")
     tag = view_tag("Front of x", state)
@@ -274,6 +373,7 @@ def test_a_password_is_not_written_down() -> None:
         ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
     ):
         assert mlflow_client.without_password(uri) == written
+        assert mlflow_client.without_password(uri, f"{uri}/x refused") == f"{written}/x refused"
 
 
 def test_a_study_on_a_server_is_shown_there(study: Study) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from autocomp.core.metric import Scale
 from autocomp.report.axes import cost_range, quality_range
 from autocomp.report.scatter import Point, draw_scatter
 
@@ -38,6 +39,19 @@ def test_the_budget_is_a_line_between_what_meets_it_and_what_does_not() -> None:
     (row,) = [line for line in lines if "x" in line]
     assert row.index("x") < row.index("┊") < row.index("y")
     assert sum("┊" in line for line in lines) == 10
+
+
+def test_a_perplexity_is_better_above_and_its_ticks_say_so() -> None:
+    points = [Point(1.0, 1 / 80, "p", ""), Point(2.0, 1 / 60, "o", ""), Point(9.0, 1 / 50, "g", "")]
+    lines = plot(points, scale=Scale("perplexity", True), height=12)
+    rows = {symbol: next(i for i, line in enumerate(lines) if symbol in line) for symbol in "pog"}
+    assert rows["g"] < rows["o"] < rows["p"]
+    ticks = [(i, float(line.split("┤")[0])) for i, line in enumerate(lines) if "┤" in line]
+    assert len(ticks) == 4
+    assert [tick for _, tick in ticks] == sorted(tick for _, tick in ticks)
+    assert all(45 < tick < 90 for _, tick in ticks)
+    row = min(ticks, key=lambda tick: abs(tick[1] - 60))  # linear in the logarithm
+    assert abs(row[0] - rows["o"]) <= 3
 
 
 def test_in_one_cell_the_higher_order_shows() -> None:

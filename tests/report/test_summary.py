@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
+from autocomp.core.metric import Scale
 from autocomp.core.unit import Site, Unit
 from autocomp.report.figures import format_excess, format_quality, format_share, summarise_option
 from autocomp.report.summary import candidate_figures, figures_text
@@ -149,7 +150,12 @@ def test_shares_and_overshoots() -> None:
     assert format_share(1.0, 0) == ""
     assert format_excess({"latency_ms": 0.123, "size_bytes": 1.5}) == "latency +12%, size ×2.5"
     assert format_excess({"peak_memory_bytes": float("inf")}) == "peak memory unmeasured"
-    assert format_excess({"quality": 0.02}) == "quality −0.02"
+    assert format_excess({"quality": 0.02}) == "quality −2%"
+    perplexity = Scale("perplexity", True)
+    assert format_excess({"quality": 0.2}, perplexity) == "perplexity +25%"
+    assert format_excess({"quality": 0.8, "latency_ms": 0.1}, perplexity) == (
+        "perplexity ×5, latency +10%"
+    )
 
 
 def test_small_qualities_keep_four_digits() -> None:

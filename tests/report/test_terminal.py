@@ -15,7 +15,7 @@ from samples import BUDGET, baselines, on_two_runtimes, record, records, view
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.quantities import parse_limit
 from autocomp.front.pick import pick
-from autocomp.report.tables import print_check, print_kind, print_mapping, print_picked
+from autocomp.report.tables import print_check, print_kind, print_picked
 from autocomp.report.terminal import describe_target, print_front
 from autocomp.study.records import TrialRecord
 
@@ -87,14 +87,60 @@ def test_a_metric_with_a_sense_of_its_own_is_shown_in_it() -> None:
     assert "quality" in text_of(view(mixed)).splitlines()[3]
 
 
-def test_a_picked_trial_has_both() -> None:
+def test_a_picked_trial_has_its_metric_alone() -> None:
     data = view(perplexities(records()))
     dense = next(trial for trial in data["trials"] if trial["id"] == "dense")
     chosen = next(trial for trial in data["trials"] if trial["id"] == data["chosen"])
     output = io.StringIO()
     print_picked(Console(file=output, width=100), chosen, dense, None, "next")
     (row,) = [line for line in output.getvalue().splitlines() if line.startswith("perplexity")]
-    assert row.split() == ["perplexity", f"{1 / chosen['quality']:.4g}", "dense", "1.109"]
+    gap = 1 / chosen["quality"] - 1 / dense["quality"]
+    assert row.split() == ["perplexity", f"{1 / chosen['quality']:.4g}", f"{gap:+.3g}"]
+    assert "quality" not in output.getvalue()
+
+
+def test_a_floor_is_in_the_heading_and_says_who_misses_it() -> None:
+    trials = [*baselines(), record(1, id="good", quality=0.91), record(2, id="poor", quality=0.8)]
+    text = text_of(view(trials, Budget(size_bytes=1e9, quality=0.9)))
+    assert "budget  size ≤ 1 GB, quality ≥ 0.9" in text
+    verdicts = {
+        trial.id: next(line for line in text.splitlines() if f" {trial.id} " in line).split()[-1]
+        for trial in trials
+        if trial.kind != "dense"
+    }
+    assert verdicts["good"] == "met"
+    assert verdicts["poor"] == verdicts["uniform-width-50%"] == "below"
+    assert "below the floor on quality" in text
+    both = text_of(view(trials, Budget(size_bytes=1e6, quality=0.9)))
+    assert not [line for line in both.splitlines() if line.endswith(" below")]
+    assert "below the floor" not in text_of(view(trials))
+    text = text_of(view(perplexities(trials), Budget(quality=0.9)))
+    assert "budget  perplexity ≤ 1.111" in text
+
+
+def test_what_the_latencies_are() -> None:
+    assert "latency: processor time of its one thread, normalised by an anchor" in text_of(view())
+    data = view()
+    data["target"]["workload"]["threads"] = 4
+    assert "latency: wall-clock time on 4 threads, normalised by an anchor" in text_of(data)
+
+
+@pytest.mark.parametrize("budget", [Budget(quality=0.97), Budget(latency_ms=0.3, quality=0.95)])
+def test_when_only_the_floor_is_in_the_way_the_suggested_command_works(budget: Budget) -> None:
+    text = text_of(view(budget=budget))
+    words = shlex.split(text.rstrip().splitlines()[-1])
+    assert words[-2:] == ["--export", "out/"]
+    limits = dict(zip(words[3:-2:2], words[4:-2:2], strict=True))
+    assert set(limits) == {"--quality"} | ({"--latency"} if budget.latency_ms else set())
+    relaxed = Budget(
+        latency_ms=parse_limit(limits["--latency"], "latency").resolve(0)
+        if "--latency" in limits
+        else None,
+        quality=float(limits["--quality"]),
+    )
+    nearest = re.search(r"Nearest: (\S+)\.", text)
+    assert nearest is not None
+    assert pick(records(), relaxed).id == nearest[1]
 
 
 def test_the_report_split_stands_below_the_table() -> None:
@@ -108,6 +154,9 @@ def test_the_report_split_stands_below_the_table() -> None:
     }
     line = "t on the report split: perplexity 55.61, teacher 50; quality 90.0% of the teacher's"
     assert line in text_of({**view(), "report": report}, width=120)
+    assert "looked at" not in text_of({**view(), "report": {**report, "candidates": 1}})
+    several = text_of({**view(), "report": {**report, "candidates": 3}}, width=140)
+    assert f"{line}; 3 candidates were looked at there" in several
     assert "report split" not in text_of(view())
 
 
@@ -195,17 +244,35 @@ def test_a_check() -> None:
     assert "autocomp search" not in output.getvalue()
 
 
-def test_a_mapping() -> None:
-    output = io.StringIO()
-    data = {
-        "device": "cpu",
-        "fit": {"error": 0.0214},
-        "entries": [{"unit": "ffn", "latency_ms": 1.25}],
+def test_a_check_says_what_it_looked_at() -> None:
+    report = {
+        "model": "package:m/model",
+        "task": "text-classification: 2,000 examples, 5 labels",
+        "target": {
+            "target": "onnxruntime-cpu",
+            "runtime": "onnxruntime 1.23.2",
+            "cpu": "Some Processor",
+            "workload": {"batch": 1, "sequence": 32, "threads": 1},
+        },
+        "dense_size_bytes": 90_000_000,
+        "smallest_size_bytes": 9_000_000,
+        "budget": {"latency": "20%", "size": "12%", "peak_memory": "200 MB"},
+        "size_limit_bytes": 10_800_000.0,
     }
-    print_mapping(Console(file=output, width=100), data)
-    text = output.getvalue()
-    assert re.search(r"fit\.error +0\.0214", text)
-    assert re.search(r"unit +latency_ms\s+ffn +1\.25", text)
+    output = io.StringIO()
+    print_check(Console(file=output, width=120), report, "s.yaml")
+    lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
+    assert "model package:m/model" in lines
+    assert "task text-classification: 2,000 examples, 5 labels" in lines
+    assert (
+        "target onnxruntime-cpu (onnxruntime 1.23.2), Some Processor, batch 1, sequence 32, "
+        "threads 1"
+    ) in lines
+    assert "dense size 90 MB" in lines
+    assert "smallest size 9 MB (10% of dense)" in lines
+    assert "budget size 12% of dense, 10.8 MB" in lines
+    assert "budget latency 20%" in lines
+    assert "budget peak memory 200 MB" in lines
 
 
 def test_extensions() -> None:

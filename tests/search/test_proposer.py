@@ -101,6 +101,13 @@ def test_proposals_are_distinct_within_the_budget_and_as_many_as_asked(
     assert proposals[0].candidate.stitch_key == best.key
 
 
+def test_no_trials_are_the_baselines_alone(screened: tuple[Problem, list[Screened]]) -> None:
+    p, _ = screened
+    candidate = Candidate.of({unit.name: Option() for unit in p.space.units})
+    proposer = _proposer(screened, 0, baselines=[("dense", "dense", candidate)])
+    assert [proposal.id for proposal in _run(p, proposer)] == ["dense"]
+
+
 def test_parallel_asks_never_duplicate(screened: tuple[Problem, list[Screened]]) -> None:
     proposer = _proposer(screened, 30)
     asked = [proposer.ask() for _ in range(30)]

@@ -27,6 +27,35 @@ def test_reads_values_and_defaults(write):
     assert source.line("space[1].bits.method") == 18
 
 
+def test_no_trials_are_the_baselines_alone(write):
+    assert load_spec(write(("{trials: 5}", "{trials: 0}"))).spec.search.trials == 0
+    assert load_spec(write(), {"search.trials": 0}).spec.search.trials == 0
+
+
+@pytest.mark.parametrize("floor", ["0.9", "0.0191", "1", "1.0"])
+def test_a_floor_on_quality(write, floor):
+    spec = load_spec(write(("size: 12 MB", f"quality: {floor}"))).spec
+    assert spec.budget.quality == float(floor)
+
+
+@pytest.mark.parametrize(
+    ("floor", "hint"),
+    [
+        ("97", "an accuracy of 97% is 0.97; of a language model quality is 1 / perplexity"),
+        ("0", "got 0. Leave it out to have none"),
+        (".nan", "got nan. Leave it out to have none"),
+    ],
+)
+def test_a_floor_that_no_model_can_be_held_against(write, floor, hint):
+    path = write(("size: 12 MB", f"quality: {floor}"))
+    message = complaint(path)
+    assert message.startswith("spec.yaml:10 budget.quality: a floor on quality lies above 0")
+    assert hint in message
+    if floor != ".nan":  # a study made with it still opens
+        assert load_stored_spec(path).budget.quality == float(floor)
+    assert "budget.quality: a floor" in complaint(write(), {"budget.quality": 1.01})
+
+
 def test_reads_sparsity_levels_with_and_without_quotes(write):
     sparsity = "sparsity: {method: [wanda, sparsegpt], levels: [0, 0.5, 2:4, '4:8']}"
     spec, _ = load_spec(write(("structure: {heads: [1.0, 0.5], skip: true}", sparsity)))
@@ -86,7 +115,7 @@ def test_reads_sparsity_levels_with_and_without_quotes(write):
             "target:\n  workload: {image: 56, prompt: 128, generate: 8}\nbudget:\n",
             "9 target.workload: images are not generated from a prompt: leave out one of the two",
         ),
-        ("{trials: 5}", "{trials: 0}", "19 search.trials: must be above 0, got 0"),
+        ("{trials: 5}", "{trials: -1}", "19 search.trials: must be at least 0, got -1"),
         ("{trials: 5}", "5", "19 search: expected a mapping, got 5"),
         ("{trials: 5}", "", "19 search: expected a mapping, got nothing"),
         ("label: topic", "label: 7", "7 task.data.label: expected text, got 7; put it in quotes"),

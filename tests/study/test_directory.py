@@ -95,7 +95,8 @@ def test_another_spec_is_refused_with_the_difference(tmp_path, make_spec):
         f"{tmp_path}/x holds the study 'x' of another spec (study → this spec):",
         "  budget.latency: '20%' → '25%'",
         "  space[0].structure.heads: [1.0, 0.5] → [1.0]",
-        "Restore these values to resume it, or name a new directory",
+        "Restore these values to resume it, keep the changed spec's study in a directory of its "
+        "own with --fork DIR, reusing what this one has built, or name a new directory",
     ]
     assert (tmp_path / "x" / "spec.yaml").read_text() == before
 

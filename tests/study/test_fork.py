@@ -24,6 +24,8 @@ def source(tmp_path, make_spec, make_record):
     study.ledger.append("reference", "cpu-a", {"anchor_ms": 1.0})
     study.ledger.append("score", "layers.0.ffn/x", {"kl": 0.1})
     study.ledger.append("note", "x", {})
+    study.ledger.append("report", "dense", {"quality": 0.9})
+    study.ledger.append("report", "s", {"quality": 0.8})
     study.add_trial(make_record("dense", kind="dense"))
     study.add_trial(make_record("s", artifact="artifacts/s"))
     study.add_trial(make_record("f", "failed"))
@@ -60,11 +62,16 @@ MEASURED = {"cost_table.json", "ledger.jsonl"}
         (
             {"budget__latency": "30%"},
             MEASURED | {"artifacts/s/m"},
-            {"reference", "score", "trial"},
+            {"reference", "score", "trial", "report"},
             ["dense", "s"],
         ),
-        ({"distill__tokens": [5]}, MEASURED, {"reference", "score", "trial"}, ["dense"]),
-        ({"space": [{"match": "head"}]}, MEASURED, {"reference", "score", "trial"}, ["dense"]),
+        ({"distill__tokens": [5]}, MEASURED, {"reference", "score", "trial", "report"}, ["dense"]),
+        (
+            {"space": [{"match": "head"}]},
+            MEASURED,
+            {"reference", "score", "trial", "report"},
+            ["dense"],
+        ),
         ({"search__seed": 1}, MEASURED, {"reference"}, []),
         ({"task__data__lines": 1}, MEASURED, {"reference"}, []),
         ({"target__workload__sequence": 8}, set(), set(), []),
@@ -85,8 +92,15 @@ def test_the_source_is_untouched_and_repeating_is_harmless(tmp_path, source, mak
     before = {name: (source.paths.root / name).read_bytes() for name in files(source)}
     for _ in range(2):
         fork = fork_study(source, tmp_path / "new", make_spec("30%"))
-    assert len(fork.ledger.read()) == 4
+    assert len(fork.ledger.read()) == 5
     assert {name: (source.paths.root / name).read_bytes() for name in files(source)} == before
+
+
+def test_what_was_looked_at_stays_looked_at(tmp_path, source, make_spec):
+    fork = fork_study(source, tmp_path / "new", make_spec("30%"))
+    assert fork.ledger.read().of("report") == {f"s@{source.id}": {"quality": 0.8}}
+    again = fork_study(Study.open(fork.paths.root), tmp_path / "newer", make_spec("40%"))
+    assert list(again.ledger.read().of("report")) == [f"s@{source.id}"]
 
 
 def test_copies_where_it_cannot_link(tmp_path, source, make_spec, monkeypatch):

@@ -1,0 +1,93 @@
+"""How a task's own metric follows from quality, so that people read the figure they know.
+
+Quality is higher-is-better for every task: an accuracy as it is, a perplexity as its reciprocal,
+exp(−mean negative log-likelihood). Ledger and JSON hold both; tables, axes and messages speak of
+the metric. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_TOLERANCE = 1e-3
+"""Relative; metrics written by hand are rounded."""
+_LEAST = 1e-200
+"""What a quality of 0 is drawn at."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale that qualities are shown on: quality itself, or a metric that is its reciprocal.
+
+    Attributes:
+        name: `quality`, or the metric's own name.
+        reciprocal: the metric is 1 / quality, and lower is better.
+    """
+
+    name: str = "quality"
+    reciprocal: bool = False
+
+    @classmethod
+    def of(cls, figures: Iterable[tuple[Mapping[str, Any], float | None]]) -> Scale:
+        """The one that suits all these trials, (metric, quality) each; else quality itself.
+
+        Trials without a metric say nothing.
+        """
+        names = {
+            str(metric.get("name")) if _reciprocal(metric, quality) else ""
+            for metric, quality in figures
+            if metric and quality is not None
+        }
+        name = names.pop() if len(names) == 1 else ""
+        return cls(name, True) if name else cls()
+
+    def value(self, quality: float) -> float:
+        """The figure on this scale."""
+        if not self.reciprocal:
+            return quality
+        return 1.0 / quality if quality > 0 else math.inf
+
+    def height(self, quality: float) -> float:
+        """Where a plot draws it, better above: quality, or the logarithm of a reciprocal."""
+        if not self.reciprocal:
+            return quality
+        return math.log(max(quality, _LEAST))
+
+    def floor(self, quality: float) -> str:
+        """A floor on quality: `quality ≥ 0.9`, `perplexity ≤ 55.6`."""
+        return f"{self.name} {'≤' if self.reciprocal else '≥'} {self.value(quality):.4g}"
+
+
+def floor_problem(quality: float) -> str | None:
+    """What is wrong with a floor on quality, or `None`: every task's lies in (0, 1]."""
+    if 0 < quality <= 1:
+        return None
+    problem = f"a floor on quality lies above 0 and at most at 1, got {quality:g}"
+    hints = []
+    if 1 < quality <= 100:
+        hints.append(f"an accuracy of {quality:g}% is {quality / 100:g}")
+    if 1 < quality < math.inf:
+        hints.append(
+            f"of a language model quality is 1 / perplexity, so a perplexity of {quality:g} at "
+            f"most is {1 / quality:.4g}"
+        )
+    return f"{problem}: {'; '.join(hints)}" if hints else f"{problem}. Leave it out to have none"
+
+
+def _reciprocal(metric: Mapping[str, Any], quality: float | None) -> bool:
+    value = metric.get("value")
+    if not isinstance(value, int | float) or value == quality or not quality:
+        return False
+    return math.isclose(value * quality, 1.0, rel_tol=_TOLERANCE)
+
+
+def round_down(quality: float, digits: int = 4) -> float:
+    """To so many significant digits, never above: a floor of this, `quality` itself meets."""
+    if quality <= 0 or not math.isfinite(quality):
+        return quality
+    step = 10.0 ** (math.floor(math.log10(quality)) + 1 - digits)
+    rounded = float(f"{math.floor(quality / step) * step:.{digits}g}")
+    return rounded if rounded <= quality else float(f"{rounded - step:.{digits}g}")

@@ -1,0 +1,73 @@
+"""Quality on the scale that a person reads: itself, or a perplexity."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autocomp.core.metric import Scale, floor_problem, round_down
+
+qualities = st.floats(1e-6, 1.0, exclude_max=True)
+
+
+def perplexity(quality: float) -> tuple[dict[str, object], float]:
+    return {"name": "perplexity", "value": 1 / quality}, quality
+
+
+def test_a_perplexity_is_the_reciprocal() -> None:
+    scale = Scale.of([perplexity(0.02), ({}, 0.5), perplexity(0.018)])
+    assert scale == Scale("perplexity", True)
+    assert scale.value(0.02) == pytest.approx(50)
+    assert scale.floor(0.02) == "perplexity ≤ 50"
+    rounded = {"name": "perplexity", "value": 55.61}  # as written in a ledger by hand
+    assert Scale.of([(rounded, 1 / 55.6094)]) == scale
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        [],
+        [({}, 0.9)],
+        [({"name": "accuracy", "value": 0.9}, 0.9)],
+        [({"name": "accuracy", "value": 1.0}, 1.0)],
+        [({"name": "error", "value": 0.1}, 0.9)],
+        [({"name": "perplexity", "value": None}, 0.9)],
+        [perplexity(0.02), ({"name": "accuracy", "value": 0.9}, 0.9)],
+        [perplexity(0.02), ({"name": "bits", "value": 50.0}, 0.02)],
+    ],
+)
+def test_anything_else_is_shown_as_quality(figures: list[tuple[dict[str, object], float]]) -> None:
+    assert Scale.of(figures) == Scale()
+    assert Scale().floor(0.9) == "quality ≥ 0.9"
+
+
+@given(qualities, qualities)
+def test_better_is_above_on_every_scale(one: float, other: float) -> None:
+    for scale in (Scale(), Scale("perplexity", True)):
+        heights = scale.height(one), scale.height(other)
+        assert (heights[0] > heights[1]) == (one > other) or math.isclose(one, other)
+    assert math.isfinite(Scale("perplexity", True).height(0.0))
+    assert Scale("perplexity", True).value(0.0) == math.inf
+
+
+@given(st.floats(1e-12, 1.0))
+def test_rounded_down_is_met(quality: float) -> None:
+    floor = float(f"{round_down(quality):.4g}")
+    assert floor <= quality
+    assert floor == pytest.approx(quality, rel=2e-3)
+
+
+@pytest.mark.parametrize("quality", [1e-9, 0.02, 0.9, 1.0])
+def test_floors_that_can_be_met(quality: float) -> None:
+    assert floor_problem(quality) is None
+
+
+def test_floors_that_cannot_say_what_was_meant() -> None:
+    assert "an accuracy of 97% is 0.97" in str(floor_problem(97))
+    assert "a perplexity of 97 at most is 0.01031" in str(floor_problem(97))
+    assert "accuracy" not in str(floor_problem(250.0))
+    for quality in (0.0, -0.5, math.nan, math.inf):
+        assert str(floor_problem(quality)).endswith("Leave it out to have none")
