@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from autocomp.api.dispatch import Dispatcher, peak_memories
+from autocomp.api.dispatch import Dispatcher
 from autocomp.api.session import Measured, Session
 from autocomp.front.pick import feasible
 from autocomp.search.baselines import Baseline, baselines
@@ -39,7 +39,6 @@ def run_trials(
         seed=spec.search.seed,
         finished=finished,
         baselines=uniform,
-        peak_memory=peak_memories(finished, tables),
         objectives=list(spec.objectives),
     )
     dispatcher = Dispatcher(study, proposer, tables, progress, session.deadline)
