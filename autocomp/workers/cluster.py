@@ -145,7 +145,8 @@ def _granted(address: str, asked: int | None) -> int:
     """
     import ray
 
-    resources: Mapping[str, float] = ray.cluster_resources()
+    cluster_resources: Any = ray.cluster_resources
+    resources: Mapping[str, float] = cluster_resources()
     cores = int(resources.get("CPU", 0))
     if cores < 1:
         raise UserError(f"--ray {address}: no node of this cluster offers a core (CPU); add a node")

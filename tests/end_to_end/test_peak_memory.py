@@ -16,7 +16,7 @@ def test_a_budget_of_peak_memory(command: Command, tmp_path: Path) -> None:
     study = tmp_path / "study"
     refused = command.search(study, *SMALL, "budget.peak_memory=20 MB", options=("--quiet",))
     message = refused.complaint(3)
-    assert "No candidate meets peak memory ≤ 20.0 MB" in message
+    assert "No candidate meets peak memory ≤ 20 MB" in message
     assert keys(study, "trial") == ["dense"]
     assert not keys(study, "score"), "nothing was scored for it"
 
