@@ -20,13 +20,13 @@ def test_a_budget_of_peak_memory(command: Command, tmp_path: Path) -> None:
     assert keys(study, "trial") == ["dense"]
     assert not keys(study, "score"), "nothing was scored for it"
 
-    within = "budget.peak_memory=102%"
+    within = "budget.peak_memory=110%"
     study = tmp_path / "within"
     ended = command.search(study, *SMALL, within, options=("--json", "--quiet"))
     assert ended.status == 0, ended.err
     trials = {trial["id"]: trial for trial in ended.json["trials"]}
     limit = ended.json["budget"]["peak_memory_bytes"]
-    assert limit == pytest.approx(1.02 * trials["dense"]["peak_memory_bytes"])
+    assert limit == pytest.approx(1.1 * trials["dense"]["peak_memory_bytes"])
     assert trials[ended.json["chosen"]]["peak_memory_bytes"] <= limit
     for trial in trials.values():
         estimated = (trial["estimated"] or {}).get("peak_memory_bytes")
