@@ -88,6 +88,11 @@ def report(plan: Plan) -> CheckReport:
         notes.append(
             "latency is measured, not guessed: autocomp profile SPEC tells what is reached"
         )
+    if spec.budget.peak_memory is not None:
+        notes.append(
+            "peak memory is checked by measurement: a search predicts it from formats, corrects "
+            "that by its trials, and counts what a process that loads and runs the artifact takes"
+        )
     if plan.vocabulary is not None:
         notes.append(
             f"vocabulary: {len(plan.vocabulary.kept)} of {plan.vocabulary.size} tokens are kept"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.candidate import Runtime
 from autocomp.front.pick import front
 from autocomp.report.progress import SearchProgress
-from autocomp.search.costs import PeakMemory
 from autocomp.search.proposal import Proposal
 from autocomp.search.proposer import TrialProposer
 from autocomp.study.directory import Study, append_trial
@@ -122,29 +119,3 @@ def refitted(
             if record.measured is not None and record.candidate.runtime == runtime
         ]
     )
-
-
-def peak_memories(
-    records: Sequence[TrialRecord], runtimes: Iterable[Runtime]
-) -> dict[Runtime, PeakMemory | None]:
-    """`peak_memory` of each runtime: what a process takes besides the model differs."""
-    return {
-        runtime: peak_memory([r for r in records if r.candidate.runtime == runtime])
-        for runtime in runtimes
-    }
-
-
-def peak_memory(records: Sequence[TrialRecord]) -> PeakMemory | None:
-    """Peak memory as an affine function of size, from what was measured; `None` without any."""
-    pairs = [
-        (r.measured.size_bytes, r.measured.peak_memory_bytes)
-        for r in records
-        if r.measured is not None and r.measured.size_bytes and r.measured.peak_memory_bytes
-    ]
-    if not pairs:
-        return None
-    sizes, peaks = np.array(pairs, dtype=float).T
-    slope = 2.0
-    if len(pairs) >= 3 and np.ptp(sizes) > 0:
-        slope = max(0.0, float(np.polyfit(sizes, peaks, 1)[0]))
-    return PeakMemory(float(np.median(peaks - slope * sizes)), slope)

@@ -165,6 +165,12 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         raise loaded.source.error_at(("target", "runtime"), str(error)) from error
     model_path = resolve_source(spec.model.source, spec.model.revision)
     config = read_config(model_path)
+    if config.get("auto_map") and not spec.model.trust_remote_code:
+        raise loaded.source.error_at(
+            ("model", "source"),
+            f"{model_path} comes with its own code (auto_map in config.json). If you trust it, set "
+            f"model.trust_remote_code: true",
+        )
     check_generation(loaded, config)
     shapes = read_tensor_shapes(model_path)
     data = inspect_data(spec)

@@ -27,7 +27,7 @@ from autocomp.trial.context import TrialContext
 from autocomp.workers.cluster import Cluster
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from autocomp.targets.cost_table import CostTable
 
@@ -73,10 +73,18 @@ def untrained_teacher(plan: Plan, directory: Path) -> Teacher:
     from autocomp.tasks import make_task
 
     task = make_task(plan.spec, plan.model_path)
-    model = load_model(plan.model_path, task.name, task.num_labels)
+    trusted = plan.spec.model.trust_remote_code
+    model = load_model(plan.model_path, task.name, task.num_labels, trusted)
     with quiet():
         save_model(model, directory / "teacher")
     return Teacher(task, directory / "teacher")
+
+
+def _loaded(plan: Plan, teacher: Teacher) -> nn.Module:
+    from autocomp.models.load import load_model
+
+    trusted = plan.spec.model.trust_remote_code
+    return load_model(teacher.path, teacher.task.name, teacher.task.num_labels, trusted)
 
 
 def prepare_library(
@@ -93,13 +101,13 @@ def prepare_library(
     from autocomp.core.hashing import file_digest
     from autocomp.library.build import build_unit, plan_build
     from autocomp.library.store import Library
-    from autocomp.models.load import load_model
-    from autocomp.models.sources import weight_files
+    from autocomp.models.sources import code_files, weight_files
     from autocomp.workers.tasks import run_tasks
 
     progress.phase("calibrate")
     library = Library(library_path())
-    digest = content_key([file_digest(file) for file in weight_files(teacher.path)])
+    files = [*weight_files(teacher.path), *code_files(teacher.path)]
+    digest = content_key([file_digest(file) for file in files])
     batches = list(teacher.task.batches("calibrate", CALIBRATION_BATCH, trim=True))
     statistics = fingerprint(batches, digest)
     more = _recorded_batches(plan, teacher.task)
@@ -121,7 +129,7 @@ def prepare_library(
     )
     needs = {name: build.needs[name] for name in paths if name in build.needs}
     if needs:
-        model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
+        model = _loaded(plan, teacher)
         recorded = build.recorded
         for _ in calibrate(
             model,
@@ -217,11 +225,10 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
     are absolute: a worker's working directory is not this process's.
     """
     from autocomp.export.companions import Companions
-    from autocomp.models.load import load_model
     from autocomp.targets.skeleton_store import cached_skeleton, skeleton_path
     from autocomp.tasks.inspect import sample_texts
 
-    model = load_model(teacher.path, teacher.task.name, teacher.task.num_labels)
+    model = _loaded(plan, teacher)
     skeletons = cache_directory() / "skeletons"
     decode = plan.spec.target.workload.decodes
     cached_skeleton(model, plan.units, teacher.task, skeletons, decode=decode)

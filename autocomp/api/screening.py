@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from autocomp.api.dispatch import peak_memories
 from autocomp.api.session import Measured, Session
 from autocomp.search.costs import Costs
 from autocomp.search.scores import Scores, replace_one
@@ -80,7 +79,6 @@ class _Screening:
         session, tables, budget = self._session, self._measured.tables, self._measured.budget
         space, wanted = session.plan.space, session.plan.spec.search.screen
         known = [Screened.from_json(entry) for entry in self._ledger.read().of("screen").values()]
-        memory = peak_memories(session.study.trials(), tables)
         self._progress.phase("screening", wanted)
 
         def advance(done: int, total: int) -> None:
@@ -96,11 +94,10 @@ class _Screening:
             session.plan.spec.search.seed,
             known,
             scores=scores,
-            peak_memory=memory,
             on_batch=self._keep,
             progress=advance,
         )
-        costs = [Costs(space, table, memory[runtime]) for runtime, table in tables.items()]
+        costs = [Costs(space, table) for table in tables.values()]
         limits = [each.limits(budget) for each in costs]
         vectors = [space.encode(s.candidate) for s in screened if s.kl is not None]
         fitting = sum(

@@ -52,7 +52,9 @@ def search(
         path: the spec.
         study: the study's directory, `runs/<name of the spec>` by default.
         workers: worker processes, one per core by default.
-        ray_address: of a running Ray cluster; by default Ray runs inside this process.
+        ray_address: of a running Ray cluster's head, `HOST:PORT`, or `auto`; by default Ray runs
+            inside this process. All nodes must see the study, the cache (`AUTOCOMP_CACHE`), the
+            model and the data under the same paths: keep them on shared storage.
         trials, screen: amounts of search, instead of the spec's.
         time_limit_s: propose no trial after this many seconds.
         overrides: dotted path → value, put over the spec.
@@ -125,6 +127,8 @@ class _Search:
         progress.header(study=study.name, model=spec.model.source, target=_target(plan))
         for note in plan.notes:
             progress.note(note)
+        if self._address is not None:
+            self.cluster()  # one that cannot be joined is found out before anything slow
         teacher = prepare.prepare_teacher(plan, progress)
         progress.phase("cost table")
         context = prepare.prepare_context(plan, study, teacher)
@@ -158,7 +162,7 @@ class _Search:
         return pick(study.trials(), budget)
 
     def cluster(self) -> Cluster:
-        """Ray, started at first use and kept until the search ends."""
+        """Ray, started at first use (a cluster is joined at once) and kept until the end."""
         if self._running is None:
             from autocomp.workers.cluster import start
 
@@ -167,17 +171,21 @@ class _Search:
         return self._running
 
     def _tables(self, context: TrialContext) -> dict[Runtime, TablePredictor]:
-        """A cost table for each runtime that can be used."""
+        """A cost table for each runtime that can be used, fitted to what was measured before."""
+        from autocomp.api.dispatch import refitted
+        from autocomp.api.peak_memory import PeakMemory
         from autocomp.api.prepare import prepare_cost_table
+        from autocomp.targets.load_memory import PeakFit
 
         plan, study, progress = self.session.plan, self.session.study, self.session.progress
-        return {
-            runtime: TablePredictor(
-                prepare_cost_table(plan, study, context, progress, runtime),
-                plan.excluded.get(runtime, {}),
-            )
-            for runtime in context.references
-        }
+        tables = {}
+        for runtime in context.references:
+            table = prepare_cost_table(plan, study, context, progress, runtime)
+            target = context.target(runtime)
+            memory = PeakMemory(plan.units, target, PeakFit(target.idle_memory_bytes))
+            predictor = TablePredictor(table, plan.excluded.get(runtime, {}), memory)
+            tables[runtime] = refitted(predictor, runtime, study.trials())
+        return tables
 
 
 def _note_high_floor(budget: Budget, dense: TrialRecord, progress: SearchProgress) -> None:
@@ -196,28 +204,39 @@ def within_reach(
 ) -> dict[Runtime, TablePredictor]:
     """The tables of the runtimes on which some candidate is predicted within the budget.
 
+    Where only peak memory is out of reach, and by no more than its prediction may err, the table is
+    a hopeful one.
+
     Raises:
         InfeasibleError: if there is none, before anything is built.
     """
     import numpy as np
 
-    from autocomp.api.dispatch import peak_memories
     from autocomp.search.costs import Costs
     from autocomp.search.milp import check_reachable
 
     space = session.plan.space
-    memory = peak_memories(session.study.trials(), tables)
     free = [np.zeros(len(space.options[name])) for name in space.names]
     found: dict[Runtime, TablePredictor] = {}
     reasons = []
     for runtime, table in tables.items():
-        costs = Costs(space, table, memory[runtime])
-        try:
-            check_reachable(free, costs, costs.limits(budget))
-        except InfeasibleError as error:
-            reasons.append(str(error) if runtime is None else f"{runtime}: {error}")
+        for predictor in (table, table.hopeful()):
+            costs = Costs(space, predictor)
+            try:
+                check_reachable(free, costs, costs.limits(budget))
+            except InfeasibleError as error:
+                reason = str(error) if runtime is None else f"{runtime}: {error}"
+            else:
+                found[runtime] = predictor
+                break
         else:
-            found[runtime] = table
+            reasons.append(reason)
+            continue
+        if predictor is not table:
+            session.progress.note(
+                f"{reason} Predicted peaks may be wrong by "
+                f"{table.peak_memory_error:.0%}: the search goes on, measured trials will tell"
+            )
     if not found:
         raise InfeasibleError("\n".join(reasons))
     for reason in reasons:

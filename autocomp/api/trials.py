@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from autocomp.api.dispatch import Dispatcher, peak_memories, stages
+from autocomp.api.dispatch import Dispatcher, stages
 from autocomp.api.session import Measured, Session
 from autocomp.front.pick import feasible, scale_of
 from autocomp.search.baselines import Baseline, baselines
@@ -42,7 +42,6 @@ def run_trials(
         finished=finished,
         baselines=uniform,
         again=again,
-        peak_memory=peak_memories(finished, tables),
         objectives=list(spec.objectives),
     )
     dispatcher = Dispatcher(study, proposer, tables, progress, session.deadline)

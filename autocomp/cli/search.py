@@ -18,7 +18,13 @@ from autocomp.cli.values import Duration
     "--study", type=click.Path(path_type=Path), help="Where the study is kept [runs/<spec's name>]."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes [one per core].")
-@click.option("--ray", "ray_address", metavar="ADDRESS", help="Use a running Ray cluster.")
+@click.option(
+    "--ray",
+    "ray_address",
+    metavar="ADDRESS",
+    help="Use a running Ray cluster: HOST:PORT of its head, or auto. Study, AUTOCOMP_CACHE, model "
+    "and data must be on storage that all nodes share.",
+)
 @click.option("--time", "time_limit_s", type=Duration(), help="Propose no trial after this long.")
 @click.option(
     "--trials",

@@ -121,7 +121,8 @@ def save_student(
 
     Args:
         about: what `load_student` needs to find the teacher: `teacher` (its directory), `digest`
-            (from `teacher_digest`), `task`, `num_labels`.
+            (from `teacher_digest`), `task`, `num_labels`; `trust_remote_code` if it comes with its
+            own code.
 
     Raises:
         StorageError: if the disk is full or refuses; nothing partial is left.
@@ -197,7 +198,7 @@ def load_student(path: Path) -> tuple[nn.Module, list[Unit]]:
             f"the teacher in it. Restore that directory, or run the study again"
         )
     task, labels = about["task"], about["num_labels"]
-    model = load_model(source, task, labels)
+    model = load_model(source, task, labels, about.get("trust_remote_code", False))
     units = find_units(read_config(source), read_tensor_shapes(source), task, labels)
     for unit in units:
         if unit.name in about["units"]:

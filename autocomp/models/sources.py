@@ -178,6 +178,11 @@ def weight_files(path: Path) -> list[Path]:
     raise ModelError(f"{path}: no model.safetensors")
 
 
+def code_files(path: Path) -> list[Path]:
+    """The Python files of a model that comes with its own code (`auto_map`); else none."""
+    return sorted(path.glob("*.py")) if read_config(path).get("auto_map") else []
+
+
 def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
     size = file.stat().st_size
     with file.open("rb") as stream:

@@ -8,7 +8,6 @@ screened, since what a candidate computes hardly depends on what runs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +56,15 @@ class Predictor(Protocol):
         """Bytes that `unit` adds under `option`."""
         ...
 
+    @property
+    def base_peak_memory_bytes(self) -> float | None:
+        """Peak memory of what no unit accounts for; `None` where peak memory is not predicted."""
+        ...
+
+    def peak_memory_bytes(self, unit: str, option: Option) -> float:
+        """What `unit` adds to the peak memory under `option`."""
+        ...
+
     def predict(self, options: Mapping[str, Option]) -> Measurement:
         """Estimated cost of the whole model, `provenance="estimated"`."""
         ...
@@ -66,26 +74,15 @@ Predictors = Mapping[Runtime, Predictor]
 """Runtime → its cost model; `{None: predictor}` where there is no choice."""
 
 
-@dataclass(frozen=True)
-class PeakMemory:
-    """Peak memory as an affine function of size: `base_bytes + per_byte · size_bytes`."""
-
-    base_bytes: float
-    per_byte: float
-
-
 class Costs:
     """Cost terms of a space in arrays: `terms[metric][unit index][option index]`.
 
     Args:
         space: the space.
         predictor: the cost model.
-        peak_memory: how peak memory follows from size; without it, peak memory is not predicted.
     """
 
-    def __init__(
-        self, space: Space, predictor: Predictor, peak_memory: PeakMemory | None = None
-    ) -> None:
+    def __init__(self, space: Space, predictor: Predictor) -> None:
         self.space = space
         self.base: dict[str, float] = {
             "latency_ms": predictor.base_latency_ms,
@@ -99,12 +96,10 @@ class Costs:
             "latency_ms": [np.array([predictor.latency_ms(*o) for o in os]) for os in offered],
             "size_bytes": [np.array([predictor.size_bytes(*o) for o in os]) for os in offered],
         }
-        if peak_memory is not None:
-            bytes_ = peak_memory.base_bytes + peak_memory.per_byte * self.base["size_bytes"]
-            self.base["peak_memory_bytes"] = bytes_
+        if predictor.base_peak_memory_bytes is not None:
+            self.base["peak_memory_bytes"] = predictor.base_peak_memory_bytes
             self.terms["peak_memory_bytes"] = [
-                np.where(np.isfinite(sizes), peak_memory.per_byte, 1.0) * sizes
-                for sizes in self.terms["size_bytes"]
+                np.array([predictor.peak_memory_bytes(*o) for o in os]) for os in offered
             ]
         self.caps: list[tuple[list[NDArray[np.float64]], int]] = [
             ([np.array([float(cap.counts(*o)) for o in os]) for os in offered], cap.most)

@@ -44,7 +44,7 @@ from autocomp.core.measurement import Measurement
 from autocomp.front.pick import OBJECTIVES, Objective, feasible, objective, rankable
 from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
-from autocomp.search.costs import Costs, Limits, PeakMemory, Predictor, Predictors
+from autocomp.search.costs import Costs, Limits, Predictor, Predictors
 from autocomp.search.evolution import ORIGIN, distributions, to_params
 from autocomp.search.frontier import Frontier
 from autocomp.search.proposal import Proposal, trial_id
@@ -76,7 +76,6 @@ class TrialProposer:
         baselines: proposed first, not counted as `trials`.
         again: records whose trials are proposed once more, before anything new; none of `finished`.
         margin: share of each predicted limit that is always left unused.
-        peak_memory: how peak memory follows from size on each runtime, if it is limited.
         objectives: the values told to the Optuna study.
     """
 
@@ -94,11 +93,10 @@ class TrialProposer:
         baselines: Sequence[Baseline] = (),
         again: Sequence[TrialRecord] = (),
         margin: float = 0.01,
-        peak_memory: Mapping[Runtime, PeakMemory | None] | None = None,
         objectives: Sequence[Objective] = OBJECTIVES,
     ) -> None:
         self._space, self._budget, self._objectives = space, budget, tuple(objectives)
-        self._peak_memory, self._least_margin = dict(peak_memory or {}), margin
+        self._least_margin = margin
         self._architectures = Architectures(space, screened, scores)
         self._frontier = Frontier(space, self._architectures, self._objectives)
         self._settings = Settings(space.distill)
@@ -129,7 +127,7 @@ class TrialProposer:
         """Take a refitted cost model of a runtime; later proposals are within its prediction."""
         with self._lock:
             self._predictors[runtime] = predictor
-            self._costs[runtime] = Costs(self._space, predictor, self._peak_memory.get(runtime))
+            self._costs[runtime] = Costs(self._space, predictor)
 
     def extend(self, trials: int) -> None:
         """Allow this many more proposals (the budget was missed; search on)."""

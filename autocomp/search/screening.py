@@ -20,7 +20,7 @@ from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Runtime
 from autocomp.core.errors import InfeasibleError, InternalError
 from autocomp.core.measurement import Measurement
-from autocomp.search.costs import SHARES, Costs, Limits, PeakMemory, Predictor, Predictors
+from autocomp.search.costs import SHARES, Costs, Limits, Predictor, Predictors
 from autocomp.search.evolution import (
     ORIGIN,
     SwapRepairSampler,
@@ -93,7 +93,6 @@ def screen(
     batch: int = 16,
     starts: int = 8,
     margin: float = 0.0,
-    peak_memory: PeakMemory | None = None,
     runtime: Runtime = None,
     on_batch: Callable[[list[Screened]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -113,7 +112,6 @@ def screen(
         starts: how many MILP seeds at the limits; one more at each of `SHARES` of them, and as many
             random budget-tight ones follow.
         margin: share of each limit that is left unused.
-        peak_memory: how peak memory follows from size, if it is limited.
         runtime: whose costs the predictor tells; noted in the candidates proposed.
         on_batch: called with each batch of new records as soon as it is known (ledger).
         progress: called with (known, n).
@@ -128,7 +126,7 @@ def screen(
     results = list({item.key: item for item in known if item.candidate in space}.values())
     if len(results) >= n:
         return results
-    costs = Costs(space, predictor, peak_memory)
+    costs = Costs(space, predictor)
     limits = costs.limits(budget, margin)
     weights = scores.arrays(space)
     sampler = SwapRepairSampler(
@@ -197,8 +195,6 @@ def screen_on_each(
     n: int,
     seed: int,
     known: Sequence[Screened] = (),
-    *,
-    peak_memory: Mapping[Runtime, PeakMemory | None] | None = None,
     **settings: Any,
 ) -> list[Screened]:
     """`screen` for each runtime in turn, an equal share of `n` proposed within its costs.
@@ -208,7 +204,6 @@ def screen_on_each(
 
     Args:
         predictors: a cost model for each runtime, each able to meet the budget.
-        peak_memory: how peak memory follows from size on each runtime, if it is limited.
         settings: as for `screen`.
 
     Raises:
@@ -227,7 +222,6 @@ def screen_on_each(
             len(results) - own + share,
             seed,
             results,
-            peak_memory=(peak_memory or {}).get(runtime),
             runtime=runtime,
             **settings,
         )

@@ -46,7 +46,11 @@ class ModelSection(Section):
         "installed package. Safetensors only."
     )
     revision: str | None = Field(None, description="Hub revision; pins what is downloaded.")
-    trust_remote_code: bool = Field(False, description="Run code shipped with the model.")
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python code that comes with the model (auto_map "
+        "in its config.json), here and in every worker; its layout must be a known one.",
+    )
 
 
 class DataSection(Section):

@@ -25,6 +25,7 @@ import numpy as np
 from autocomp.core.errors import InternalError
 from autocomp.core.files import write_text_atomic
 from autocomp.core.measurement import Measurement
+from autocomp.targets.ridge import robust_ridge
 from autocomp.targets.token_costs import KERNELS, TokenCosts
 
 Choice = Mapping[str, str]
@@ -208,16 +209,7 @@ class CostTable:
         features = np.array([self._features(choice, classes) for choice, _ in self.pairs])
         features = features.reshape(-1, len(prior))
         latencies = np.array([latency for _, latency in self.pairs])
-        precision = 1.0 / (_NOISE * np.maximum(latencies, 1e-9))
-        weights, solution = precision, prior
-        for _ in range(20):
-            solution, *_rest = np.linalg.lstsq(
-                np.vstack([features * weights[:, None], np.diag(1.0 / deviation)]),
-                np.concatenate([latencies * weights, prior / deviation]),
-                rcond=None,
-            )
-            misses = np.abs(features @ solution - latencies) * precision
-            weights = precision * np.sqrt(np.minimum(1.0, 3.0 / np.maximum(misses, 1e-9)))
+        solution = robust_ridge(features, latencies, prior, deviation, _NOISE)
         base, step, *slopes = map(float, solution)
         self._savings.clear()
         self.correction = Fit(max(base, 0.0), step, dict(zip(classes, slopes, strict=True)))

@@ -13,6 +13,7 @@ import onnxruntime
 
 from autocomp.core.errors import StorageError
 from autocomp.core.files import write_atomic
+from autocomp.targets.load_memory import ONNX_RUNTIME
 from autocomp.targets.protocol import Artifact
 from autocomp.targets.runtime import Array, CpuTarget, Session
 
@@ -40,6 +41,7 @@ class OnnxRuntimeTarget(CpuTarget):
     name = "onnxruntime-cpu"
     summary = "ONNX Runtime on the CPU: float32, int8, 8-bit and 4-bit weights in one graph"
     lowering_version = 2
+    loading = ONNX_RUNTIME
 
     @property
     def recipes(self) -> Recipes:

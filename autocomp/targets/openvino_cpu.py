@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.core.errors import InternalError, StorageError, UserError
+from autocomp.targets.load_memory import OPENVINO
 from autocomp.targets.protocol import Artifact
 from autocomp.targets.runtime import Array, CpuTarget, Session
 
@@ -109,6 +110,7 @@ class OpenVinoTarget(CpuTarget):
     name = "openvino-cpu"
     summary = "OpenVINO on the CPU: float32, int8 (fixed ranges are fastest), 4-bit weights"
     lowering_version = 1
+    loading = OPENVINO
     warm_runs = 1  # the sum of the pieces is 4% below a whole model; 35% above it without
 
     @property

@@ -114,6 +114,16 @@ class Target(Protocol):
         """Bytes on disk of one site in this format. Needs no torch."""
         ...
 
+    def load_bytes(self, format: SiteFormat) -> tuple[str, float]:
+        """How one site in this format is loaded, by a name of the target's own, and the bytes that
+        takes at the peak. A first guess: searches correct it by what they measure."""
+        ...
+
+    @property
+    def idle_memory_bytes(self) -> float:
+        """Resident bytes of a process that has loaded the runtime and next to no model."""
+        ...
+
     def export(self, model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
         """The skeleton of a dense model, which every candidate is lowered from."""
         ...

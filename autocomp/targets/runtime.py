@@ -27,6 +27,7 @@ from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.targets.fingerprint import describe_cpu
 from autocomp.targets.generation import feeds, first_tokens
+from autocomp.targets.load_memory import Loading
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
 from autocomp.targets.timing import (
     Reference,
@@ -95,6 +96,9 @@ class CpuTarget(ABC):
         self._open: tuple[tuple[str, int, int], Session] | None = None
 
     # -- what a runtime adds
+
+    loading: ClassVar[Loading]
+    """What loading a format takes."""
 
     @property
     @abstractmethod
@@ -189,6 +193,16 @@ class CpuTarget(ABC):
     def size_bytes(self, format: SiteFormat) -> int:
         """Bytes on disk of one site in this format."""
         return self.recipes.size_bytes(format, self.tokens)
+
+    def load_bytes(self, format: SiteFormat) -> tuple[str, float]:
+        """See `Target.load_bytes`."""
+        recipe = self.recipes.recipe(format, self.tokens)
+        return self.loading.part(format, recipe, self.size_bytes(format))
+
+    @property
+    def idle_memory_bytes(self) -> float:
+        """See `Target.idle_memory_bytes`."""
+        return self.loading.idle_bytes
 
     def export(self, model: nn.Module, units: Sequence[Unit], task: ExportTask) -> onnx.ModelProto:
         """The skeleton of a dense model (seconds); see `skeleton_store` to keep it."""

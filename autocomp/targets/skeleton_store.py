@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,10 @@ def skeleton_key(
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if name.rpartition(".")[0] not in sites:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    code = _own_code(model)
     return content_key(
         {
+            **({"code": code} if code else {}),
             "version": VERSION,
             "config": json.loads(config.to_json_string(use_diff=False)),
             "sites": sorted(sites),
@@ -44,6 +48,15 @@ def skeleton_key(
             "torch": torch.__version__,
         }
     )
+
+
+def _own_code(model: nn.Module) -> str | None:
+    """Hash of the source a model of remote code is written in; `None` for transformers' own."""
+    if not type(model).__module__.startswith("transformers_modules"):
+        return None
+    return hashlib.sha256(
+        inspect.getsource(sys.modules[type(model).__module__]).encode()
+    ).hexdigest()
 
 
 def _fixed_shapes(task: ExportTask) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from autocomp.core.errors import ModelError, StorageError, UserError
@@ -30,7 +30,7 @@ from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key, file_digest
 from autocomp.models.conversion import save_model
 from autocomp.models.load import load_model, quiet
-from autocomp.models.sources import read_config, read_tensor_shapes
+from autocomp.models.sources import code_files, read_config, read_tensor_shapes, weight_files
 from autocomp.spec.schema import Spec, TeacherSection
 from autocomp.tasks.fitting import fit_full, fit_head
 from autocomp.tasks.protocol import Array, Split, Task
@@ -68,8 +68,8 @@ def make_teacher(
     `progress` counts training steps. The same spec, data and model give the same weights.
 
     Raises:
-        ModelError: with `fit: none`, if the model lacks the task's head; else if its weights hold
-            NaN or infinity.
+        ModelError: if the weights hold NaN or infinity; with `fit: none`, if the model lacks the
+            task's head.
         UserError: if the settings make no sense for the task, or training diverges under them.
         StorageError: if the disk is full; nothing half-written stays.
     """
@@ -77,6 +77,7 @@ def make_teacher(
     if settings.fit == "none":
         if task.num_labels is not None:
             _check_head(model_path)
+        _check_finite_files(model_path)
         return model_path
     if settings.fit == "head" and task.num_labels is None:
         raise UserError(
@@ -169,8 +170,10 @@ def _open_logits(path: Path, count: int) -> Array | None:
 def _key(settings: TeacherSection, task: Task, model_path: Path, seed: int) -> str:
     """Everything the fitted weights depend on."""
     files = sorted(model_path.glob("*.safetensors"))
+    code = {path.name: file_digest(path) for path in code_files(model_path)}
     return content_key(
         {
+            **({"code": code} if code else {}),
             "version": _VERSION,
             "model": [file_digest(file) for file in [*files, model_path / "config.json"]],
             "companions": [file_digest(path) for path in _companions(model_path)],
@@ -203,10 +206,24 @@ def _check_finite(model: nn.Module, model_path: Path) -> None:
     """Fitting would spread one NaN over every weight, and the message name the wrong tensor."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise ModelError(
-                f"{model_path}: {name} holds NaN or infinity, so no teacher can be fitted. "
-                f"Fetch the model again, or take another"
-            )
+            raise _not_finite(model_path, name)
+
+
+def _check_finite_files(model_path: Path) -> None:
+    """The same of weights as they lie on disk, one tensor at a time."""
+    for file in weight_files(model_path):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise _not_finite(model_path, name)
+
+
+def _not_finite(model_path: Path, name: str) -> ModelError:
+    return ModelError(
+        f"{model_path}: {name} holds NaN or infinity, so it can be no teacher, nor be fitted to "
+        f"one. Fetch the model again, or take another"
+    )
 
 
 def _store(model: nn.Module, task: Task, model_path: Path, directory: Path) -> Path:

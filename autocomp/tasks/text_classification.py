@@ -46,8 +46,6 @@ class TextClassification(Classification):
         `tokenizer` reads the texts instead of the model's own; `original` then maps its ids to
         those of the model's.
         """
-        from autocomp.models.load import load_tokenizer
-
         config = read_config(model_path)
         check_sequence(workload.sequence, config)
         examples = load_examples(section.data, "text")
@@ -61,7 +59,10 @@ class TextClassification(Classification):
             label_names=examples.label_names,
             origin=examples.origin,
         )
-        tokenizer = tokenizer or load_tokenizer(model_path)
+        if tokenizer is None:
+            from autocomp.models.load import load_tokenizer
+
+            tokenizer = load_tokenizer(model_path)
         splits: dict[Split, Encoded] = {}
         for name, chosen in indices.items():
             texts = [examples.contents[i] for i in chosen]

@@ -11,7 +11,7 @@ import numpy as np
 from autocomp.core.errors import UserError
 from autocomp.models.layouts import first_position
 from autocomp.models.sources import read_config
-from autocomp.models.tokenizer_files import read_tokenizer, required_ids, unknown_id
+from autocomp.models.tokenizer_files import FileTokenizer, read_tokenizer, required_ids, unknown_id
 from autocomp.models.vocabulary import Vocabulary, chosen_vocabulary
 from autocomp.spec.schema import Spec
 from autocomp.tasks.protocol import Array, Split, Task
@@ -63,6 +63,8 @@ def _counted(
 def task_vocabulary(spec: Spec, model_path: Path, rows: int) -> Vocabulary:
     """What to keep of a table of `rows` tokens for the spec's task; its texts are encoded for it.
 
+    Without torch or transformers: `check` needs it.
+
     Raises:
         UserError: for a task that is about more than the tokens it was shown.
         ModelError: for a tokenizer that cannot be pruned.
@@ -72,10 +74,17 @@ def task_vocabulary(spec: Spec, model_path: Path, rows: int) -> Vocabulary:
             f"vocabulary: only text-classification models can lose tokens; {spec.task.name} "
             f"needs each of them as an answer. Leave structure.vocabulary out"
         )
-    from autocomp.tasks import make_task
+    from autocomp.tasks.text_classification import TextClassification
 
     tokenizer = read_tokenizer(model_path)
-    counts = example_counts(make_task(spec, model_path), rows)
+    task = TextClassification.build(
+        spec.task,
+        spec.target.workload,
+        model_path,
+        spec.search.seed,
+        tokenizer=FileTokenizer(model_path),
+    )
+    counts = example_counts(task, rows)
     used = np.flatnonzero(counts >= KEPT_FROM).tolist()
     # RoBERTa counts positions from its padding token: that must keep its id, hence all before it.
     required = sorted(

@@ -98,14 +98,18 @@ class CandidateRunner:
         self.ledger = Ledger(self.paths.ledger)
         with self.gate.working():
             self.task = make_task(trial.spec, trial.model_path)
+        trusted = trial.spec.model.trust_remote_code
         with self.gate.working():
-            self.teacher = load_model(trial.teacher_path, self.task.name, self.task.num_labels)
+            self.teacher = load_model(
+                trial.teacher_path, self.task.name, self.task.num_labels, trusted
+            )
         self._retokenised: tuple[Vocabulary, Task] | None = None
         self._about = {
             "teacher": str(trial.teacher_path.resolve()),
             "digest": teacher_digest(trial.teacher_path),
             "task": self.task.name,
             "num_labels": self.task.num_labels,
+            "trust_remote_code": trusted,
         }
         self.library = Library(trial.library_path)
         self._targets: dict[Runtime, Target] = {}

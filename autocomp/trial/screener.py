@@ -49,7 +49,10 @@ class Screener:
         torch.set_num_threads(1)
         self.context = context
         self.task = make_task(context.spec, context.model_path)
-        self.teacher = load_model(context.teacher_path, self.task.name, self.task.num_labels)
+        trusted = context.spec.model.trust_remote_code
+        self.teacher = load_model(
+            context.teacher_path, self.task.name, self.task.num_labels, trusted
+        )
         self.library = Library(context.library_path)
         wanted = min(context.spec.search.screen_examples, len(self.task.splits["distil"]))
         with torch.no_grad():

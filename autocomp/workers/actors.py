@@ -14,13 +14,18 @@ from autocomp.workers.tasks import surfaced
 logger = logging.getLogger(__name__)
 
 _QUEUED_PER_ACTOR = 2
+_PATIENCE_S = 60.0
+"""How long the first call waits for all workers, and the time between words in the log while none
+starts."""
 
 
 class ActorPool:
     """`workers` actors of one class, each in its own process.
 
-    A call whose actor died is made again on a new actor, built from the same arguments; an item
-    that kills its actor more than `retries` times fails the pool. Use as a context manager.
+    A call whose actor died is made again, and a new actor built from the same arguments; an item
+    that kills its actor more than `retries` times fails the pool. An actor is given work once it
+    has started: one that a cluster which lost a node has no core for holds nothing up. Use as a
+    context manager.
 
     Args:
         cls: importable class.
@@ -38,7 +43,8 @@ class ActorPool:
         self._args = args
         self._name = cls.__name__
         self._retries = retries
-        self._actors: list[Any] = [self._class.remote(*args) for _ in range(workers)]
+        self._actors: dict[int, Any] = {slot: self._class.remote(*args) for slot in range(workers)}
+        self._started: set[int] = set()
 
     def map_unordered(
         self,
@@ -57,19 +63,45 @@ class ActorPool:
         import ray
 
         waiting = deque((index, item, 0) for index, item in enumerate(items))
-        total, done = len(waiting), 0
+        total, done, deaths = len(waiting), 0, 0
         running: dict[Any, tuple[int, tuple[int, Any, int]]] = {}
-        load = [0] * len(self._actors)
+        load = dict.fromkeys(self._started, 0)
+        starting = {
+            actor.__ray_ready__.remote(): slot
+            for slot, actor in self._actors.items()
+            if slot not in self._started
+        }
         if progress is not None:
             progress(0, total)
+        if waiting and not self._started:
+            ray.wait(list(starting), num_returns=len(starting), timeout=_PATIENCE_S)
         while waiting or running:
-            while waiting and min(load) < _QUEUED_PER_ACTOR:
-                slot = load.index(min(load))
+            while waiting and load and min(load.values()) < _QUEUED_PER_ACTOR:
+                slot = min(load, key=load.__getitem__)
                 job = waiting.popleft()
                 call = getattr(self._actors[slot], method)
                 running[call.remote(job[1])] = (slot, job)
                 load[slot] += 1
-            ready, _ = ray.wait(list(running), num_returns=1)
+            ready, _ = ray.wait([*starting, *running], num_returns=1, timeout=_PATIENCE_S)
+            if not ready:
+                if not running:
+                    logger.warning("no %s worker has started yet: waiting for a core", self._name)
+                continue
+            if ready[0] in starting:
+                slot = starting.pop(ready[0])
+                try:
+                    ray.get(ready[0])
+                except ray.exceptions.RayActorError as error:
+                    deaths += 1
+                    if getattr(error, "cause", None) is not None or deaths > self._retries:
+                        raise surfaced(
+                            error, f"{self._name}: a worker died as it started"
+                        ) from error
+                    starting[self._replaced(slot)] = slot
+                else:
+                    self._started.add(slot)
+                    load[slot] = 0
+                continue
             slot, (index, item, tries) = running.pop(ready[0])
             load[slot] -= 1
             try:
@@ -81,8 +113,8 @@ class ActorPool:
                         error, f"{self._name}.{method}: worker died on item {index + 1}"
                     ) from error
                 logger.warning("a %s worker died; its work is repeated", self._name)
-                self._actors[slot] = self._class.remote(*self._args)
-                load[slot] = 0
+                del load[slot]
+                starting[self._replaced(slot)] = slot
                 waiting.extendleft(lost)
                 waiting.appendleft((index, item, tries + 1))
                 continue
@@ -94,6 +126,15 @@ class ActorPool:
             if progress is not None:
                 progress(done, total)
             yield index, result
+
+    def _living(self) -> list[Any]:
+        return [self._actors[slot] for slot in sorted(self._started or self._actors)]
+
+    def _replaced(self, slot: int) -> Any:
+        """Put a new actor in a slot; resolves when it has started."""
+        self._started.discard(slot)
+        self._actors[slot] = self._class.remote(*self._args)
+        return self._actors[slot].__ray_ready__.remote()
 
     @staticmethod
     def _lost(running: dict[Any, tuple[int, tuple[int, Any, int]]], slot: int) -> list[Any]:
@@ -112,14 +153,14 @@ class ActorPool:
         return [results[index] for index in range(len(results))]
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call `actor.method(*args)` on every actor and wait for all.
+        """Call `actor.method(*args)` on every actor that has started, before any has on all.
 
         Raises:
             AutocompError: what the method raised, if it is one of ours, else InternalError.
         """
         import ray
 
-        calls = [getattr(actor, method).remote(*args) for actor in self._actors]
+        calls = [getattr(actor, method).remote(*args) for actor in self._living()]
         try:
             return list(ray.get(calls))
         except ray.exceptions.RayError as error:
@@ -129,9 +170,10 @@ class ActorPool:
         """End the actors' processes."""
         import ray
 
-        actors, self._actors = self._actors, []
+        actors, self._actors = self._actors, {}
+        self._started.clear()
         if ray.is_initialized():
-            for actor in actors:
+            for actor in actors.values():
                 ray.kill(actor)
 
     def __enter__(self) -> ActorPool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ WORKER_ENVIRONMENT = {
 """Each worker process is single-threaded (torch and BLAS read this at import) and quiet."""
 
 _OBJECT_STORE_BYTES = 256 * 2**20
+_ANSWER_S = 5.0
+"""How long a cluster's head may take to accept a connection; Ray itself would try for minutes."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,19 @@ def start(
     """Run Ray for the length of a `with` block.
 
     Args:
-        address: of a running cluster (`ray://…`, `host:port`); `None` starts Ray in this process.
+        address: of a running cluster's head, `HOST:PORT`, or `auto` for the cluster this machine is
+            a node of; `None` starts Ray in this process.
         workers: worker processes; by default one per core of this machine, or of the cluster.
         log: file that every worker process appends its log to; on a cluster, on shared storage.
 
     Raises:
-        UserError: for `workers < 1`, or an address that does not answer.
+        UserError: for `workers` below 1 or above the cluster's cores, or an address that is no
+            address, does not answer or cannot be joined from here.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
+    if address is not None and address != "auto":
+        _check_address(address)
     quieten()
     import ray
 
@@ -81,27 +88,30 @@ def start(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            if address is None:
-                count = workers or len(os.sched_getaffinity(0))
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    num_cpus=count,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    **common,
-                )
-            else:
+        if address is None:
+            count = workers or len(os.sched_getaffinity(0))
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=count,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **common,
+            )
+        else:
+            try:
                 ray.init(address=address, **common)
-                resources: Callable[[], dict[str, float]] = ray.cluster_resources
-                count = workers or max(1, int(resources().get("CPU", 1)))
-        except ConnectionError as error:
-            raise UserError(
-                f"no Ray cluster answers at {address!r}: {error}. Start one with "
-                f"'ray start --head', or leave --ray out to run on this machine"
-            ) from error
-    _log_instead_of_print()
+            # Ray ends the process where what answers at the address is no head of a cluster.
+            except (Exception, SystemExit) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"--ray {address}: this cluster cannot be joined: {reason}. The command runs "
+                    f"on a node of the cluster, with its version of Ray and its RAY_AUTH_MODE and "
+                    f"token; leave --ray out to run on this machine alone"
+                ) from error
     try:
+        if address is not None:
+            count = _granted(address, workers)
+        _log_instead_of_print()
         yield Cluster(count, address or "local")
     finally:
         ray.shutdown()
@@ -114,6 +124,52 @@ def _worker_environment(log: Path | None) -> dict[str, Any]:
         "env_vars": {**WORKER_ENVIRONMENT, VARIABLE: str(log.resolve())},
         "worker_process_setup_hook": HOOK,
     }
+
+
+def _check_address(address: str) -> None:
+    """Refuse what is no `HOST:PORT` and what does not answer, in seconds.
+
+    Raises:
+        UserError: saying what is allowed.
+    """
+    allowed = "HOST:PORT of the head (ray start --head prints it, port 6379 unless told), or auto"
+    if address.startswith("ray://"):
+        raise UserError(
+            f"--ray {address}: Ray Client (ray://) is not supported: workers would read and write "
+            f"files that this machine does not see. Run the command on a node of the cluster and "
+            f"give {allowed}"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UserError(f"--ray {address}: not an address. Give {allowed}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--ray {address}: nothing answers there: {error}. Start a cluster with "
+            f"'ray start --head', or leave --ray out to run on this machine. Give {allowed}"
+        ) from error
+
+
+def _granted(address: str, asked: int | None) -> int:
+    """Workers on a cluster: as asked, else one per core.
+
+    Raises:
+        UserError: for more than it has cores, since the others would never start.
+    """
+    import ray
+
+    cluster_resources: Any = ray.cluster_resources
+    resources: Mapping[str, float] = cluster_resources()
+    cores = int(resources.get("CPU", 0))
+    if cores < 1:
+        raise UserError(f"--ray {address}: no node of this cluster offers a core (CPU); add a node")
+    if asked is not None and asked > cores:
+        raise UserError(
+            f"--workers {asked}: the cluster at {address} has {cores} cores, and each worker takes "
+            f"one. Give {cores} at most, or add nodes first"
+        )
+    return asked or cores
 
 
 def _log_instead_of_print() -> None:

@@ -66,8 +66,12 @@ class TablePredictor:
         base_latency_ms: float = 0.0,
         base_size_bytes: float = 0.0,
         scale: float = 1.0,
+        peak_base_bytes: float | None = None,
+        peak_per_byte: float = 0.0,
     ) -> None:
         self._latency, self._size, self._scale = latency, size, scale
+        self.base_peak_memory_bytes = peak_base_bytes
+        self._peak_per_byte = peak_per_byte
         self.base_latency_ms = base_latency_ms * scale
         self.base_size_bytes = base_size_bytes
 
@@ -76,6 +80,21 @@ class TablePredictor:
 
     def size_bytes(self, unit: str, option: Option) -> float:
         return self._size[unit][option.key]
+
+    def peak_memory_bytes(self, unit: str, option: Option) -> float:
+        return self._peak_per_byte * self.size_bytes(unit, option)
+
+    def with_peak(self, base_bytes: float, per_byte: float) -> TablePredictor:
+        """The same with a peak memory, affine in the size of the units."""
+        return type(self)(
+            self._latency,
+            self._size,
+            self.base_latency_ms / self._scale,
+            self.base_size_bytes,
+            self._scale,
+            base_bytes,
+            per_byte,
+        )
 
     def predict(self, options: Mapping[str, Option]) -> Measurement:
         return Measurement(

@@ -28,6 +28,10 @@ class Shrinking:
 
     base_latency_ms = 0.2
     base_size_bytes = 0.0
+    base_peak_memory_bytes = None
+
+    def peak_memory_bytes(self, unit: str, option: Option) -> float:
+        return 0.0
 
     def latency_ms(self, unit: str, option: Option) -> float:
         behind = UNITS - 1 - int(unit.split(".")[1])

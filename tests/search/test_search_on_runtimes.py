@@ -16,7 +16,7 @@ from autocomp.core.candidate import Candidate, Option
 from autocomp.core.errors import InfeasibleError
 from autocomp.core.measurement import Measurement
 from autocomp.search.baselines import baselines
-from autocomp.search.costs import Costs, PeakMemory
+from autocomp.search.costs import Costs
 from autocomp.search.milp import check_reachable, solve
 from autocomp.search.proposal import Proposal
 from autocomp.search.proposer import TrialProposer
@@ -70,8 +70,8 @@ def total(of: Callable[[str, Option], float], p: Problem, vector: Vector) -> flo
 
 
 def test_what_a_runtime_lacks_is_never_solved_for_nor_moved_to(small: Problem) -> None:
-    predictor = costs_of(small)["hasty"]
-    costs = Costs(small.space, predictor, PeakMemory(1e6, 0.0))
+    predictor = costs_of(small)["hasty"].with_peak(1e6, 0.0)
+    costs = Costs(small.space, predictor)
     weights = small.scores.arrays(small.space)
     for limit in (0.6, 1.0, 1.6):
         limits = {"latency_ms": limit, "size_bytes": 300e3, "peak_memory_bytes": 2e6}

@@ -12,7 +12,7 @@ from search_problems import LEVELS, Problem, embeddings, ffn, problem
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InfeasibleError, InternalError
-from autocomp.search.costs import Costs, PeakMemory
+from autocomp.search.costs import Costs
 from autocomp.search.milp import check_reachable, seeds, solve
 from autocomp.search.scores import Scores, replace_one
 from autocomp.search.space import Space, hamming
@@ -95,7 +95,7 @@ def test_solve_finds_the_enumerated_optimum(small: Problem, latency: float, size
 
 
 def test_peak_memory_is_a_third_constraint(small: Problem) -> None:
-    costs = Costs(small.space, small.predictor, PeakMemory(1e6, 2.0))
+    costs = Costs(small.space, small.predictor.with_peak(1e6 + 2.0 * 20e3, 2.0))
     limits = costs.limits(Budget(latency_ms=5.0, peak_memory_bytes=1.3e6), 0.0)
     assert set(limits) == {"latency_ms", "peak_memory_bytes"}
     vector = solve(small.scores.arrays(small.space), costs, limits)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from scipy.special import logsumexp
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+)
 
 from autocomp.core.errors import ModelError, StorageError, UserError
 from autocomp.models.load import load_model
 from autocomp.models.sources import read_config
 from autocomp.spec.schema import TeacherSection
+from autocomp.targets.skeleton_store import skeleton_key
 from autocomp.tasks import make_task
 from autocomp.tasks import teacher as teacher_module
 from autocomp.tasks.fitting import _HEAD_PENALTY, _logistic_regression
@@ -116,6 +123,90 @@ def test_fit_none_takes_a_model_with_a_head_as_it_is(
     assert accuracy(fitted, again) == accuracy(fitted, task)
     with pytest.raises(ModelError, match=r"BertModel\) has no classification head.*fit: full"):
         make_teacher(as_is, again, bert_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bert.encoder.layer.0.output.dense.weight", "bert.encoder.layer.1.output.LayerNorm.weight"],
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_tensor_that_is_not_finite_is_named_whether_fitted_or_not(
+    name, bad, task, text_csv, spec_of, bert_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(teacher_module, "fit_full", lambda *_, **__: None)
+    settings = spec_of("text-classification", text_csv, teacher=FULL)
+    fitted = make_teacher(settings, task, bert_path, tmp_path / "cache")
+    tensors = load_file(fitted / "model.safetensors")
+    broken = shutil.copytree(fitted, tmp_path / "broken")
+    tensors[name][-1] = bad
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    for teacher in ({"fit": "none"}, FULL):
+        asked = spec_of("text-classification", text_csv, teacher=teacher)
+        with pytest.raises(ModelError, match=f"{name} holds NaN or infinity") as caught:
+            make_teacher(asked, make_task(asked, broken), broken, tmp_path / "cache")
+        assert caught.value.exit_status == 2
+
+
+OWN_CODE = """
+from transformers import BertForSequenceClassification
+
+class Doubled(BertForSequenceClassification):
+    def forward(self, *arguments, **named):
+        outputs = super().forward(*arguments, **named)
+        outputs.logits = outputs.logits * FACTOR
+        return outputs
+"""
+
+
+@pytest.fixture
+def own_code(bert_path, tmp_path):
+    """A BERT with a head whose class comes in a file of its own."""
+
+    def write(factor):
+        path = tmp_path / f"own{factor}"
+        shutil.copytree(bert_path, path)
+        config = read_config(path)
+        config["auto_map"] = {"AutoModelForSequenceClassification": "modelling.Doubled"}
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "modelling.py").write_text(OWN_CODE.replace("FACTOR", str(factor)))
+        return path
+
+    return write
+
+
+def test_a_teacher_of_remote_code_carries_it_and_asks_for_trust(
+    own_code, text_csv, spec_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(teacher_module, "fit_full", lambda *_, **__: None)
+    spec = spec_of("text-classification", text_csv, teacher=FULL)
+    trusting = spec.model_copy(
+        update={"model": spec.model.model_copy(update={"trust_remote_code": True})}
+    )
+    source = own_code(2)
+    task = make_task(spec, source)
+    with pytest.raises(ModelError, match="trust_remote_code: true"):
+        make_teacher(spec, task, source, tmp_path / "cache")
+    path = make_teacher(trusting, task, source, tmp_path / "cache")
+    assert (path / "modelling.py").exists()
+    shutil.rmtree(source)  # the teacher stands by itself
+    with pytest.raises(ModelError, match="trust_remote_code: true"):
+        load_model(path, task.name, task.num_labels)
+    model = load_model(path, task.name, task.num_labels, trust_remote_code=True)
+    assert type(model).__name__ == "Doubled"
+    inputs = next(task.batches("search", 4))
+    stock = BertForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        assert torch.allclose(task.logits(model, inputs), 2 * stock(**inputs_of(inputs)).logits)
+    # Other code is another teacher and another skeleton, though the weights are the same.
+    other_source = own_code(3)
+    other = make_teacher(trusting, task, other_source, tmp_path / "cache")
+    assert other != path
+    tripled = load_model(other, task.name, task.num_labels, trust_remote_code=True)
+    assert skeleton_key(tripled, [], task) != skeleton_key(model, [], task)
+
+
+def inputs_of(batch):
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def test_head_fit_on_images_leaves_the_encoder_alone(image_npz, spec_of, vit_path, tmp_path):

@@ -43,7 +43,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Screener, An
     monkeypatch.setattr(screener, "load_model", lambda *_: model)
     monkeypatch.setattr(screener, "BATCH", 3)
     context = SimpleNamespace(
-        spec=SimpleNamespace(search=SimpleNamespace(screen_examples=7)),
+        spec=SimpleNamespace(
+            search=SimpleNamespace(screen_examples=7),
+            model=SimpleNamespace(trust_remote_code=False),
+        ),
         model_path=tmp_path,
         teacher_path=tmp_path,
         library_path=Library(tmp_path / "library").root,

@@ -53,6 +53,10 @@ class Counter:
     def die_once(self, path: str) -> str:
         return die_once(path) if path else "alive"
 
+    def nap(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
     def always_dies(self, _: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
