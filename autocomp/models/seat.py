@@ -105,7 +105,8 @@ def share_heads(model: nn.Module, unit: Unit, per_group: int) -> None:
     in models that have no groups of their own too.
     """
     core: Any = model.get_submodule(core_path(model, unit))
-    core.num_key_value_groups = per_group
+    if per_group != getattr(core, "num_key_value_groups", 1):
+        core.num_key_value_groups = per_group
 
 
 def state_mixer(state: Mapping[str, SiteStateLike]) -> Mixer | None:

@@ -126,6 +126,30 @@ def test_token_by_token_is_the_whole(runtime: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(new, expected)
 
 
+def test_a_cache_of_int8_has_the_channels_that_are_left(runtime: str, tmp_path: Path) -> None:
+    model, units, _ = small_model("llama", tie_word_embeddings=False)
+    model.config.use_cache = False
+    task = TextTask(masked=False)
+    place = target(runtime, prompt=9, generate=12)
+    skeleton = place.export(model, units, task)
+    ids = task.example_inputs(2, 9)["input_ids"]
+    unit = attention(units)[1]
+    share(model, unit, 1)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    state = unit_state(model, unit)
+    for site in unit.sites:
+        if site.role in ("key", "value"):
+            form = replace(state[site.name].format, cache_bits=8)
+            scale = torch.linspace(0.05, 0.1, form.rows)
+            state[site.name] = replace(state[site.name], format=form, output_scale=scale)
+    install(model, unit, state)
+    artifact = place.write(place.lower(skeleton, model, units), tmp_path)
+    assert place.verify(artifact, model, {"input_ids": ids.numpy()}) < 1e-3
+    with torch.no_grad():
+        assert (model(input_ids=ids).logits - before).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("method", ["tome", "token_prune", "token_fuse"])
 def test_tokens_are_chosen_by_all_query_heads(method: str, runtime: str, tmp_path: Path) -> None:
     dense, units, _ = small_model("vit", image_size=48, num_hidden_layers=3)
