@@ -179,7 +179,7 @@ class Recorder:
         if not self._calls[unit]:
             raise ModelError(
                 f"{unit} was not called during calibration, or no example of it is shorter than "
-                f"{TOKENS} tokens: there is nothing to train a replacement on"
+                f"{TOKENS} tokens: there is nothing to train it on"
             )
         tensors: dict[str, Tensor] = {}
         shared = _Shared()

@@ -7,6 +7,9 @@ filled up with zeros, which leaves its function as it is:
 - an inner channel whose rows and column are zero adds nothing (biases included);
 - a skipped sublayer whose output layer is zero adds nothing to the residual stream.
 
+It also says one number of query heads that share keys and values. Where heads share them more
+widely in some layers, or the config has no such number (BERT, ViT), keys and values are repeated.
+
 A layer both of whose sublayers are skipped goes altogether where its norms go with it (pre-norm);
 after a post-norm layer two norms remain, so there it is filled up. Some models cannot state a head
 width beside the number of heads (BERT): these keep the number they had. Which configs a model
@@ -16,6 +19,7 @@ accepts is not guessed: it is built, without memory, and its shapes are looked a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +30,7 @@ from torch import nn
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.factors import factored_sites
 from autocomp.core.unit import Unit
+from autocomp.export.shared_heads import repeated, repeated_note, sharing
 from autocomp.library.student import unit_state
 from autocomp.models.conversion import to_linear
 from autocomp.models.layouts import Layout
@@ -53,7 +58,7 @@ class Structure:
         names: site name in `model` → name in the student.
         idle: prefixes of names in `model` of what belongs to skipped sublayers: any value will do.
         vocabulary: the tokens kept, if not all.
-        notes: what was filled up with zeros, for the card.
+        notes: what was filled up with zeros or repeated, for the card.
     """
 
     config: Any
@@ -80,6 +85,7 @@ def stock_structure(
         UserError: naming the first unit that cannot be expressed, and why.
     """
     layout = model_layout(student)
+    states: Mapping[str, UnitState]
     states = {unit.name: unit_state(student, unit) for unit in units}
     for unit in units:
         if factored := sorted(factored_sites(states[unit.name])):
@@ -94,7 +100,7 @@ def stock_structure(
     _set_layers(layout, config, layers)
     if vocabulary is not None:
         _set_vocabulary(layout, config, vocabulary, units, format)
-    config = _fitted(layout, config, task, units, states, multiple)
+    config, states, repeats = _fitted(layout, config, task, units, states, multiple)
     model = _build(config, task)
     found, shapes, names = _placed(layout, units, states, layers, model)
     for name, site in found.items():
@@ -108,7 +114,7 @@ def stock_structure(
                 f"{layout.model_type} has only {rows} × {columns} there",
             )
     idle = tuple(_idle(layout, units, states, layers))
-    notes = _notes(units, layers, found, shapes)
+    notes = (*_notes(units, layers, found, shapes), *repeated_note(repeats))
     return Structure(config, model, layers, found, shapes, names, idle, vocabulary, notes)
 
 
@@ -215,28 +221,33 @@ def _fitted(
     units: Sequence[Unit],
     states: Mapping[str, UnitState],
     multiple: int,
-) -> Any:
-    """`config` with the smallest groups of heads, then width, that a stock model is built with."""
+) -> tuple[Any, Mapping[str, UnitState], int]:
+    """The smallest config that a stock model is built with: groups of heads, then width.
+
+    Returns:
+        `config`, changed; the states, with keys and values repeated for as many heads as share them
+        in it; how many weights that repeats.
+    """
     attention = next(unit for unit in units if unit.kind == "attention")
     ffn = next(unit for unit in units if unit.kind == "ffn")
     assert attention.kv_heads is not None
     assert attention.heads is not None
     assert attention.head_dim is not None
     assert ffn.width is not None
-    per_group = attention.heads // attention.kv_heads
-    groups = _largest(units, states, "attention", "key") // attention.head_dim
     width = _largest(units, states, "ffn", "up")
     single = copy.deepcopy(config)
     _set_layers(layout, single, (0,))  # shapes of one layer are those of all
-    for count in range(max(groups, 1), attention.kv_heads + 1):
-        changes = _heads(layout, count, per_group, attention.head_dim)
-        shape = (count * per_group * attention.head_dim, count * attention.head_dim)
-        if shape[0] % multiple:
-            continue
-        if _gives(layout, single, changes, task, attention, ("query", "key"), shape):
+    own = attention.heads // attention.kv_heads
+    common = math.gcd(*sharing(units, states)) or own
+    for per_group in dict.fromkeys((common if layout.keys.kv_heads else own, own)):
+        changes = _heads_changes(
+            layout, single, task, attention, per_group, units, states, multiple
+        )
+        if changes is not None:
             _change(config, changes)
             _change(single, changes)
             break
+    states, repeats = repeated(units, states, per_group)
     for count in range(max(width, 1), ffn.width + 1):
         changes = _width(layout, config, count)
         if count % multiple:
@@ -244,7 +255,31 @@ def _fitted(
         if _gives(layout, single, changes, task, ffn, ("up",), (count,)):
             _change(config, changes)
             break
-    return config
+    return config, states, repeats
+
+
+def _heads_changes(
+    layout: Layout,
+    config: Any,
+    task: str,
+    attention: Unit,
+    per_group: int,
+    units: Sequence[Unit],
+    states: Mapping[str, UnitState],
+    multiple: int,
+) -> dict[str, int] | None:
+    """The fewest groups of `per_group` heads that hold every layer, as changes of a config."""
+    assert attention.heads is not None
+    assert attention.head_dim is not None
+    heads = _largest(units, states, "attention", "query") // attention.head_dim
+    for count in range(max(heads // per_group, 1), attention.heads // per_group + 1):
+        changes = _heads(layout, count, per_group, attention.head_dim)
+        shape = (count * per_group * attention.head_dim, count * attention.head_dim)
+        if shape[0] % multiple:
+            continue
+        if _gives(layout, config, changes, task, attention, ("query", "key"), shape):
+            return changes
+    return None
 
 
 def _largest(units: Sequence[Unit], states: Mapping[str, UnitState], kind: str, role: Any) -> int:

@@ -25,8 +25,8 @@ from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError, ModelError
 from autocomp.core.unit import Unit, dense_format
 from autocomp.library.errors import relative_errors
-from autocomp.library.mixers import without_stats
 from autocomp.library.store import Library, item_key
+from autocomp.library.training import without_stats
 from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
 from autocomp.operators import (
@@ -36,7 +36,7 @@ from autocomp.operators import (
     training_step,
     weight_option,
 )
-from autocomp.operators.protocol import SiteState, UnitState
+from autocomp.operators.protocol import SiteState, UnitState, training_of
 
 TRAINING_WEIGHT = 100
 """Options of another kind that take about as long as training a replacement does."""
@@ -279,8 +279,10 @@ def _trained(task: BuildTask, library: Library, original: UnitState, stats: Unit
         made = apply_step(task.unit, original, step, recorded)
         errors = relative_errors(original, original, made, stats)
         seconds = time.perf_counter() - started
-        training = next(site.mixer.training for site in made.values() if site.mixer is not None)
-        info = _info(task.unit, Option((step,)), seconds, errors) | {"training": dict(training)}
+        training = training_of(made)
+        assert training is not None
+        info = _info(task.unit, Option((step,)), seconds, errors)
+        info["training"] = dict(training.report)
         library.put(key, made, info)
         state = library.get(key)
     if state is None:  # removed the moment it was written

@@ -6,7 +6,15 @@ import torch
 
 from autocomp.operators.factorize.factors import multiplied
 from autocomp.operators.gram import derived, output_error
-from autocomp.operators.protocol import MixerState, SiteState, SiteStats, UnitState, UnitStats
+from autocomp.operators.protocol import (
+    LocalTraining,
+    SiteState,
+    SiteStats,
+    UnitState,
+    UnitStats,
+    trained_stats,
+    training_of,
+)
 
 
 def relative_errors(
@@ -19,13 +27,13 @@ def relative_errors(
     are multiplied: the error is that of the site they stand for. Without a Gram matrix, of a table
     or because no operator needed it, the error is ‖W − Ŵ‖² / ‖W‖².
 
-    Where a mixer replaced attention, projections were trained, and have no original either: what
-    later steps do to them is compared with `before`. The output's error is that of the sublayer on
-    held-out tokens, after training, and what later steps add.
+    Where attention was trained (a mixer, shared keys and values), projections have no original
+    either: what later steps do to them is compared with `before`. The output's error is that of the
+    sublayer on held-out tokens, after training, and what later steps add.
     """
-    mixer = next((site.mixer for site in after.values() if site.mixer is not None), None)
-    if mixer is not None:
-        return _errors_behind(mixer, before, after, stats)
+    training = training_of(after)
+    if training is not None:
+        return _errors_behind(training, before, after, stats)
     errors: dict[str, float] = {}
     before, after = multiplied(before), multiplied(after)
     for name, site in after.items():
@@ -40,19 +48,16 @@ def relative_errors(
 
 
 def _errors_behind(
-    mixer: MixerState, before: UnitState, after: UnitState, stats: UnitStats
+    training: LocalTraining, before: UnitState, after: UnitState, stats: UnitStats
 ) -> dict[str, float]:
-    """`before` is the state before the last step; as original, where that is the mixer's own."""
+    """`before` is the state before the last step: dense, where that is the one that trains."""
     errors = dict.fromkeys(after, 0.0)
-    if any(site.mixer is not None for site in before.values()):
-        known = dict(stats)
-        for name, site in before.items():
-            if site.mixer is not None and site.mixer.stats is not None:
-                known[name] = site.mixer.stats
+    if training_of(before) is not None:
+        known = {**stats, **trained_stats(before)}
         for name, site in after.items():
             errors[name] = _relative_error(before[name], site, known.get(name))
-    output = next(name for name, site in after.items() if site.mixer is not None)
-    errors[output] += float(mixer.training.get("error", 0.0))
+    output = next(name for name, site in after.items() if site.training is not None)
+    errors[output] += float(training.report.get("error", 0.0))
     return errors
 
 

@@ -33,6 +33,7 @@ from autocomp.core.files import write_atomic
 from autocomp.core.hashing import content_key
 from autocomp.core.unit import SiteFormat
 from autocomp.library.mixers import pack_mixer, unpack_mixer
+from autocomp.library.training import pack_training, unpack_training
 from autocomp.models.codes import dequantise
 from autocomp.operators import step_versions
 from autocomp.operators.protocol import SiteState, UnitState
@@ -41,7 +42,7 @@ FORMAT_VERSION = 2
 """Raised when the layout of an item changes: older items are then built again."""
 
 STALE_SECONDS = 3600.0
-_MIXER = "mixer_state"
+_MIXER, _TRAINING = "mixer_state", "training"
 _ZEROS = b"0" * 64
 _MARK = b'"sha256":"'
 
@@ -288,7 +289,8 @@ def pack_state(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
     A sparse one as a bit per weight and, float, the weights that the mask lets be; what it was
     before sparsity is only needed while it is built. The ends of a static range are float32 values,
-    so nothing of them is lost either. A mixer is stored with the site whose input it makes.
+    so nothing of them is lost either. A mixer, and how attention was trained, are stored with the
+    site whose input changed.
     """
     tensors: dict[str, torch.Tensor] = {}
     sites: dict[str, Any] = {}
@@ -315,14 +317,18 @@ def pack_state(state: UnitState) -> tuple[dict[str, torch.Tensor], dict[str, Any
         if site.mixer is not None:
             packed, sites[name][_MIXER] = pack_mixer(site.mixer)
             tensors |= {f"{name}|{part}": tensor for part, tensor in packed.items()}
+        if site.training is not None:
+            packed, sites[name][_TRAINING] = pack_training(site.training)
+            tensors |= {f"{name}|{part}": tensor for part, tensor in packed.items()}
     return tensors, sites
 
 
 def unpack_state(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> UnitState:
     state: UnitState = {}
     for name, fields in sites.items():
-        about = fields.get(_MIXER)
-        form = SiteFormat(**{part: value for part, value in fields.items() if part != _MIXER})
+        mixer, training = fields.get(_MIXER), fields.get(_TRAINING)
+        beside = (_MIXER, _TRAINING)
+        form = SiteFormat(**{part: value for part, value in fields.items() if part not in beside})
         codes, scales = tensors.get(f"{name}|codes"), tensors.get(f"{name}|scales")
         bits = tensors.get(f"{name}|bits")
         mask = None if bits is None else unpack_mask(bits, (form.rows, form.columns))
@@ -345,7 +351,8 @@ def unpack_state(sites: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
             kept_rows=tensors.get(f"{name}|kept_rows"),
             row_of=tensors.get(f"{name}|row_of"),
             mask=mask,
-            mixer=None if about is None else unpack_mixer(about, tensors, f"{name}|"),
+            mixer=None if mixer is None else unpack_mixer(mixer, tensors, f"{name}|"),
+            training=None if training is None else unpack_training(training, tensors, f"{name}|"),
             output_scale=tensors.get(f"{name}|output_scale"),
         )
     return state

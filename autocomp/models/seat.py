@@ -98,6 +98,17 @@ def install_cache(model: nn.Module, unit: Unit, key_scale: Tensor, value_scale: 
     _use_interface(model)
 
 
+def share_heads(model: nn.Module, unit: Unit, per_group: int) -> None:
+    """Let `per_group` query heads of an attention unit share a head of keys and of values.
+
+    transformers' attention repeats keys and values as often as this attribute of the module says,
+    in models that have no groups of their own too.
+    """
+    core: Any = model.get_submodule(core_path(model, unit))
+    if per_group != getattr(core, "num_key_value_groups", 1):
+        core.num_key_value_groups = per_group
+
+
 def state_mixer(state: Mapping[str, SiteStateLike]) -> Mixer | None:
     """The mixer that a state brings, around the state's own tensors."""
     brought = next((site.mixer for site in state.values() if site.mixer is not None), None)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from autocomp.core.factors import first_of, second_of, site_of
-from autocomp.core.unit import SiteFormat, Unit
+from autocomp.core.unit import Role, SiteFormat, Unit
 from autocomp.models.factors import LowRank
 from autocomp.models.layouts import Layout, SublayerSpec, layout_of
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip, Unread
@@ -68,7 +68,8 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
     A site becomes a `QuantLinear` or `QuantEmbedding` if it has codes, a `SparseLinear` if it has
     a mask alone, else a plain layer of its new shape; `LowRank` where the state holds its two
     factors, `PrunedTable` around a table that lost rows. Where the output brings a mixer, that is
-    seated, and projections it does not read are gone. The tensors of `state` are used as they are.
+    seated, and projections it does not read are gone; else attention is told how many query heads
+    share a key-value head now. The tensors of `state` are used as they are.
     A table and a head that shared their weight no longer do once either is installed: each then has
     its own.
 
@@ -78,7 +79,7 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
     if not state:
         skip(model, unit)
         return
-    from autocomp.models.seat import install_mixer, state_mixer
+    from autocomp.models.seat import install_mixer, share_heads, state_mixer
 
     mixer = state_mixer(state)
     names = [
@@ -101,6 +102,8 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
         replace_module(model, name, new)
     if mixer is not None:
         install_mixer(model, unit, mixer)
+    elif unit.kind == "attention":
+        share_heads(model, unit, _rows(unit, state, "query") // _rows(unit, state, "key"))
     if unit.kind in ("embedding", "head"):
         _untie(model)
     scales = [one.output_scale for one in state.values() if one.output_scale is not None]
@@ -109,6 +112,13 @@ def install(model: nn.Module, unit: Unit, state: Mapping[str, SiteStateLike]) ->
 
         key, value = scales  # in the order of the unit's sites
         install_cache(model, unit, key, value)
+
+
+def _rows(unit: Unit, state: Mapping[str, SiteStateLike], role: Role) -> int:
+    """Rows of the site of a role, of its second factor where it has two."""
+    site = unit.site(role)
+    assert site is not None
+    return state[site.name if site.name in state else second_of(site.name)].format.rows
 
 
 def _layer(site: SiteStateLike, padding_idx: int | None) -> nn.Module:

@@ -210,12 +210,12 @@ def merge_tokens(
 def class_attention(queries: torch.Tensor, keys: torch.Tensor, head_dim: int) -> torch.Tensor:
     """How much the first token attends to each, `(B, T)`: mean over heads of the softmax.
 
-    `queries`, `keys`: `(B, T, H·D)`.
+    `queries`: `(B, T, H·D)`; `keys`: `(B, T, G·D)`, each for H / G adjacent query heads.
     """
-    query = _by_head(queries[:, :1], head_dim).transpose(1, 2)  # (B, H, 1, D)
-    key = _by_head(keys, head_dim).permute(0, 2, 3, 1)  # (B, H, D, T)
+    key = _by_head(keys, head_dim).permute(0, 2, 3, 1)  # (B, G, D, T)
+    query = queries[:, 0].reshape(len(queries), key.shape[1], -1, head_dim)  # (B, G, H / G, D)
     scores: torch.Tensor = (query @ key) * head_dim**-0.5
-    return scores.softmax(dim=-1).mean(dim=1)[:, 0]
+    return scores.softmax(dim=-1).mean(dim=(1, 2))
 
 
 def _by_head(x: torch.Tensor, head_dim: int) -> torch.Tensor:

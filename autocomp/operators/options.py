@@ -30,6 +30,7 @@ from autocomp.operators.protocol import (
     TrainingOperator,
     UnitState,
     UnitStats,
+    trained_stats,
 )
 from autocomp.spec.space import RuleSection
 
@@ -37,6 +38,7 @@ OPERATORS: Registry[Operator] = Registry(
     "operators",
     {
         "heads": "autocomp.operators.prune.heads:OPERATOR",
+        "groups": "autocomp.operators.prune.groups:OPERATOR",
         "width": "autocomp.operators.prune.width:OPERATOR",
         "skip": "autocomp.operators.prune.skip:OPERATOR",
         "replace": "autocomp.operators.replace.replace:OPERATOR",
@@ -151,7 +153,8 @@ def step_versions(option: Option) -> dict[str, int | list[int]]:
         versions[step.operator] = operator.version
         if getattr(operator, "trains", False):
             named = cast(TrainingOperator, operator).step_version(step)
-            versions[step.operator] = [operator.version, named]
+            if named is not None:
+                versions[step.operator] = [operator.version, named]
     return versions
 
 
@@ -170,16 +173,12 @@ def apply_option(unit: Unit, state: UnitState, option: Option, stats: UnitStats)
 def apply_step(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
     """Carry out one step. Does not modify `state`.
 
-    The factors of a low-rank site have statistics like any other: see `factor_stats`. Behind a
-    mixer, the output projection's are those the mixer brought.
+    The factors of a low-rank site have statistics like any other: see `factor_stats`. Where the
+    unit was trained, the output projection's are those that training brought.
     """
-    mixed = {
-        name: site.mixer.stats
-        for name, site in state.items()
-        if site.mixer is not None and site.mixer.stats is not None
-    }
-    if mixed:
-        stats = {**stats, **mixed}
+    renewed = trained_stats(state)
+    if renewed:
+        stats = {**stats, **renewed}
     if factored_sites(state):
         from autocomp.operators.factorize.factors import factor_stats
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STAGES",
+    "LocalTraining",
     "MixerState",
     "Need",
     "Operator",
@@ -35,6 +36,8 @@ __all__ = [
     "TrainingOperator",
     "UnitState",
     "UnitStats",
+    "trained_stats",
+    "training_of",
 ]
 
 Stage = Literal["structure", "tokens", "sparsity", "bits", "cache"]
@@ -50,16 +53,25 @@ class MixerState:
         name: of the mixer, as in `MIXERS`.
         shape: what it was made for.
         parameters: its `state_dict`; shapes are the mixer's own.
-        stats: of the input that it gives the output projection; for operators of later stages,
-            `None` once nothing is to be built on it.
-        training: how it was trained: errors before and after, rates, loss curve. Plain values.
     """
 
     name: str
     shape: MixerShape
     parameters: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """That the attention of a unit was trained by itself, on what it was called with.
+
+    Attributes:
+        report: errors before and after, rates, loss curve. Plain values.
+        stats: of what the output projection reads since; for operators of later stages, `None`
+            once nothing is to be built on it.
+    """
+
+    report: Mapping[str, Any]
     stats: SiteStats | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,6 +93,7 @@ class SiteState:
         kept_rows: of a table, int64 `(rows,)`, ascending: the original rows that remain.
         row_of: with it, int64 `(original rows,)`: which row stands for each original one.
         mixer: at the output of attention: what replaces its softmax. Later steps keep it.
+        training: there too: how the unit was trained, where it was. Later steps keep it.
         output_scale: float32 `(rows,)`, in steps of which outputs are cached, at `cache_bits` 8.
     """
 
@@ -97,6 +110,7 @@ class SiteState:
     kept_rows: torch.Tensor | None = None
     row_of: torch.Tensor | None = None
     mixer: MixerState | None = None
+    training: LocalTraining | None = None
     output_scale: torch.Tensor | None = None
 
     def on_plain_inputs(self) -> torch.Tensor:
@@ -106,6 +120,20 @@ class SiteState:
 
 UnitState = dict[str, SiteState]
 """Site name → state. An empty dictionary is a skipped unit."""
+
+
+def training_of(state: UnitState) -> LocalTraining | None:
+    """How the unit was trained by itself, if it was."""
+    return next((site.training for site in state.values() if site.training is not None), None)
+
+
+def trained_stats(state: UnitState) -> dict[str, SiteStats]:
+    """Site → statistics of what it reads since the unit was trained, where they are known."""
+    return {
+        name: site.training.stats
+        for name, site in state.items()
+        if site.training is not None and site.training.stats is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -197,8 +225,8 @@ class TrainingOperator(Operator, Protocol):
 
     trains: bool
 
-    def step_version(self, step: Step) -> int:
-        """The version of what `step` names, beside that of the operator."""
+    def step_version(self, step: Step) -> int | None:
+        """The version of what `step` names, beside that of the operator; `None` if it does not."""
         ...
 
 

@@ -12,6 +12,7 @@ from autocomp.report.figures import quality_name
 from autocomp.study.records import TrialRecord
 
 _DENSE_BITS = 32
+_THINNING = ("groups", "rank", "vocabulary")
 
 
 def candidate_figures(
@@ -104,8 +105,8 @@ def _kept_share(
 
 
 def _thinned(option: Mapping[str, Mapping[str, Any]], unit: Unit | None) -> float:
-    """The share of the unit's weights that low rank or a pruned vocabulary leaves."""
-    steps = {name: args for name, args in option.items() if name in ("rank", "vocabulary")}
+    """The share of the unit's weights that low rank, pooling or a pruned vocabulary leaves."""
+    steps = {name: args for name, args in option.items() if name in _THINNING}
     if unit is None or not steps:
         return float(steps.get("rank", {}).get("ratio", 1.0))
     left = option_formats(unit, Option.from_json(steps)).values()

@@ -21,6 +21,12 @@ class StructureSection(Section):
         min_length=1,
         description="Fractions of attention heads (of key-value groups under GQA) kept.",
     )
+    groups: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Fractions of the key-value heads to which these are pooled, rounded to a "
+        "divisor of their number; one at least. Trained on the unit's own inputs.",
+    )
     width: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, min_length=1, description="Fractions of the feed-forward width kept."
     )

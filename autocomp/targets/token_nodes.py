@@ -116,10 +116,12 @@ def _drop(
     places = tokens - protected
     kept = places - shape["chosen"]
     ranked = places if shape["fused"] else kept
-    heads = add.constant([0, 0, -1, shape["head_dim"]])
-    query = add("Reshape", add.slice(queries, 0, 1), heads)
-    query = add("Transpose", query, perm=[0, 2, 1, 3])
-    key = add("Transpose", add("Reshape", keys, heads), perm=[0, 2, 3, 1])
+    key = add("Reshape", keys, add.constant([0, 0, -1, shape["head_dim"]]))
+    groups = add("Shape", key, start=2, end=3)
+    key = add("Transpose", key, perm=[0, 2, 3, 1])
+    rest = add.constant([-1, shape["head_dim"]])
+    grouped = add("Concat", add.constant([0]), groups, rest, axis=0)
+    query = add("Reshape", add.slice(queries, 0, 1), grouped)  # (B, groups, heads of one, D)
     scale = add.constant(shape["head_dim"] ** -0.5, np.float32)
     attention = add("Softmax", add("Mul", add("MatMul", query, key), scale), axis=-1)
     attention = add("ReduceMean", attention, add.constant([1, 2]), keepdims=0)

@@ -23,6 +23,7 @@ from autocomp.models.load import load_model
 from autocomp.models.sources import read_config, read_tensor_shapes
 from autocomp.models.surgery import copy_for_surgery, install
 from autocomp.operators.protocol import SiteState, UnitState
+from autocomp.operators.prune.groups import pool
 from autocomp.operators.quantize.grid import round_to_grid, search_scales
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
@@ -134,6 +135,15 @@ def quantised(
             row_of=site.row_of,
         )
     return found
+
+
+def share(model: nn.Module, unit: Unit, keep: int) -> None:
+    """Pool a unit's keys and values where it is, untrained."""
+    state = unit_state(model, unit)
+    for name, (weight, bias) in pool(replace(unit, plain_keys=True), state, keep, {}).items():
+        form = replace(state[name].format, rows=len(weight))
+        state[name] = replace(state[name], weight=weight, bias=bias, format=form)
+    install(model, unit, state)
 
 
 def quantise_unit(model: nn.Module, unit: Unit, bits: int, *args: Any, **options: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import Finished, finished, quantise_unit
+from exported import Finished, finished, quantise_unit, share
 from safetensors.torch import load_file
 from torch import nn
 
@@ -96,6 +96,28 @@ def test_tensors_of_each_scheme(tmp_path: Path) -> None:
     scale = tensors["model.layers.1.self_attn.q_proj.input_scale"]
     torch.testing.assert_close(scale, torch.tensor([8 / 255]))
     assert "model.layers.1.mlp.up_proj.weight" in tensors  # skipped: dense zeros
+
+
+@pytest.mark.parametrize(("kept", "groups"), [((1, 1, 1), 1), ((1, 2, 1), 2), ((1, 4, 4), 4)])
+def test_shared_keys_are_repeated_where_other_layers_share_less(
+    kept: tuple[int, ...], groups: int, tmp_path: Path
+) -> None:
+    def edit(model: nn.Module, units: Units) -> None:
+        for layer, keep in enumerate(kept):
+            share(model, units[f"layers.{layer}.attention"], keep)
+            quantise_unit(model, units[f"layers.{layer}.attention"], 8)
+
+    trial = finished(tmp_path, "llama", edit, **SHAPE)
+    structure, _, tensors = compress(trial.student, trial.units)
+    assert structure.config.num_key_value_heads == groups
+    for layer, keep in enumerate(kept):
+        place = f"model.layers.{layer}.self_attn.v_proj"
+        value = trial.student.get_submodule(place)
+        assert isinstance(value, QuantLinear)
+        heads = value.dequantised().view(keep, -1, 64)
+        expected = heads.repeat_interleave(groups // keep, dim=0).view(-1, 64)
+        assert torch.equal(unpacked(tensors, place, 8), expected)
+    assert bool(structure.notes) == (len(set(kept)) > 1)
 
 
 def test_written_and_reloaded_in_a_clean_process(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import EXAMPLES, Finished, finished, quantise_unit
+from exported import EXAMPLES, Finished, finished, quantise_unit, share
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -74,7 +74,15 @@ def bits(model: nn.Module, units: Units) -> None:
             quantise_unit(model, unit, 8 if unit.kind != "ffn" else 4, None)
 
 
-EDITS = {"uniform": uniform, "ragged": ragged, "bits": bits}
+def shared(model: nn.Module, units: Units) -> None:
+    """Keys and values shared by all heads in a layer, and fewer heads in the next."""
+    attention = layers(units, "attention")
+    share(model, attention[0], 1)
+    heads(model, attention[1], [2, 0])
+    quantise_unit(model, attention[0], 8, None)
+
+
+EDITS = {"uniform": uniform, "ragged": ragged, "bits": bits, "shared": shared}
 
 
 def stock(trial: Finished) -> tuple[Any, nn.Module]:
@@ -104,6 +112,37 @@ def test_uniform_pruning_adds_no_zeros_where_the_config_can_say_it(tmp_path: Pat
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     assert (config.head_dim, config.intermediate_size, config.hidden_size) == (8, 21, 24)
     assert structure.notes == ()
+
+
+def shared_alike(model: nn.Module, units: Units) -> None:
+    """One head of keys and values everywhere."""
+    for unit in layers(units, "attention"):
+        share(model, unit, 1)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_what_all_layers_share_is_said_in_the_config(model_type: str, tmp_path: Path) -> None:
+    trial = finished(tmp_path, model_type, shared_alike)
+    structure, model = stock(trial)
+    config = structure.config
+    assert (config.num_attention_heads, config.num_key_value_heads) == (6, 1)
+    assert structure.notes == ()
+    inputs = trial.example.inputs()
+    expected = logits(trial.student, inputs)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_a_config_cannot_say_it_keys_are_repeated(tmp_path: Path) -> None:
+    """BERT has a key for every query; layers of Llama share alike or not at all."""
+    bert, _ = stock(finished(tmp_path / "bert", "bert", shared_alike))
+    assert bert.notes == (
+        f"{3 * 2 * 3 * 6 * 24:,} weights repeat keys and values that more heads share in the trial "
+        f"than in this format: they take bytes and time, and change no output.",
+    )
+    llama, _ = stock(finished(tmp_path / "llama", "llama", shared))
+    config = llama.config
+    assert (config.num_attention_heads, config.num_key_value_heads) == (6, 3)
+    assert any(f"{2 * 2 * 8 * 24:,} weights repeat" in note for note in llama.notes)
 
 
 def test_bert_cannot_state_a_head_width(tmp_path: Path) -> None:

@@ -136,15 +136,18 @@ def test_a_composite_is_its_stored_prefix_and_then_the_rest(made: Case, tmp_path
     assert prefix is not None
     name = next(site.name for site in made.unit.sites if site.role == "output")
     assert prefix[name].mixer is not None
-    assert prefix[name].mixer.stats is not None
+    trained = prefix[name].training
+    assert trained is not None
+    assert trained.stats is not None
     for step in (EIGHT, FOUR):
         option = Option((DISTANCES, step))
         stored = library.get(built.keys[made.unit.name, option.key])
         assert stored is not None
         assert stored[name].mixer is not None
-        assert stored[name].mixer.stats is None  # nothing is built on it
+        assert stored[name].training is not None
+        assert stored[name].training.stats is None  # nothing is built on it
         assert_same(apply_step(made.unit, prefix, step, dict(made.stats)), stored, option.label())
-    training = prefix[name].mixer.training
+    training = trained.report
     query = next(site.name for site in made.unit.sites if site.role == "query")
     assert items[ALONE.key].error == {**dict.fromkeys(prefix, 0.0), name: training["error"]}
     eight, four = items[COMPOSITES[0].key].error, items[COMPOSITES[1].key].error
@@ -164,12 +167,15 @@ def test_an_item_comes_back_as_it_was_put(made: Case, tmp_path: Path) -> None:
     assert one is not None
     assert other is not None
     assert set(other.parameters) == {"scores", "scale"}
-    assert one.stats is not None
-    assert other.stats is not None
-    assert one.stats.count == other.stats.count
+    before, after = state[name].training, loaded[name].training
+    assert before is not None
+    assert after is not None
+    assert before.stats is not None
+    assert after.stats is not None
+    assert before.stats.count == after.stats.count
     for part in ("gram", "mean", "low", "high", "sample"):
-        assert torch.equal(getattr(one.stats, part), getattr(other.stats, part))
-    assert other.training["error"] == one.training["error"]
+        assert torch.equal(getattr(before.stats, part), getattr(after.stats, part))
+    assert after.report["error"] == before.report["error"]
 
 
 def test_the_key_holds_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,8 @@ def test_a_recorded_sublayer_gives_what_it_gives_in_the_model(any_made: Case) ->
 def test_distillation_lowers_the_held_out_error_and_is_deterministic(made: Case) -> None:
     recording = load_recording(made.stats.recording)
     before = {name: site.weight.clone() for name, site in made.state.items()}
-    layers, mixer = distil(made.unit, made.state, Distances, recording)
-    training = mixer.training
+    layers, mixer, made_by = distil(made.unit, made.state, Distances, recording)
+    training = made_by.report
     assert training["error"] < training["error_before"] / 4
     assert training["error_trained"] == min(entry[2] for entry in training["curve"])
     assert training["error"] <= training["error_trained"]
@@ -96,8 +96,8 @@ def test_distillation_lowers_the_held_out_error_and_is_deterministic(made: Case)
     assert training["tokens"] > 4 * training["held_out_tokens"] > 0
     assert all(torch.equal(before[name], site.weight) for name, site in made.state.items())
     torch.manual_seed(99)  # nothing depends on it
-    again, same = distil(made.unit, made.state, Distances, recording)
-    assert {**same.training, "seconds": 0} == {**training, "seconds": 0}
+    again, same, twice = distil(made.unit, made.state, Distances, recording)
+    assert {**twice.report, "seconds": 0} == {**training, "seconds": 0}
     for name, (weight, bias) in layers.items():
         assert torch.equal(weight, again[name][0])
         assert bias is None or torch.equal(bias, again[name][1])
@@ -114,7 +114,7 @@ def test_the_error_told_is_that_of_the_installed_unit(made: Case) -> None:
     model = copy_for_surgery(teacher.model)
     install(model, made.unit, state)
     output = state[next(site.name for site in made.unit.sites if site.role == "output")]
-    assert output.mixer is not None
+    assert output.training is not None
     student = Sublayer(recording, made.unit, made.state)
     student.model = model
     error = energy = 0.0
@@ -128,7 +128,7 @@ def test_the_error_told_is_that_of_the_installed_unit(made: Case) -> None:
                 error += float((y[row, real] - found[row, real]).square().sum())
                 energy += float((y[row, real] - output_bias(made)).square().sum())
         number += len(y)
-    assert error / energy == pytest.approx(output.mixer.training["error"], rel=0.02)
+    assert error / energy == pytest.approx(output.training.report["error"], rel=0.02)
 
 
 def output_bias(one: Case) -> torch.Tensor:
@@ -140,9 +140,9 @@ def output_bias(one: Case) -> torch.Tensor:
 def test_statistics_are_those_of_the_installed_model(made: Case, step: Step) -> None:
     state = replaced(made, step)
     name = next(site.name for site in made.unit.sites if site.role == "output")
-    mixer = state[name].mixer
-    assert mixer is not None
-    assert mixer.stats is not None
+    training = state[name].training
+    assert training is not None
+    assert training.stats is not None
     model = copy_for_surgery(made.model)
     install(model, made.unit, state)
     accumulator = Accumulator({name: model.get_submodule(name)})
@@ -151,11 +151,11 @@ def test_statistics_are_those_of_the_installed_model(made: Case, step: Step) -> 
         with torch.no_grad(), accumulator.watching(None if mask is None else mask.bool()):
             model(**batch)
     expected = accumulator.stats([name])[name]
-    assert mixer.stats.count == expected.count
+    assert training.stats.count == expected.count
     scale = float(expected.gram.abs().max())
-    torch.testing.assert_close(mixer.stats.gram, expected.gram, rtol=0, atol=2e-3 * scale)
+    torch.testing.assert_close(training.stats.gram, expected.gram, rtol=0, atol=2e-3 * scale)
     for part in ("mean", "low", "high", "sample"):
-        found, wanted = getattr(mixer.stats, part), getattr(expected, part)
+        found, wanted = getattr(training.stats, part), getattr(expected, part)
         largest = float(expected.sample.abs().max())  # type: ignore[union-attr]
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2 * largest)
 
@@ -165,11 +165,11 @@ def test_bits_behind_a_mixer_are_solved_on_its_statistics(made: Case) -> None:
     prefix = replaced(made, DISTANCES)
     both = apply_step(made.unit, prefix, bits, dict(made.stats))
     name = next(site.name for site in made.unit.sites if site.role == "output")
-    mixer = prefix[name].mixer
-    assert mixer is not None
-    assert mixer.stats is not None
+    training = prefix[name].training
+    assert training is not None
+    assert training.stats is not None
     by_hand = OPERATORS.get("gptq").apply(
-        made.unit, prefix, bits, {**made.stats, name: mixer.stats}
+        made.unit, prefix, bits, {**made.stats, name: training.stats}
     )
     assert_same(both, by_hand, "replace, then bits")
     assert both[name].mixer is not None
@@ -182,21 +182,21 @@ def test_bits_behind_a_mixer_are_solved_on_its_statistics(made: Case) -> None:
 
 def test_the_clock_ends_training_and_the_best_state_so_far_is_kept(made: Case) -> None:
     recording = load_recording(made.stats.recording)
-    _, mixer = distil(
+    _, _, training = distil(
         made.unit, made.state, Distances, recording, replace(SHORT, seconds=0.0, rates=(1e-2,))
     )
-    assert mixer.training["ended"] == "clock"
-    assert mixer.training["steps"] == 1
-    assert mixer.training["error"] <= mixer.training["error_before"]
+    assert training.report["ended"] == "clock"
+    assert training.report["steps"] == 1
+    assert training.report["error"] <= training.report["error_before"]
 
 
 def test_a_single_sequence_is_enough(tmp_path: Path) -> None:
     one = case("bert", tmp_path)
     recording = load_recording(one.stats.recording)
     recording.calls = [recording.calls[0].rows(torch.tensor([3]))]
-    _, mixer = distil(one.unit, one.state, Distances, recording, replace(SHORT, steps=5))
-    assert mixer.training["held_out_tokens"] == 0
-    assert mixer.training["error"] <= mixer.training["error_before"]
+    _, _, training = distil(one.unit, one.state, Distances, recording, replace(SHORT, steps=5))
+    assert training.report["held_out_tokens"] == 0
+    assert training.report["error"] <= training.report["error_before"]
 
 
 def units(name: str = "bert") -> dict[str, Unit]:
@@ -301,11 +301,11 @@ def test_later_steps_keep_the_mixer(made: Case, steps: tuple[Step, ...]) -> None
     formats = option_formats(made.unit, Option((DISTANCES, *steps)))
     assert formats == {name: site.format for name, site in state.items()}
     output = next(site for site in state.values() if site.mixer is not None)
-    assert output.mixer is not None
-    assert output.mixer.stats is not None
+    assert output.training is not None
+    assert output.training.stats is not None
     if output.input_range is not None:
-        assert output.mixer.stats.low is not None
-        assert output.input_range[0] >= float(output.mixer.stats.low.min()) - 1e-5
+        assert output.training.stats.low is not None
+        assert output.input_range[0] >= float(output.training.stats.low.min()) - 1e-5
     model = copy_for_surgery(made.model)
     install(model, made.unit, state)
     with torch.no_grad():

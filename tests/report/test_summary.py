@@ -67,6 +67,16 @@ def test_factors_and_a_pruned_vocabulary_remove_weights() -> None:
         assert figures["removed_share"] == pytest.approx(1 - share, abs=1e-4)
 
 
+def test_shared_keys_remove_weights() -> None:
+    roles = ("query", "key", "value", "output")
+    sites = tuple(Site(role, role, 32, 32, bias=False) for role in roles)
+    attention = Unit("layers.0.attention", "attention", sites, heads=4, kv_heads=4, head_dim=8)
+    shared = Option((Step.of("groups", keep=1), Step.of("gptq", weights=8)))
+    figures = candidate_figures(Candidate.of({attention.name: shared}).to_json(), [attention])
+    assert figures["removed_share"] == pytest.approx(2 * 24 / 128)
+    assert figures["heads_kept"] == 1.0
+
+
 def test_zeros_are_counted_among_the_weights_that_remain() -> None:
     candidate = Candidate.of(
         {
@@ -134,6 +144,7 @@ def test_text() -> None:
             {"heads": {"keep": 6}, "gptq": {"activations": 8, "group": 0, "weights": 8}},
             "heads 6 + gptq w8 a8",
         ),
+        ({"groups": {"keep": 2}, "gptq": {"weights": 4}}, "groups 2 + gptq w4"),
         ({"replace": {"mixer": "window"}, "gptq": {"weights": 4}}, "window + gptq w4"),
         ({"rtn": {"group": 32, "weights": 4, "activations": 32}}, "rtn w4 g32"),
         ({"other": {"alpha": 0.5}}, "other alpha=0.5"),

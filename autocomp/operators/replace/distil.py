@@ -1,8 +1,9 @@
-"""Local distillation: a mixer learns what attention did, on the unit's own inputs. Torch.
+"""Local distillation: what stands for attention learns what it did, on the unit's inputs. Torch.
 
 The target is what the sublayer adds to the residual stream, behind its output projection; the loss
-is the squared error relative to the target's energy. Mixer and inherited projections are trained
-together, the projections at a tenth of the mixer's rate, by AdamW under a cosine with warm-up. The
+is the squared error relative to the target's energy. What is new (a mixer, pooled keys and values)
+and inherited projections are trained together, the latter at a tenth of the rate, by AdamW under a
+cosine with warm-up. The
 rate is found: each of `rates` trains a short schedule of its own from the same start, and the one
 of least error on held-out sequences is used. The state of least held-out error is kept, the start
 included, and its output projection refitted in closed form. Everything is seeded; only the clock,
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from autocomp.core.unit import Role, Unit
 from autocomp.models.mixers.protocol import Mixer
 from autocomp.models.seat import mixer_shape
 from autocomp.operators.gram import damped, damping_for, inverse
-from autocomp.operators.protocol import MixerState, SiteStats, UnitState
+from autocomp.operators.protocol import LocalTraining, MixerState, SiteStats, UnitState
 from autocomp.operators.replace.sublayer import Layers, Sublayer
 
 SEED = 20
@@ -34,7 +35,7 @@ SEED = 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How a mixer is trained.
+    """How a sublayer is trained.
 
     Attributes:
         steps, warm_up: of the whole run.
@@ -62,7 +63,7 @@ class Settings:
 SETTINGS = Settings()
 MAX_GRAD_NORM = 1.0
 EXACT = 1e-6
-"""A mixer that starts with no more error than this (a window over whole texts) is not trained."""
+"""What starts with no more error than this (a window over whole texts) is not trained."""
 
 CHUNK_TOKENS = 4096
 """Tokens, padding included, that run through the sublayer at a time."""
@@ -95,40 +96,58 @@ def distil(
     mixer: type[Mixer],
     recording: Recording,
     settings: Settings | None = None,
-) -> tuple[Layers, MixerState]:
-    """Train `mixer` in the place of the attention of `unit`.
+) -> tuple[Layers, MixerState, LocalTraining]:
+    """Train `mixer` in the place of the attention of `unit`: `train`, and the mixer it leaves."""
+    weights: dict[Role, Tensor] = {site.role: state[site.name].weight for site in unit.sites}
+    seated: list[Mixer] = []
+
+    def prepare(student: Sublayer, examples: Sequence[Call]) -> nn.Module:
+        seated.append(mixer.inherit(mixer_shape(unit), weights))
+        student.seat(seated[0])
+        _calibrate(student, seated[0], examples)
+        return seated[0]
+
+    layers, training = train(unit, state, recording, prepare, settings)
+    parameters = {name: value.detach().clone() for name, value in seated[0].state_dict().items()}
+    return layers, MixerState(mixer.name, seated[0].shape, parameters), training
+
+
+def train(
+    unit: Unit,
+    state: UnitState,
+    recording: Recording,
+    prepare: Callable[[Sublayer, Sequence[Call]], nn.Module],
+    settings: Settings | None = None,
+) -> tuple[Layers, LocalTraining]:
+    """Train what `prepare` makes of the attention of `unit` to do what the attention does.
 
     Args:
         state: the dense unit.
         recording: what its attention was called with.
+        prepare: changes a dense sublayer, given the calls it will be trained on, and returns what
+            is new in it; the other projections are inherited.
 
     Returns:
-        The projections that are left, and the mixer with the statistics of its output. The curve
-        in its `training` holds (step, training error, held-out error); errors are relative to the
-        energy of the target, ‖ŷ − y‖² / ‖y − b‖².
+        The projections that are left, and how training went, with the statistics of what the output
+        projection reads now. The curve in the report holds (step, training error, held-out error);
+        errors are relative to the energy of the target, ‖ŷ − y‖² / ‖y − b‖².
     """
     settings = settings or SETTINGS
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(SEED)
         teacher = Sublayer(recording, unit, state)
-        train, held = _examples(teacher, recording.calls, settings)
-        weights: dict[Role, Tensor] = {site.role: state[site.name].weight for site in unit.sites}
-        seated = mixer.inherit(mixer_shape(unit), weights)
+        seen, held = _examples(teacher, recording.calls, settings)
         student = Sublayer(recording, unit, state)
-        student.seat(seated)
-        _calibrate(student, seated, train)
-        trainer = _Trainer(student, seated, train, held, settings, started)
+        new = prepare(student, [example.call for example in seen])
+        trainer = _Trainer(student, new, seen, held, settings, started)
         run, tried = trainer.best_run()
         trainer.restore(run.state)
         error = trainer.refit_output(run.error)
         stats = _output_stats(student, recording.calls)
-    return student.layers(), MixerState(
-        name=mixer.name,
-        shape=seated.shape,
-        parameters={name: value.detach().clone() for name, value in seated.state_dict().items()},
+    return student.layers(), LocalTraining(
         stats=stats,
-        training={
+        report={
             "error_before": trainer.start_error,
             "error_trained": run.error,
             "error": error,
@@ -137,7 +156,7 @@ def distil(
             "steps": run.steps,
             "ended": run.ended,
             "seconds": round(time.perf_counter() - started, 2),
-            "tokens": sum(example.tokens for example in train),
+            "tokens": sum(example.tokens for example in seen),
             "held_out_tokens": sum(example.tokens for example in held),
             "curve": run.curve,
         },
@@ -150,7 +169,7 @@ class _Trainer:
     def __init__(
         self,
         student: Sublayer,
-        mixer: Mixer,
+        new: nn.Module,
         train: Sequence[_Example],
         held: Sequence[_Example],
         settings: Settings,
@@ -158,9 +177,10 @@ class _Trainer:
     ) -> None:
         self._student, self._settings, self._started = student, settings, started
         self._train, self._held = train, held or train
-        self._new = [p for p in mixer.parameters() if p.is_floating_point()]
-        self._old = [p for linear in student.projections().values() for p in linear.parameters()]
-        self._module = nn.ModuleList([mixer, *student.projections().values()])
+        self._module = nn.ModuleList([new, *student.projections().values()])
+        self._new = [p for p in new.parameters() if p.is_floating_point()]
+        known = {id(parameter) for parameter in new.parameters()}
+        self._old = [p for p in self._module.parameters() if id(p) not in known]
         self._bias = None if student.output.bias is None else student.output.bias.detach().clone()
         self._energy = self._mean_energy(train), self._mean_energy(self._held)
         self.start = self._snapshot()
@@ -296,11 +316,11 @@ class _Trainer:
 
 
 @torch.no_grad()
-def _calibrate(student: Sublayer, mixer: Mixer, examples: Sequence[_Example]) -> None:
+def _calibrate(student: Sublayer, mixer: Mixer, calls: Sequence[Call]) -> None:
     """Show a mixer the inputs it will be trained on."""
     seen: list[tuple[Any, ...]] = []
     handle = mixer.register_forward_pre_hook(lambda _, args: seen.append(args))
-    student.run(max(examples, key=lambda example: example.tokens).call)
+    student.run(max(calls, key=lambda call: int(call.lengths.sum())))
     handle.remove()
     mixer.calibrate(*seen[0])
 

@@ -29,7 +29,7 @@ class Replace:
     paper = "Bick et al., 2024, MOHAWK, arXiv:2408.10189"
     choices = "structure.replace: names of mixers (autocomp ls mixers); at_most: units replaced"
     stage: Stage = "structure"
-    version = 1
+    version = 2
     trains = True
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ()
@@ -97,14 +97,15 @@ class Replace:
 
         if not isinstance(stats, RecordedStats):
             raise InternalError(f"{unit.name}: its attention's inputs were not recorded")
-        trained, mixer = distil(unit, state, _mixer(step), load_recording(stats.recording))
+        recording = load_recording(stats.recording)
+        trained, mixer, training = distil(unit, state, _mixer(step), recording)
         formats = self.formats(unit, {name: site.format for name, site in state.items()}, step)
         result: UnitState = {}
         for name, form in formats.items():
             weight, bias = trained[name]
             result[name] = replace(state[name], weight=weight, bias=bias, format=form)
             if form.mixer is not None:
-                result[name].mixer = mixer
+                result[name].mixer, result[name].training = mixer, training
         return result
 
     def step_version(self, step: Step) -> int:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from autocomp.calibrate.record import Call, Recording
 from autocomp.core.errors import InternalError
-from autocomp.core.unit import Unit
+from autocomp.core.unit import Role, Unit
 from autocomp.models.conversion import to_linear
 from autocomp.models.load import quiet
 from autocomp.models.mixers.protocol import Mixer
-from autocomp.models.seat import core_path, install_mixer
+from autocomp.models.seat import core_path, install_mixer, share_heads
 from autocomp.models.surgery import dense_linear, replace_module
 from autocomp.operators.protocol import UnitState
+
+_SHARED: tuple[Role, Role] = ("query", "key")
 
 Layers = dict[str, tuple[Tensor, Tensor | None]]
 """Site name → weight `(rows, columns)` and bias `(rows,)` or `None`."""
@@ -63,6 +65,16 @@ class Sublayer:
     def seat(self, mixer: Mixer) -> None:
         """Put `mixer` in the place of softmax."""
         install_mixer(self.model, self.unit, mixer)
+
+    def share(self, pooled: Layers) -> None:
+        """Let fewer keys and values, by these layers, serve all query heads."""
+        for name, (weight, bias) in pooled.items():
+            layer = dense_linear(weight.clone(), None if bias is None else bias.clone())
+            replace_module(self.model, name, layer)
+        query, key = (self.unit.site(role) for role in _SHARED)
+        assert query is not None
+        assert key is not None
+        share_heads(self.model, self.unit, query.rows // len(pooled[key.name][0]))
 
     def projections(self) -> dict[str, nn.Linear]:
         """The linear layers that are there, by site name."""
