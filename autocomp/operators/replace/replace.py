@@ -29,7 +29,7 @@ class Replace:
     paper = "Bick et al., 2024, MOHAWK, arXiv:2408.10189"
     choices = "structure.replace: names of mixers (autocomp ls mixers); at_most: units replaced"
     stage: Stage = "structure"
-    version = 1
+    version = 2
     trains = True
     speeds_up: tuple[str, ...] = ("onnxruntime-cpu", "openvino-cpu")
     shrinks: tuple[str, ...] = ()
