@@ -31,6 +31,7 @@ from autocomp.models.discover import Stored, stored_tensors
 from autocomp.models.sources import read_config, weight_files
 from autocomp.operators import apply_step, option_formats, training_step, weight_option
 from autocomp.operators.protocol import SiteState, UnitState
+from autocomp.targets.peak_memory import peak_bytes, reset_peak
 
 TRAINING_WEIGHT = 100
 """Options of another kind that take about as long as training a replacement does."""
@@ -79,6 +80,10 @@ class ItemInfo:
         error: site → output error on the calibration tokens relative to the output's energy,
             ‖Wx − Ŵx‖² / ‖Wx‖²; for tables, relative to the weights'.
         size_bytes: of the stored item.
+        peak_bytes: the most memory that was resident in the worker meanwhile, all of it, torch and
+            what other options left included; where the system cannot count anew (all but Linux),
+            since the worker began.
+        training: of the step that trains, if it begins with one: what `MixerState.training` says.
     """
 
     unit: str
@@ -87,6 +92,8 @@ class ItemInfo:
     seconds: float
     error: Mapping[str, float]
     size_bytes: int
+    peak_bytes: int
+    training: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping."""
@@ -214,8 +221,11 @@ def build_unit(task: BuildTask) -> list[ItemInfo]:
     states: dict[tuple[Step, ...], UnitState] = {(): original}
     items: list[ItemInfo] = []
     begun = time.perf_counter()
+    training: Mapping[str, Any] | None = None
+    reset_peak()
     if task.trained is not None:
-        states[task.trained[:1]] = _trained(task, library, original, stats)
+        states[task.trained[:1]] = made = _trained(task, library, original, stats)
+        training = _training(made)
     # Options that begin alike are neighbours; of the rest only the common beginnings are kept.
     for option, key in sorted(task.options, key=_beginnings):
         started = begun
@@ -231,13 +241,15 @@ def build_unit(task: BuildTask) -> list[ItemInfo]:
                 )
         state = states[option.steps]
         errors = relative_errors(original, states.get(option.steps[:-1], original), state, stats)
-        seconds = time.perf_counter() - started
+        seconds, peak = time.perf_counter() - started, peak_bytes()
         if task.trained is not None and key == task.trained[1]:
             size = library.path(key).stat().st_size
         else:
-            size = library.put(key, without_stats(state), _info(task.unit, option, seconds, errors))
-        items.append(ItemInfo(task.unit.name, option, key, seconds, errors, size))
+            info = _info(task.unit, option, seconds, errors, peak)
+            size = library.put(key, without_stats(state), info)
+        items.append(ItemInfo(task.unit.name, option, key, seconds, errors, size, peak, training))
         begun = time.perf_counter()
+        reset_peak()
     return items
 
 
@@ -253,9 +265,8 @@ def _trained(task: BuildTask, library: Library, original: UnitState, stats: Unit
         made = apply_step(task.unit, original, step, recorded)
         errors = relative_errors(original, original, made, stats)
         seconds = time.perf_counter() - started
-        training = next(site.mixer.training for site in made.values() if site.mixer is not None)
-        info = _info(task.unit, Option((step,)), seconds, errors) | {"training": dict(training)}
-        library.put(key, made, info)
+        info = _info(task.unit, Option((step,)), seconds, errors, peak_bytes())
+        library.put(key, made, info | {"training": dict(_training(made))})
         state = library.get(key)
     if state is None:  # removed the moment it was written
         raise InternalError(
@@ -265,14 +276,19 @@ def _trained(task: BuildTask, library: Library, original: UnitState, stats: Unit
     return state
 
 
+def _training(state: UnitState) -> Mapping[str, Any]:
+    return next(site.mixer.training for site in state.values() if site.mixer is not None)
+
+
 def _info(
-    unit: Unit, option: Option, seconds: float, errors: Mapping[str, float]
+    unit: Unit, option: Option, seconds: float, errors: Mapping[str, float], peak: int
 ) -> dict[str, Any]:
     return {
         "unit": unit.name,
         "option": option.to_json(),
         "seconds": seconds,
         "error": dict(errors),
+        "peak_bytes": peak,
     }
 
 
