@@ -20,6 +20,8 @@ from autocomp.models.mixers import MIXERS
 from autocomp.models.seat import install_mixer, mixer_shape
 from autocomp.models.surgery import copy_for_surgery
 
+pytestmark = pytest.mark.timeout(900)  # a busy host; seconds a structure on an idle one
+
 LONG = {"num_hidden_layers": 1, "max_position_embeddings": 160}
 DECODE = {"prompt": 9, "generate": 12}
 DECODER = small_model("llama", tie_word_embeddings=False, **LONG)
