@@ -29,6 +29,7 @@ from autocomp.workers.cluster import Cluster
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from autocomp.study.ledger import Ledger
     from autocomp.targets.cost_table import CostTable
 
 logger = logging.getLogger(__name__)
@@ -88,14 +89,20 @@ def _loaded(plan: Plan, teacher: Teacher) -> nn.Module:
 
 
 def prepare_library(
-    plan: Plan, teacher: Teacher, cluster: Callable[[], Cluster], progress: SearchProgress
+    plan: Plan,
+    teacher: Teacher,
+    cluster: Callable[[], Cluster],
+    progress: SearchProgress,
+    ledger: Ledger | None = None,
 ) -> dict[tuple[str, str], str]:
     """Calibrate and build what the library lacks; the key of every item.
 
     Only what the operators of missing items read is gathered: nothing runs where they read nothing.
 
-    `cluster` starts the workers; it is called only if there is something to build.
+    `cluster` starts the workers; it is called only if there is something to build. What that took
+    is told, and written to `ledger`.
     """
+    from autocomp.api.built import built_note, record_built
     from autocomp.calibrate.stats import recording_path
     from autocomp.calibrate.stream import calibrate, fingerprint
     from autocomp.core.hashing import file_digest
@@ -149,7 +156,12 @@ def prepare_library(
         def advance(done: int, total: int) -> None:
             progress.advance(build.weight_of(done))
 
-        run_tasks(build_unit, build.tasks, cluster().workers, advance)
+        done = run_tasks(build_unit, build.tasks, cluster().workers, advance)
+        items = [item for found in done for item in found]
+        if ledger is not None:
+            record_built(items, ledger)
+        if (note := built_note(items)) is not None:
+            progress.note(note)
     for path in (paths | counted).values():
         path.unlink(missing_ok=True)
         recording_path(path).unlink(missing_ok=True)

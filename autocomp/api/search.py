@@ -155,7 +155,7 @@ class _Search:
 
         plan, study, progress = self.session.plan, self.session.study, self.session.progress
         tables = within_reach(self.session, self._tables(context), budget)
-        items = prepare.prepare_library(plan, teacher, self.cluster, progress)
+        items = prepare.prepare_library(plan, teacher, self.cluster, progress, study.ledger)
         measured = Measured(replace(context, items=items), budget, tables)
         screened, scores = score_and_screen(self.session, measured)
         run_trials(self.session, measured, screened, scores)

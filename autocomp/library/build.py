@@ -37,6 +37,7 @@ from autocomp.operators import (
     weight_option,
 )
 from autocomp.operators.protocol import SiteState, UnitState, training_of
+from autocomp.targets.peak_memory import peak_bytes, reset_peak
 
 TRAINING_WEIGHT = 100
 """Options of another kind that take about as long as training a replacement does."""
@@ -95,6 +96,10 @@ class ItemInfo:
             ‖Wx − Ŵx‖² / ‖Wx‖²; for tables, and where no option of the task reads inputs, relative
             to the weights'.
         size_bytes: of the stored item.
+        peak_bytes: the most memory that was resident in the worker meanwhile, all of it, torch and
+            what other options left included; where the system cannot count anew (all but Linux),
+            since the worker began.
+        training: of the step that trains, if it begins with one: `LocalTraining.report`.
     """
 
     unit: str
@@ -103,6 +108,8 @@ class ItemInfo:
     seconds: float
     error: Mapping[str, float]
     size_bytes: int
+    peak_bytes: int
+    training: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping."""
@@ -240,8 +247,11 @@ def build_unit(task: BuildTask) -> list[ItemInfo]:
     states: dict[tuple[Step, ...], UnitState] = {(): original}
     items: list[ItemInfo] = []
     begun = time.perf_counter()
+    training: Mapping[str, Any] | None = None
+    reset_peak()
     if task.trained is not None:
-        states[task.trained[:1]] = _trained(task, library, original, stats)
+        states[task.trained[:1]] = made = _trained(task, library, original, stats)
+        training = _report(made)
     # Options that begin alike are neighbours; of the rest only the common beginnings are kept.
     for option, key in sorted(task.options, key=_beginnings):
         started = begun
@@ -257,13 +267,15 @@ def build_unit(task: BuildTask) -> list[ItemInfo]:
                 )
         state = states[option.steps]
         errors = relative_errors(original, states.get(option.steps[:-1], original), state, stats)
-        seconds = time.perf_counter() - started
+        seconds, peak = time.perf_counter() - started, peak_bytes()
         if task.trained is not None and key == task.trained[1]:
             size = library.path(key).stat().st_size
         else:
-            size = library.put(key, without_stats(state), _info(task.unit, option, seconds, errors))
-        items.append(ItemInfo(task.unit.name, option, key, seconds, errors, size))
+            info = _info(task.unit, option, seconds, errors, peak)
+            size = library.put(key, without_stats(state), info)
+        items.append(ItemInfo(task.unit.name, option, key, seconds, errors, size, peak, training))
         begun = time.perf_counter()
+        reset_peak()
     return items
 
 
@@ -279,11 +291,8 @@ def _trained(task: BuildTask, library: Library, original: UnitState, stats: Unit
         made = apply_step(task.unit, original, step, recorded)
         errors = relative_errors(original, original, made, stats)
         seconds = time.perf_counter() - started
-        training = training_of(made)
-        assert training is not None
-        info = _info(task.unit, Option((step,)), seconds, errors)
-        info["training"] = dict(training.report)
-        library.put(key, made, info)
+        info = _info(task.unit, Option((step,)), seconds, errors, peak_bytes())
+        library.put(key, made, info | {"training": dict(_report(made))})
         state = library.get(key)
     if state is None:  # removed the moment it was written
         raise InternalError(
@@ -293,14 +302,21 @@ def _trained(task: BuildTask, library: Library, original: UnitState, stats: Unit
     return state
 
 
+def _report(state: UnitState) -> Mapping[str, Any]:
+    training = training_of(state)
+    assert training is not None
+    return training.report
+
+
 def _info(
-    unit: Unit, option: Option, seconds: float, errors: Mapping[str, float]
+    unit: Unit, option: Option, seconds: float, errors: Mapping[str, float], peak: int
 ) -> dict[str, Any]:
     return {
         "unit": unit.name,
         "option": option.to_json(),
         "seconds": seconds,
         "error": dict(errors),
+        "peak_bytes": peak,
     }
 
 

@@ -8,12 +8,14 @@ ours: it asks the attention module for its `mixer`, and where there is none does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from autocomp.core.errors import InternalError
 from autocomp.core.unit import Unit
 from autocomp.models.cached import CacheRounding
 from autocomp.models.mixers import MIXERS
@@ -131,9 +133,14 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    scaling: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H, D)` out."""
+    """transformers' attention interface: `(B, H, T, D)` in, `(B, T, H, D)` out.
+
+    Raises:
+        InternalError: at a mixer, for scores that are not over √D, which is what mixers stand for.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     mixer, cache = getattr(module, MIXER, None), getattr(module, CACHE, None)
@@ -141,9 +148,14 @@ def _attend(
         key, value = cache(key, value)
     if mixer is None:
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **settings
+            module, query, key, value, attention_mask, scaling=scaling, **settings
         )
         return result
+    if scaling is not None and not math.isclose(scaling, mixer.shape.head_dim**-0.5):
+        raise InternalError(
+            f"mixer {mixer.name!r} sits where scores are scaled by {scaling:g}; mixers stand for "
+            f"{mixer.shape.head_dim**-0.5:g}, 1/√{mixer.shape.head_dim}. Leave out replace there"
+        )
     x = module.mixer_input
     del module.mixer_input
     return mixer(x, query, key, value, _real(attention_mask)).transpose(1, 2), None

@@ -33,6 +33,7 @@ from autocomp.models.load import load_model
 from autocomp.models.sources import read_config, read_tensor_shapes
 from autocomp.operators import unit_options
 from autocomp.operators.protocol import Rule
+from autocomp.operators.replace import distil
 from autocomp.spec.schema import TargetSection, WorkloadSection
 from autocomp.targets import make_target
 from autocomp.targets.protocol import Target
@@ -55,6 +56,7 @@ INT8 = bits("gptq", 8, 8)
 INT4 = bits("gptq", 4, group=16)
 CANDIDATES: dict[str, dict[str, Rule]] = {
     "narrow": {ATTENTION: Rule({"heads": [0.5]}), FFN: Rule({"width": [0.5]})},
+    "replaced": {ATTENTION: Rule({"replace": ["hedgehog"]}, bits("gptq", 8))},
     "shallow": {"layers.0.attention": Rule({"skip": True}), "layers.1.ffn": Rule({"skip": True})},
     "int8 weights": {"layers.*": Rule({}, bits("gptq", 8)), "embeddings": Rule({}, bits("rtn", 8))},
     "int4 weights": {"layers.*": Rule({}, INT4), "embeddings": Rule({}, bits("rtn", 4, group=16))},
@@ -112,7 +114,8 @@ def make_chain(layout: str, root: Path) -> Chain:
     teacher = load_model(root / "teacher", example.task, example.labels)
     batch = example.inputs(batch=6)
     stats: dict[str, Path] = {}
-    for _, files in calibrate(teacher, units, [batch], root / "stats"):
+    replaced = [unit.name for unit in units if unit.kind == "attention"]
+    for _, files in calibrate(teacher, units, [batch], root / "stats", record=replaced):
         stats |= files
     options = {unit.name: options_of(unit) for unit in units}
     library = Library(root / "library")
@@ -124,7 +127,9 @@ def make_chain(layout: str, root: Path) -> Chain:
         fingerprint([batch]),
         library,
     )
-    assert len(build(plan)) == plan.missing > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distil, "SETTINGS", distil.Settings(steps=4, trial_steps=1, check_every=2))
+        assert len(build(plan)) == plan.missing > 0
     candidates = {
         name: Candidate.of({unit: found[name] for unit, found in options.items() if name in found})
         for name in CANDIDATES

@@ -19,6 +19,7 @@ from autocomp.calibrate.stream import calibrate, fingerprint
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InternalError, ModelError
 from autocomp.core.unit import Unit
+from autocomp.library import build as build_module
 from autocomp.library.build import (
     BuildPlan,
     build,
@@ -31,8 +32,9 @@ from autocomp.library.stitch import stitch
 from autocomp.library.store import Library, item_key
 from autocomp.models.conversion import save_model
 from autocomp.models.modules import QuantEmbedding, QuantLinear
-from autocomp.operators import apply_option, unit_options
-from autocomp.operators.protocol import Rule
+from autocomp.operators import apply_option, apply_step, unit_options
+from autocomp.operators.protocol import Rule, UnitState, UnitStats
+from autocomp.targets.peak_memory import reset_peak
 
 RULES = {
     "attention": Rule(
@@ -210,6 +212,34 @@ def test_items_say_how_they_fared(bert: Setting) -> None:
     info = bert.library.describe(gptq.key)
     assert info is not None
     assert info["option"] == gptq.option.to_json()
+
+
+def test_an_item_has_the_memory_of_its_own_making(
+    bert: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first of two options holds 300 MB for a moment; the second does not inherit it."""
+    if not reset_peak():
+        pytest.skip("this system cannot count the peak anew")
+    made: list[str] = []
+
+    def hungry(unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
+        if not made:
+            held = torch.ones(75_000_000)
+            assert float(held[-1]) == 1.0
+        made.append(step.label())
+        return apply_step(unit, state, step, stats)
+
+    monkeypatch.setattr(build_module, "apply_step", hungry)
+    task = next(
+        task for task in bert.plan(Library(tmp_path / "other")).tasks if len(task.options) > 1
+    )
+    items = build_unit(task)
+    assert len(made) > 1
+    assert items[0].peak_bytes - items[-1].peak_bytes > 250e6
+    assert items[-1].peak_bytes > 50e6
+    described = Library(tmp_path / "other").describe(items[0].key)
+    assert described is not None
+    assert described["peak_bytes"] == items[0].peak_bytes
 
 
 def test_nan_is_refused_by_name(bert: Setting) -> None:

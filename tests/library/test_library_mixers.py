@@ -148,6 +148,10 @@ def test_a_composite_is_its_stored_prefix_and_then_the_rest(made: Case, tmp_path
         assert stored[name].training.stats is None  # nothing is built on it
         assert_same(apply_step(made.unit, prefix, step, dict(made.stats)), stored, option.label())
     training = trained.report
+    assert {key for key, item in items.items() if item.training == training} == {
+        option.key for option in options if option.steps[0] == DISTANCES
+    }
+    assert items[COMPOSITES[3].key].training is None
     query = next(site.name for site in made.unit.sites if site.role == "query")
     assert items[ALONE.key].error == {**dict.fromkeys(prefix, 0.0), name: training["error"]}
     eight, four = items[COMPOSITES[0].key].error, items[COMPOSITES[1].key].error

@@ -239,6 +239,8 @@ def test_bad_configs_are_refused(change: dict[str, object], message: str) -> Non
         ("qwen2", {"use_sliding_window": True}),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
         ("gpt2", {"add_cross_attention": True}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"scale_attn_weights": False}),
     ],
 )
 def test_what_a_layout_does_not_describe_is_refused(name: str, change: dict[str, object]) -> None:

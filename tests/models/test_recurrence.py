@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,18 +69,24 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 @given(
     kind=st.sampled_from(KINDS),
-    tokens=st.integers(1, 40),
-    chunk=st.sampled_from([1, 3, 5, 8, 16, 32]),
+    tokens=st.integers(1, 150),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 9),
+    chunk=st.sampled_from([1, 3, 5, 8, 16, 32, 64]),
     read_before=st.booleans(),
     diagonal=st.sampled_from(["1", "0", "u"]),
     strength=st.sampled_from([0.01, 0.3, 2.0]),
     dtype=st.sampled_from(list(DTYPES)),
     seed=st.integers(0, 2**16),
 )
+@example("vector", 150, 2, 8, 64, True, "u", 0.3, torch.float64, 0)
+@example("scalar", 129, 2, 8, 64, False, "1", 0.3, torch.float64, 0)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_three_forms_agree(
     kind: str,
     tokens: int,
+    heads: int,
+    width: int,
     chunk: int,
     read_before: bool,
     diagonal: str,
@@ -88,7 +94,8 @@ def test_three_forms_agree(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    exact = case(kind, tokens, seed=seed, diagonal=diagonal, strength=strength)
+    sizes: dict[str, int] = {"heads": heads, "width": width}
+    exact = case(kind, tokens, seed=seed, diagonal=diagonal, strength=strength, **sizes)
     reference = recurrent(
         *exact.streams, exact.decay, read_before=read_before, diagonal=exact.diagonal
     )
@@ -111,12 +118,14 @@ def test_three_forms_agree(
 @given(
     kind=st.sampled_from(KINDS),
     tokens=st.integers(1, 40),
-    chunk=st.sampled_from([1, 5, 16]),
+    chunk=st.sampled_from([1, 5, 16, 64]),
     read_before=st.booleans(),
     diagonal=st.sampled_from(["1", "0", "u"]),
     dtype=st.sampled_from(list(DTYPES)),
     seed=st.integers(0, 2**16),
 )
+@example("vector", 131, 64, True, "u", torch.float64, 0)
+@example("scalar", 131, 64, False, "1", torch.float64, 0)
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_both_directions(
     kind: str,

@@ -9,6 +9,7 @@ import torch
 from model_examples import EXAMPLES
 from torch import Tensor
 
+from autocomp.core.errors import InternalError
 from autocomp.core.unit import Unit
 from autocomp.models.mixers import MIXERS
 from autocomp.models.mixers.protocol import Mixer, repeated
@@ -102,3 +103,15 @@ def test_padding_changes_no_real_token(name: str) -> None:
         real = inputs["attention_mask"].bool()
         one, two = one[real], two[real]
     torch.testing.assert_close(one, two)
+
+
+def test_other_scales_of_the_scores_are_refused() -> None:
+    """gpt2 can divide them by the number of the layer as well."""
+    model, unit = EXAMPLES["gpt2"].model(scale_attn_by_inverse_layer_idx=True), attention("gpt2")
+    dense = copy_for_surgery(model)
+    install_mixer(model, unit, Softmax(mixer_shape(unit)))
+    with pytest.raises(InternalError, match="scores are scaled by"):
+        model(**EXAMPLES["gpt2"].inputs())
+    first = attention("gpt2", layer=0)  # over 1: as if it were not there
+    install_mixer(dense, first, Softmax(mixer_shape(first)))
+    assert torch.isfinite(dense(**EXAMPLES["gpt2"].inputs()).logits).all()

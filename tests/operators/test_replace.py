@@ -92,7 +92,7 @@ def test_distillation_lowers_the_held_out_error_and_is_deterministic(made: Case)
     assert training["error_trained"] == min(entry[2] for entry in training["curve"])
     assert training["error"] <= training["error_trained"]
     assert training["steps"] == 40 or training["ended"] == "patience"
-    assert training["rate"] in SHORT.rates
+    assert training["rates"][f"{training['rate']:g}"] == min(training["rates"].values())
     assert training["tokens"] > 4 * training["held_out_tokens"] > 0
     assert all(torch.equal(before[name], site.weight) for name, site in made.state.items())
     torch.manual_seed(99)  # nothing depends on it
@@ -188,6 +188,67 @@ def test_the_clock_ends_training_and_the_best_state_so_far_is_kept(made: Case) -
     assert training.report["ended"] == "clock"
     assert training.report["steps"] == 1
     assert training.report["error"] <= training.report["error_before"]
+
+
+class Clock:
+    """Shows one second more at every look, and a thousand more from look number `jump` on."""
+
+    def __init__(self, jump: int | None = None) -> None:
+        self.looks, self.jump = 0, jump
+
+    def perf_counter(self) -> float:
+        self.looks += 1
+        late = self.jump is not None and self.looks >= self.jump
+        return self.looks + (1000.0 if late else 0.0)
+
+
+SLOW = Settings(
+    steps=200, warm_up=5, trial_steps=20, check_every=100, rates=(1e-2, 3e-2), seconds=60.0
+)
+
+
+def test_a_run_that_the_clock_ends_before_a_look_is_looked_at(
+    made: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And trials have a third of the time: 20 looks for them, and then 39 steps of the run."""
+    monkeypatch.setattr(distil_module, "time", Clock())
+    recording = load_recording(made.stats.recording)
+    training = distil(made.unit, made.state, Distances, recording, SLOW)[1].training
+    assert training["ended"] == "clock"
+    assert 30 <= training["steps"] <= 40
+    assert [entry[0] for entry in training["curve"]] == [0, training["steps"]]
+    assert training["error_trained"] < min(training["rates"].values())
+    assert max(training["rates"].values()) < training["error_before"]
+
+
+def test_what_a_trial_found_is_kept_where_the_clock_leaves_the_run_no_time(
+    made: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil_module, "time", Clock(jump=22))
+    recording = load_recording(made.stats.recording)
+    training = distil(made.unit, made.state, Distances, recording, SLOW)[1].training
+    assert training["ended"] == "clock"
+    assert 1 < training["steps"] <= 6
+    assert training["error_trained"] == min(training["rates"].values())
+    assert training["error_trained"] < training["error_before"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "tried"),
+    [
+        ((1e-5, 3e-5), ["1e-05", "3e-05", "9e-05", "0.00027"]),
+        ((9.0, 27.0), ["1", "3", "9", "27"]),
+        ((1e-6, 3e-3, 1e3), ["1e-06", "0.003", "1000"]),
+    ],
+    ids=["up", "down", "inside"],
+)
+def test_rates_beyond_the_outermost_are_tried_while_it_is_the_best(
+    made: Case, rates: tuple[float, ...], tried: list[str]
+) -> None:
+    recording = load_recording(made.stats.recording)
+    settings = replace(SHORT, rates=rates, steps=2)
+    training = distil(made.unit, made.state, Distances, recording, settings)[1].training
+    assert list(training["rates"]) == tried
 
 
 def test_a_single_sequence_is_enough(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from target_examples import SEQUENCE, TextTask, quantise_unit, small_model
+from mixer_examples import RUNTIMES, arrays, attention, in_pieces, target, with_mixers
+from target_examples import TextTask, quantise_unit, small_model
 from torch import Tensor, nn
 
 from autocomp.core.errors import InternalError
@@ -19,17 +19,14 @@ from autocomp.models.factors import LowRank
 from autocomp.models.mixers import MIXERS
 from autocomp.models.mixers.protocol import Mixer, MixerShape, State, hidden_padding, repeated
 from autocomp.models.modules import QuantLinear
-from autocomp.models.seat import install_mixer, mixer_of, mixer_shape
+from autocomp.models.seat import mixer_of
 from autocomp.models.surgery import replace_module, skip
 from autocomp.models.tokens import install_tokens
-from autocomp.spec.schema import TargetSection, WorkloadSection
-from autocomp.targets import make_target, mixer_graph
-from autocomp.targets.generation import carried, feeds, generate
+from autocomp.targets import mixer_graph
+from autocomp.targets.generation import generate
 from autocomp.targets.mixer_nodes import student_seats
 from autocomp.targets.profile import lower_formats, profile
 from autocomp.targets.weights import model_parameters, model_weights
-
-RUNTIMES = ("onnxruntime", "openvino")
 
 
 class Convolved(Mixer):
@@ -92,33 +89,6 @@ class Square(Mixer):
 
 ELU = MIXERS.get("elu")
 assert ELU is not None
-
-
-def target(runtime: str, **workload: int) -> Any:
-    if runtime == "openvino":
-        pytest.importorskip("openvino", reason="the runtime is an extra")
-    workload = workload or {"sequence": SEQUENCE}
-    return make_target(TargetSection(runtime=runtime, workload=WorkloadSection(**workload)))
-
-
-def with_mixers(
-    layout: str, model: nn.Module, units: Any, mixers: dict[int, type[Mixer]]
-) -> nn.Module:
-    student = copy.deepcopy(model)
-    for layer, kind in mixers.items():
-        unit = attention(units, layer)
-        torch.manual_seed(layer)
-        mixer = kind(mixer_shape(unit))
-        install_mixer(student, unit, mixer)
-    return student.eval()
-
-
-def attention(units: Any, layer: int) -> Any:
-    return next(unit for unit in units if unit.name == f"layers.{layer}.attention")
-
-
-def arrays(task: Any, batch: int, sequence: int) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in task.example_inputs(batch, sequence).items()}
 
 
 MIXED = {"elu": {0: ELU}, "both": {0: Convolved, 1: ELU}, "convolved": {0: Convolved, 1: Convolved}}
@@ -195,19 +165,6 @@ def test_scaled_inputs_fold_into_the_norm_beside_a_mixer_that_reads_none(exporte
         lowered = target("onnxruntime").lower(skeleton, student, units)
         names = {name for node in lowered.graph.node for name in node.input}
         assert any(".folded" in name for name in names) is folded
-
-
-def in_pieces(session: Any, ids: np.ndarray, cuts: list[int]) -> np.ndarray:
-    """Logits of `ids` read piece by piece, what one leaves given to the next."""
-    first = feeds(session, {"input_ids": ids})
-    pasts = carried(first)
-    past = {name: first[name] for name in pasts}
-    parts = []
-    for piece in np.split(ids, cuts, axis=1):
-        logits, *present = session.run(["logits", *pasts.values()], {"input_ids": piece, **past})
-        past = dict(zip(pasts, present, strict=True))
-        parts.append(logits)
-    return np.concatenate(parts, axis=1)
 
 
 DECODE = {"prompt": 9, "generate": 12}

@@ -118,7 +118,11 @@ GPT2 = Layout(
         positions="n_positions",
     ),
     defaults={"tie_word_embeddings": True},
-    unsupported={"add_cross_attention": (True,)},
+    unsupported={
+        "add_cross_attention": (True,),
+        "scale_attn_by_inverse_layer_idx": (True,),  # mixers stand for scores over √D
+        "scale_attn_weights": (False,),
+    },
     tied="tie_word_embeddings",
     transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     fused={"attn.c_attn": ("query", "key", "value")},

@@ -30,6 +30,7 @@ class Mamba2(RecurrentMixer):
     name = "mamba2"
     summary = "Mamba-2: a decay that each token sets per head, a short convolution and a gate."
     paper = "Dao and Gu, 2024, Transformers are SSMs, arXiv:2405.21060"
+    version = 2
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__(shape, taps=CAUSAL_TAPS if shape.causal else CENTRED_TAPS)

@@ -115,6 +115,10 @@ def chunkwise(
 
     T need not be a multiple of `chunk`. A sequence shorter than a chunk is one chunk of its length,
     so that one token costs what `recurrent` takes for it, in an exported graph too.
+
+    The limit: with decay, states are carried over the chunks by one product that takes
+    (T / chunk)²·K·V multiplications a head. At K = 64 that is as much at T = 4096 as the pairs take
+    by their values, T·chunk·V, and beyond it quadratic in T.
     """
     tokens = query.shape[2]
     vector = decay is not None and decay.shape[-1] > 1

@@ -33,6 +33,10 @@ class RecurrentMixer(Mixer):
 
     The scale is what `calibrate` brings to that of softmax attention: without it such a mixer
     starts at two to three times the error of leaving the sublayer's output zero.
+
+    Patches of an image are a sequence, row by row. Its prefix (class token, registers) has no place
+    in it: what it writes and what it reads does not fade. Counted as tokens in front of the first
+    patch, it would all but miss the last rows.
     """
 
     read_before = False
@@ -79,8 +83,7 @@ class RecurrentMixer(Mixer):
             key = self.convolutions["key"](key)
             value = self.convolutions["value"](value)
         streams = self.streams(x, query, key, value, real)
-        out = bidirectional(*streams, read_before=self.read_before, diagonal=self.diagonal())
-        return self.finished(x, out, streams.value)
+        return self.finished(x, self._both_ways(streams), streams.value)
 
     @torch.no_grad()
     def calibrate(
@@ -122,6 +125,21 @@ class RecurrentMixer(Mixer):
             diagonal=self.diagonal(),
         )
         return self.finished(x, out, streams.value), {"state": last, **behind}
+
+    def _both_ways(self, streams: Streams) -> Tensor:
+        own, prefix = self.diagonal(), self.shape.prefix or 0
+        query, key, value, decay = streams
+        if not prefix:
+            return bidirectional(*streams, read_before=self.read_before, diagonal=own)
+        first = [tensor[:, :, :prefix] for tensor in (query, key, value)]
+        query, key, value = (tensor[:, :, prefix:] for tensor in (query, key, value))
+        if decay.shape[2] > 1:
+            decay = decay[:, :, prefix:]
+        out = bidirectional(
+            query, key, value, decay, read_before=self.read_before, diagonal=own
+        ) + query @ (first[1].transpose(-1, -2) @ first[2])
+        ahead = bidirectional(*first, diagonal=own) + first[0] @ (key.transpose(-1, -2) @ value)
+        return torch.cat([ahead, out], dim=2)
 
     def _convolution(self, role: str) -> ShortConvolution:
         convolution = self.convolutions[role]

@@ -21,12 +21,14 @@ class Retention(RecurrentMixer):
     xPos of the paper without its scale), and position embeddings where it has those; grouped heads
     repeated. New: γ per head, 1 - γ from the paper's 1/32 to 1/512; a gate, low-rank and starting
     at 1 in place of the paper's full one; the norm of each head, with a scale. Encoders take both
-    directions, γ^|t - s|, as RMT does for images (arXiv:2309.11523).
+    directions, γ^|t - s|. Patches of an image count row by row (RMT, arXiv:2309.11523, instead
+    takes their Manhattan distance, and adds a convolution); see `RecurrentMixer` for the prefix.
     """
 
     name = "retention"
     summary = "RetNet: a constant decay per head, multi-scale, then a norm and a gate."
     paper = "Sun et al., 2023, Retentive Network, arXiv:2307.08621"
+    version = 2
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__(shape, taps=1)

@@ -24,15 +24,17 @@ class RWKV6(RecurrentMixer):
     with rotary where the model has it, and grouped heads repeated. From the same paper: log a =
     -exp(w0 + tanh(x W1) W2), not below -5, and keys times 1 - a, which keeps the state's size
     level. New: w0, channels of a head from `SHORTEST` to `LONGEST` tokens; W1 and W2 of rank 32,
-    with W2 = 0; the bonus u of a token's own term, at 1; the token shift, a convolution of two taps
-    (three for encoders) that starts as the identity, behind the projections instead of in front
-    (they are linear: only rotary tells the two apart); a low-rank gate starting at 1; the norm of
-    each head. Encoders scan both ways, the bonus counted once.
+    with W2 = 0; the bonus u of a token's own term, at 1; a low-rank gate starting at 1; the norm of
+    each head. In place of the paper's token shift, which mixes what the projections read with the
+    token before by weights that the token sets, there is a fixed filter behind them: a convolution
+    of two taps (three for encoders), one per channel of queries, keys and values, that starts as
+    the identity. Encoders scan both ways, the bonus counted once; see `RecurrentMixer` for images.
     """
 
     name = "rwkv6"
     summary = "RWKV-6: a decay that each token sets per channel, a bonus and a token shift."
     paper = "Peng et al., 2024, Eagle and Finch, arXiv:2404.05892"
+    version = 2
     read_before = True
 
     def __init__(self, shape: MixerShape) -> None:

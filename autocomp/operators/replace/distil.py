@@ -5,9 +5,10 @@ is the squared error relative to the target's energy. What is new (a mixer, pool
 and inherited projections are trained together, the latter at a tenth of the rate, by AdamW under a
 cosine with warm-up. The
 rate is found: each of `rates` trains a short schedule of its own from the same start, and the one
-of least error on held-out sequences is used. The state of least held-out error is kept, the start
+of least error on held-out sequences is used; while that is the lowest or the highest tried, one
+beyond it is tried too. The state of least held-out error is kept, whichever run left it, the start
 included, and its output projection refitted in closed form. Everything is seeded; only the clock,
-which is noted when it strikes, can end a run elsewhere.
+which is noted when it strikes, can end a run elsewhere. A run it ends is looked at once more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Settings:
         held_out: one sequence in this many is not trained on.
         check_every: steps between looks at held-out sequences.
         patience: looks without a better state, after which a run ends.
-        seconds: wall time after which it ends.
+        seconds: wall time after which it ends; trials share `TRIAL_SHARE` of it evenly.
     """
 
     steps: int = 300
@@ -61,6 +62,10 @@ class Settings:
 
 
 SETTINGS = Settings()
+RATE_FACTOR, FURTHER = 3.0, 2
+"""Where the best rate is an outermost one: what to go on by, and how often."""
+
+TRIAL_SHARE = 1 / 3
 MAX_GRAD_NORM = 1.0
 EXACT = 1e-6
 """What starts with no more error than this (a window over whole texts) is not trained."""
@@ -130,7 +135,8 @@ def train(
     Returns:
         The projections that are left, and how training went, with the statistics of what the output
         projection reads now. The curve in the report holds (step, training error, held-out error);
-        errors are relative to the energy of the target, ‖ŷ − y‖² / ‖y − b‖².
+        errors are relative to the energy of the target, ‖ŷ − y‖² / ‖y − b‖². `curve` and `steps`
+        are of the run whose state is kept, `ended` says what ended the whole run.
     """
     settings = settings or SETTINGS
     started = time.perf_counter()
@@ -151,8 +157,8 @@ def train(
             "error_before": trainer.start_error,
             "error_trained": run.error,
             "error": error,
-            "rate": max(tried, key=lambda rate: (-tried[rate], -rate)) if tried else None,
-            "rates": {f"{rate:g}": error for rate, error in tried.items()},
+            "rate": _best(tried) if tried else None,
+            "rates": {f"{rate:g}": tried[rate] for rate in sorted(tried)},
             "steps": run.steps,
             "ended": run.ended,
             "seconds": round(time.perf_counter() - started, 2),
@@ -218,24 +224,44 @@ class _Trainer:
         return error
 
     def best_run(self) -> tuple[_Run, dict[float, float]]:
-        """The whole run at the best of the rates; rate → held-out error after its trial."""
+        """The best of the whole run and of the trials; rate → held-out error after its trial."""
         settings = self._settings
-        tried: dict[float, float] = {}
         if self.start_error < EXACT:
-            return _Run(self.start_error, self.start, ended="exact"), tried
-        if len(settings.rates) > 1:
-            for rate in settings.rates:
-                if self._late():
-                    break
-                tried[rate] = self._run(rate, settings.trial_steps, settings.trial_steps).error
-        best = min(tried, key=lambda rate: (tried[rate], rate)) if tried else settings.rates[0]
-        return self._run(best, settings.steps, settings.check_every), tried
+            return _Run(self.start_error, self.start, ended="exact"), {}
+        trials = self._trials()
+        tried = {rate: run.error for rate, run in trials.items()}
+        rate = _best(tried) if tried else settings.rates[0]
+        end = self._started + settings.seconds
+        whole = self._run(rate, settings.steps, settings.check_every, end)
+        best = min([whole, *trials.values()], key=lambda run: run.error)
+        return replace(best, ended=whole.ended), tried
+
+    def _trials(self) -> dict[float, _Run]:
+        """A short run at each rate, and beyond the outermost ones while those are the best."""
+        settings = self._settings
+        if len(settings.rates) < 2:
+            return {}
+        share = TRIAL_SHARE * settings.seconds
+        end, one = time.perf_counter() + share, share / (len(settings.rates) + FURTHER)
+        trials: dict[float, _Run] = {}
+        rates = list(settings.rates)
+        while rates and time.perf_counter() < end:
+            rate, steps = rates.pop(0), settings.trial_steps
+            trials[rate] = self._run(rate, steps, steps, time.perf_counter() + one)
+            if not rates and len(trials) < len(settings.rates) + FURTHER:
+                best = _best({rate: run.error for rate, run in trials.items()})
+                if best == max(trials):
+                    rates.append(best * RATE_FACTOR)
+                elif best == min(trials):
+                    rates.append(best / RATE_FACTOR)
+        return trials
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Put a snapshot back."""
         self._module.load_state_dict(state)
 
-    def _run(self, rate: float, steps: int, check_every: int) -> _Run:
+    def _run(self, rate: float, steps: int, check_every: int, end: float) -> _Run:
+        """From the start; when the clock shows `end`, it ends with the step it is at."""
         settings = self._settings
         self.restore(self.start)
         run = _Run(self.start_error, self.start, [(0, math.nan, self.start_error)])
@@ -258,10 +284,8 @@ class _Trainer:
                 run.ended = "diverged"
                 break
             summed, since = summed + loss, since + 1
-            if (step + 1) % check_every and step + 1 != steps:
-                if self._late():
-                    run.ended = "clock"
-                    break
+            last, late = step + 1 == steps, time.perf_counter() > end
+            if (step + 1) % check_every and not last and not late:
                 continue
             error = self._error()
             run.curve.append((step + 1, summed / since, error))
@@ -272,6 +296,9 @@ class _Trainer:
                 waited += 1
             if waited >= settings.patience:
                 run.ended = "patience"
+                break
+            if late and not last:
+                run.ended = "clock"
                 break
         return run
 
@@ -311,8 +338,10 @@ class _Trainer:
     def _snapshot(self) -> dict[str, Tensor]:
         return {k: v.detach().clone() for k, v in self._module.state_dict().items()}
 
-    def _late(self) -> bool:
-        return time.perf_counter() - self._started > self._settings.seconds
+
+def _best(errors: dict[float, float]) -> float:
+    """The rate of least error, and of those the lowest."""
+    return min(errors, key=lambda rate: (errors[rate], rate))
 
 
 @torch.no_grad()
