@@ -6,6 +6,7 @@ from typing import Any
 
 from autocomp.core.errors import UserError, did_you_mean
 from autocomp.core.registry import Registry
+from autocomp.targets.runtimes import with_relatives
 
 KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
 
@@ -36,8 +37,8 @@ def _row(name: str, summary: str, item: object = None) -> dict[str, Any]:
         "summary": summary,
         "paper": getattr(item, "paper", ""),
         "options": getattr(item, "choices", ""),
-        "speeds_up": list(getattr(item, "speeds_up", ())),
-        "shrinks": list(getattr(item, "shrinks", ())),
+        "speeds_up": with_relatives(getattr(item, "speeds_up", ())),
+        "shrinks": with_relatives(getattr(item, "shrinks", ())),
         "expresses": getattr(item, "expresses", ""),
     }
 

@@ -288,7 +288,8 @@ def test_ls(command: Command, kind: str) -> None:
         assert all(row["options"] for row in rows), "how a spec asks for it"
         assert all("onnxruntime-cpu" in row["shrinks"] + row["speeds_up"] for row in rows)
     if kind == "targets":
-        assert [row["name"] for row in rows] == ["onnxruntime-cpu", "openvino-cpu"]
+        names = ["onnxruntime-cpu", "openvino-cpu", "openvino_bf16-cpu"]
+        assert [row["name"] for row in rows] == names
 
 
 def test_check(command: Command, view: dict[str, Any]) -> None:
