@@ -33,9 +33,12 @@ class Setting:
 
 @contextmanager
 def quickstart(
-    *, library: bool = True, overrides: Mapping[str, Any] | None = None
+    *,
+    library: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+    spec: Path = SPEC,
 ) -> Iterator[Setting]:
-    """The quickstart up to its first trial; without its items unless `library`."""
+    """The quickstart (or `spec`) up to its first trial; without its items unless `library`."""
     from dataclasses import replace
 
     import torch
@@ -49,7 +52,7 @@ def quickstart(
     torch.set_num_threads(1)
     with TemporaryDirectory(prefix="autocomp-benchmark-") as directory:
         scratch = Path(directory)
-        plan = make_plan(SPEC, overrides or {})
+        plan = make_plan(spec, overrides or {})
         study = Study.create_or_open(scratch / "study", plan.spec)
         teacher = prepare.prepare_teacher(plan, Silent())
         context = prepare.prepare_context(plan, study, teacher)

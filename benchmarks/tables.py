@@ -35,6 +35,7 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
         ("candidates", "candidates", "≥ 20"),
         ("fastest_ms", "fastest, ms", ""),
         ("slowest_ms", "slowest, ms", ""),
+        ("sum_bias_percent", "sum of sublayers timed alone, before the fit: mean bias, %", ""),
         ("mean_error_percent", "**mean error, %**", "≤ 5"),
         ("worst_error_percent", "worst error, %", ""),
         ("spearman", "**rank correlation (Spearman)**", "≥ 0.95"),
@@ -82,7 +83,9 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
 """Benchmark → (figure, label, goal) in the order of the table."""
 
 ROWS["cost_table_openvino"] = ROWS["cost_table"]
+ROWS["cost_table_all_operators"] = ROWS["cost_table"]
 ROWS["cost_table_decode"] = [(figure, label, "") for figure, label, _ in ROWS["cost_table"]]
+ROWS["cost_table_decode_openvino"] = ROWS["cost_table_decode"]
 
 
 OPERATOR_COLUMNS = [(r, kind) for r in RUNTIMES for kind in ("latency", "size")]
@@ -125,7 +128,7 @@ def table(name: str, result: dict[str, Any]) -> str:
         return "\n".join([head, ruler, *rows, "", _origin(result)])
     lines = ["| | measured | goal |", "|---|---:|---:|"]
     lines += [
-        f"| {label} | {_number(result['figures'][figure])} | {goal} |"
+        f"| {label} | {_cell(result['figures'], figure)} | {goal} |"
         for figure, label, goal in ROWS[name]
     ]
     return "\n".join([*lines, "", _origin(result)])
@@ -139,7 +142,7 @@ def plain(name: str, result: dict[str, Any]) -> str:
             for first, *rest in WIDE[name](result["figures"])
         )
     rows = [
-        (label.replace("**", ""), _number(result["figures"][figure]), goal)
+        (label.replace("**", ""), _cell(result["figures"], figure), goal)
         for figure, label, goal in ROWS[name]
     ]
     width = max(len(label) for label, _, _ in rows)
@@ -158,6 +161,11 @@ def filled(text: str) -> str:
         return f"{match[1]}{body}\n{match[3]}"
 
     return _MARKED.sub(one, text)
+
+
+def _cell(figures: dict[str, float], figure: str) -> str:
+    """A figure, or – where a result is older than the figure."""
+    return _number(figures[figure]) if figure in figures else "–"
 
 
 def _number(value: float) -> str:
