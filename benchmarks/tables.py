@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import NAMES
-from benchmarks.operators import CASES, RUNTIMES
+from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
 from benchmarks.results import read
 
@@ -88,15 +88,36 @@ ROWS["cost_table_decode"] = [(figure, label, "") for figure, label, _ in ROWS["c
 ROWS["cost_table_decode_openvino"] = ROWS["cost_table_decode"]
 
 
-OPERATOR_COLUMNS = [(r, kind) for r in RUNTIMES for kind in ("latency", "size")]
+OPERATOR_COLUMNS = [
+    (runtime, kind)
+    for runtime in RUNTIMES
+    for kind in ("latency", "size", *(["token"] if runtime in GENERATING else []), "verdict")
+]
+
+
+def operator_verdict(figures: dict[str, float], runtime: str, case: str) -> str:
+    """What a case buys on a runtime, in a run or in a generated token; – where it has no figure."""
+    latencies = [f"{runtime}_{case}_latency_percent", f"{runtime}_token_{case}_latency_percent"]
+    sizes = [f"{runtime}_{case}_size_percent", f"{runtime}_token_{case}_size_percent"]
+    size = next((figures[key] for key in sizes if key in figures), None)
+    if size is None:
+        return "–"
+    return verdict([figures[key] for key in latencies if key in figures], size)
 
 
 def _operators(figures: dict[str, float]) -> list[list[str]]:
-    """A row per case: label, then a figure per runtime and kind, – where it is not offered."""
-    rows = [["operator", *(f"{runtime}: {kind}, %" for runtime, kind in OPERATOR_COLUMNS)]]
+    """A row per case: label, then figures and verdict per runtime, – where it is not offered."""
+    units = {"latency": "latency, %", "size": "size, %", "token": "a token, %"}
+    head = [f"{runtime}: {units.get(kind, kind)}" for runtime, kind in OPERATOR_COLUMNS]
+    rows = [["operator", *head]]
     for case, (label, _, _) in CASES.items():
-        keys = [f"{runtime}_{case}_{kind}_percent" for runtime, kind in OPERATOR_COLUMNS]
-        rows.append([label, *(f"{figures[key]:.0f}" if key in figures else "–" for key in keys)])
+        cells = []
+        for runtime, kind in OPERATOR_COLUMNS:
+            own = f"{runtime}_{case}_{kind}_percent"
+            key = f"{runtime}_token_{case}_latency_percent" if kind == "token" else own
+            cell = f"{figures[key]:.0f}" if key in figures else "–"
+            cells.append(operator_verdict(figures, runtime, case) if kind == "verdict" else cell)
+        rows.append([label, *cells])
     return rows
 
 
