@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import NAMES
-from benchmarks.operators import CASES, RUNTIMES
+from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
 from benchmarks.results import read
 
@@ -35,6 +35,7 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
         ("candidates", "candidates", "≥ 20"),
         ("fastest_ms", "fastest, ms", ""),
         ("slowest_ms", "slowest, ms", ""),
+        ("sum_bias_percent", "sum of sublayers timed alone, before the fit: mean bias, %", ""),
         ("mean_error_percent", "**mean error, %**", "≤ 5"),
         ("worst_error_percent", "worst error, %", ""),
         ("spearman", "**rank correlation (Spearman)**", "≥ 0.95"),
@@ -82,18 +83,41 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
 """Benchmark → (figure, label, goal) in the order of the table."""
 
 ROWS["cost_table_openvino"] = ROWS["cost_table"]
+ROWS["cost_table_all_operators"] = ROWS["cost_table"]
 ROWS["cost_table_decode"] = [(figure, label, "") for figure, label, _ in ROWS["cost_table"]]
+ROWS["cost_table_decode_openvino"] = ROWS["cost_table_decode"]
 
 
-OPERATOR_COLUMNS = [(r, kind) for r in RUNTIMES for kind in ("latency", "size")]
+OPERATOR_COLUMNS = [
+    (runtime, kind)
+    for runtime in RUNTIMES
+    for kind in ("latency", "size", *(["token"] if runtime in GENERATING else []), "verdict")
+]
+
+
+def operator_verdict(figures: dict[str, float], runtime: str, case: str) -> str:
+    """What a case buys on a runtime, in a run or in a generated token; – where it has no figure."""
+    latencies = [f"{runtime}_{case}_latency_percent", f"{runtime}_token_{case}_latency_percent"]
+    sizes = [f"{runtime}_{case}_size_percent", f"{runtime}_token_{case}_size_percent"]
+    size = next((figures[key] for key in sizes if key in figures), None)
+    if size is None:
+        return "–"
+    return verdict([figures[key] for key in latencies if key in figures], size)
 
 
 def _operators(figures: dict[str, float]) -> list[list[str]]:
-    """A row per case: label, then a figure per runtime and kind, – where it is not offered."""
-    rows = [["operator", *(f"{runtime}: {kind}, %" for runtime, kind in OPERATOR_COLUMNS)]]
+    """A row per case: label, then figures and verdict per runtime, – where it is not offered."""
+    units = {"latency": "latency, %", "size": "size, %", "token": "a token, %"}
+    head = [f"{runtime}: {units.get(kind, kind)}" for runtime, kind in OPERATOR_COLUMNS]
+    rows = [["operator", *head]]
     for case, (label, _, _) in CASES.items():
-        keys = [f"{runtime}_{case}_{kind}_percent" for runtime, kind in OPERATOR_COLUMNS]
-        rows.append([label, *(f"{figures[key]:.0f}" if key in figures else "–" for key in keys)])
+        cells = []
+        for runtime, kind in OPERATOR_COLUMNS:
+            own = f"{runtime}_{case}_{kind}_percent"
+            key = f"{runtime}_token_{case}_latency_percent" if kind == "token" else own
+            cell = f"{figures[key]:.0f}" if key in figures else "–"
+            cells.append(operator_verdict(figures, runtime, case) if kind == "verdict" else cell)
+        rows.append([label, *cells])
     return rows
 
 
@@ -125,7 +149,7 @@ def table(name: str, result: dict[str, Any]) -> str:
         return "\n".join([head, ruler, *rows, "", _origin(result)])
     lines = ["| | measured | goal |", "|---|---:|---:|"]
     lines += [
-        f"| {label} | {_number(result['figures'][figure])} | {goal} |"
+        f"| {label} | {_cell(result['figures'], figure)} | {goal} |"
         for figure, label, goal in ROWS[name]
     ]
     return "\n".join([*lines, "", _origin(result)])
@@ -139,7 +163,7 @@ def plain(name: str, result: dict[str, Any]) -> str:
             for first, *rest in WIDE[name](result["figures"])
         )
     rows = [
-        (label.replace("**", ""), _number(result["figures"][figure]), goal)
+        (label.replace("**", ""), _cell(result["figures"], figure), goal)
         for figure, label, goal in ROWS[name]
     ]
     width = max(len(label) for label, _, _ in rows)
@@ -158,6 +182,11 @@ def filled(text: str) -> str:
         return f"{match[1]}{body}\n{match[3]}"
 
     return _MARKED.sub(one, text)
+
+
+def _cell(figures: dict[str, float], figure: str) -> str:
+    """A figure, or – where a result is older than the figure."""
+    return _number(figures[figure]) if figure in figures else "–"
 
 
 def _number(value: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from autocomp.core.errors import InternalError, UserError, did_you_mean
 from autocomp.core.registry import Registry
+from autocomp.targets.runtimes import with_relatives
 
 KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
 
@@ -39,9 +40,9 @@ def _row(name: str, summary: str, item: object = None) -> dict[str, Any]:
         "summary": summary,
         "paper": getattr(item, "paper", ""),
         "options": getattr(item, "choices", ""),
-        "speeds_up": list(getattr(item, "speeds_up", ())),
-        "shrinks": list(getattr(item, "shrinks", ())),
-        "saves_memory": list(getattr(item, "saves_memory", ())),
+        "speeds_up": with_relatives(getattr(item, "speeds_up", ())),
+        "shrinks": with_relatives(getattr(item, "shrinks", ())),
+        "saves_memory": with_relatives(getattr(item, "saves_memory", ())),
         "expresses": getattr(item, "expresses", ""),
     }
 

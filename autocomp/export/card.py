@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 from autocomp.core.measurement import Measurement, latency_clock
 from autocomp.core.quantities import format_bytes, format_ms
-from autocomp.export.loading import loading_code
+from autocomp.export.loading import PRECISIONS, loading_code
 from autocomp.export.protocol import ExportRequest
 from autocomp.models.vocabulary import load_vocabulary
 
 _MEASURED = "Measured on the exported file, on the target; the estimate came from the cost table."
+_BF16 = (
+    "What is not in integers is computed in bfloat16, which is asked for where the model is "
+    "compiled: the figures hold on a processor with instructions for it."
+)
 
 
 def model_card(
@@ -41,6 +45,7 @@ def model_card(
         *_quality(request),
         "",
         *(remarks or [_MEASURED]),
+        *([_BF16] if PRECISIONS.get(str(runtime)) == "bf16" and loading is None else []),
         _clock(request),
         "What was done to each unit is in `candidate.yaml`.",
         *_vocabulary(request),
@@ -48,7 +53,9 @@ def model_card(
         "## Load",
         "",
         "```python",
-        (loading or loading_code(request.companions.inputs, file, workload.generate)).rstrip(),
+        (
+            loading or loading_code(request.companions.inputs, file, workload.generate, runtime)
+        ).rstrip(),
         "```",
         "",
     ]

@@ -81,13 +81,13 @@ _ONNXRUNTIME_GENERATE = {
 _OPENVINO = {
     "imports": "import openvino as ov",
     "run": """\
-model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "{precision}"}})
 logits = model({{k.any_name: feeds[k.any_name] for k in model.inputs}})["logits"]""",
 }
 _OPENVINO_GENERATE = {
     "imports": "import openvino as ov",
     "open": """\
-model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})""",
+model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "{precision}"}})""",
     "caches": "model.inputs[1:]",
     "name": "c.any_name",
     "shape": "[n.get_length() if n.is_static else int(not axis) "
@@ -97,11 +97,22 @@ model = ov.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "
 }
 
 
-def loading_code(inputs: Container[str], file: str, generate: int | None = None) -> str:
+PRECISIONS = {"openvino_bf16": "bf16"}
+"""Runtime → what it computes floats in, where that is not float32."""
+
+
+def loading_code(
+    inputs: Container[str],
+    file: str,
+    generate: int | None = None,
+    runtime: str | list[str] | None = None,
+) -> str:
     """Python that runs `file` on one example; which it is follows from the names of its inputs.
 
-    Where the workload generates, it is the prompt that `generate` tokens are added to.
+    Where the workload generates, it is the prompt that `generate` tokens are added to. Floats are
+    computed as `runtime` does.
     """
+    precision = PRECISIONS.get(str(runtime), "f32")
     openvino = file.endswith(".xml")
     if generate is not None and "pixel_values" not in inputs:
         template, parts = _GENERATE, _OPENVINO_GENERATE if openvino else _ONNXRUNTIME_GENERATE
@@ -111,5 +122,5 @@ def loading_code(inputs: Container[str], file: str, generate: int | None = None)
             template = _IMAGE
         else:
             template = _TEXT if "attention_mask" in inputs else _TOKENS
-    written = {name: part.format(file=file) for name, part in parts.items()}
+    written = {n: part.format(file=file, precision=precision) for n, part in parts.items()}
     return template.format(tokens=generate, **written)

@@ -18,6 +18,7 @@ TARGETS: Registry[Callable[..., Target]] = Registry(
     {
         "onnxruntime-cpu": "autocomp.targets.onnxruntime_cpu:OnnxRuntimeTarget",
         "openvino-cpu": "autocomp.targets.openvino_cpu:OpenVinoTarget",
+        "openvino_bf16-cpu": "autocomp.targets.openvino_bf16:OpenVinoBf16Target",
     },
 )
 """Runtime-device name → a callable `(workload, device=..., gate=..., reference=...) -> Target`."""

@@ -1,8 +1,9 @@
 """OpenVINO on the CPU. The only file that imports openvino, besides `rerun`; torch, onnx on demand.
 
-Everything is computed in float32 unless its format says otherwise (the plugin's own default is
-bfloat16 where the processor has it). How many columns the plugin quantises together stands in the
-file, so that whoever compiles it gets what was measured.
+Everything is computed in float32 unless its format says otherwise: the plugin's own default is
+bfloat16 where the processor has it, and it reads a model's precision from the settings it is
+compiled with, not from the file. `openvino_bf16` is that other precision. How many columns the
+plugin quantises together does stand in the file, so that whoever compiles it gets the same.
 """
 
 from __future__ import annotations
@@ -91,10 +92,21 @@ class OpenVinoSession:
         return partial(request.infer, share_outputs=True)
 
 
-def open_session(model: Path | openvino.Model, threads: int) -> OpenVinoSession:
-    """A session as the card of an exported model opens it: float32, `threads` threads."""
+def capabilities() -> Sequence[str]:
+    """What this processor has instructions for, as the plugin sees it: `BF16`, `INT8`, …"""
+    found: Sequence[str] = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return found
+
+
+def open_session(
+    model: Path | openvino.Model, threads: int, precision: str = "f32"
+) -> OpenVinoSession:
+    """A session as the card of an exported model opens it, on `threads` threads.
+
+    `precision`, of all that is float in the model: `f32` or `bf16`.
+    """
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,

@@ -1,7 +1,11 @@
-"""Which runtimes a spec's target names, and which of them can be used here. Imports no runtime."""
+"""Which runtimes a spec's target names, and which of them can be used here.
+
+Imports no runtime, unless only the runtime knows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 from autocomp.core.candidate import Runtime
@@ -10,24 +14,39 @@ from autocomp.spec.schema import AUTO, TargetSection
 from autocomp.targets import TARGETS
 
 DEFAULT = "onnxruntime"
-PACKAGES = {"onnxruntime-cpu": "onnxruntime", "openvino-cpu": "openvino"}
+PACKAGES = {
+    "onnxruntime-cpu": "onnxruntime",
+    "openvino-cpu": "openvino",
+    "openvino_bf16-cpu": "openvino",
+}
 """Target → the package it runs on; one that is not here is asked by importing it."""
+
+PARTICULAR = ("openvino_bf16-cpu",)
+"""Of these, targets that ask more of a machine than the package: they too are imported."""
+
+RELATIVES = {"openvino-cpu": ("openvino_bf16-cpu",)}
+"""Target → those with the same recipes, where the same operators buy speed and bytes."""
 
 EXTRAS = ("openvino",)
 """Packages that an extra of the same name installs."""
 
 
+def with_relatives(names: Iterable[str]) -> list[str]:
+    """`names` of targets, each followed by its relatives."""
+    return [each for name in names for each in (name, *RELATIVES.get(name, ()))]
+
+
 def unusable(name: str) -> str | None:
     """Why the target of this name cannot be used here, or `None` if it can."""
     package = PACKAGES.get(name)
-    if package is not None:
-        if find_spec(package):
-            return None
+    if package is not None and not find_spec(package):
         extra = f": pip install 'autocomp[{package}]'" if package in EXTRAS else ""
         return f"the package {package} is not installed{extra}"
+    if package is not None and name not in PARTICULAR:
+        return None
     try:
         TARGETS.get(name)
-    except InternalError as error:
+    except (InternalError, UserError) as error:
         return str(error)
     return None
 

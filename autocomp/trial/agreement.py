@@ -21,7 +21,9 @@ from autocomp.trial.distil import DivergedError
 TOLERANCE = 0.05
 """Largest mean difference between the artifact's logits and torch's, relative to their spread..."""
 UNSTEADINESS = 3.0
-"""... plus this many times what a change of one part in a million makes in torch's own."""
+"""... plus this many times what a change no larger than the runtime's rounding makes in torch's:
+one part in a million where it computes in float32, 2⁻⁹ in bfloat16 (a target's `rounding`)."""
+FLOAT_ROUNDING = 1e-6
 CHECKED_BATCHES = 4
 
 
@@ -36,13 +38,14 @@ def check_agreement(
         InternalError: if the logits differ by more than rounding explains.
     """
     found, expected, nudged = [], [], []
+    rounding = float(getattr(target, "rounding", FLOAT_ROUNDING))
     for inputs in islice(task.batches("calibrate", batch), CHECKED_BATCHES):
         feeds = {name: inputs[name] for name in task.input_names}
         with gate.working():
             expected.append(task.logits(student, feeds).numpy())
         if not np.isfinite(expected[-1]).all():
             raise DivergedError("the trained model's logits are not finite")
-        with gate.working(), slightly_changed(student):
+        with gate.working(), slightly_changed(student, rounding):
             nudged.append(task.logits(student, feeds).numpy())
         with gate.working():
             found.append(target.run(artifact, {name: t.numpy() for name, t in feeds.items()}))
@@ -55,13 +58,17 @@ def check_agreement(
 
 
 @contextmanager
-def slightly_changed(model: nn.Module) -> Iterator[None]:
-    """Within it the first block's hidden states are larger by one part in a million."""
+def slightly_changed(model: nn.Module, rounding: float = FLOAT_ROUNDING) -> Iterator[None]:
+    """Within it the first block's hidden states are larger and smaller in turn by `rounding`."""
+
+    def nudged(hidden: torch.Tensor) -> torch.Tensor:
+        signs = 1 - 2 * (torch.arange(hidden.shape[-1]) % 2).to(hidden.dtype)
+        return hidden * (1 + rounding * signs)
 
     def change(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:
-            return (args[0] * (1 + 1e-6), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * (1 + 1e-6)}
+            return (nudged(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": nudged(kwargs["hidden_states"])}
 
     handle = blocks(model)[0].register_forward_pre_hook(change, with_kwargs=True)
     try:

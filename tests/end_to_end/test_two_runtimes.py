@@ -141,7 +141,7 @@ def test_check_tells_what_was_left_out_and_why(search: tuple[Command, Path]) -> 
     report = command.run("check", *every, "--json").json
     options = {each["runtime"]: each["options"] for each in report["runtimes"]}
     assert next(iter(options)) == "onnxruntime"
-    assert options.keys() - {"openvino"} == BOTH
+    assert options.keys() - {"openvino", "openvino_bf16"} == BOTH
     assert options["onnxruntime"] > options["hasty"]
     left_out = next(note for note in report["notes"] if note.startswith("runtime absent"))
     assert left_out.startswith("runtime absent is left out: ")

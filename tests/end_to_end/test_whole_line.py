@@ -297,7 +297,8 @@ def test_ls(command: Command, kind: str) -> None:
         idle = [name for name, targets in gains.items() if "onnxruntime-cpu" not in targets]
         assert not idle, "every operator pays for something"
     if kind == "targets":
-        assert [row["name"] for row in rows] == ["onnxruntime-cpu", "openvino-cpu"]
+        names = ["onnxruntime-cpu", "openvino-cpu", "openvino_bf16-cpu"]
+        assert [row["name"] for row in rows] == names
 
 
 def test_check(command: Command, view: dict[str, Any]) -> None:

@@ -179,6 +179,16 @@ def test_the_card_loads_the_file_in_its_own_runtime(request_: ExportRequest) -> 
     compile(code, "card", "exec")
     assert 'compile_model("model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})' in code
     assert "onnxruntime" not in code
+    assert "bfloat16" not in card
+
+
+def test_the_card_says_that_floats_are_computed_in_bfloat16(request_: ExportRequest) -> None:
+    candidate = replace(request_.record.candidate, runtime="openvino_bf16")
+    record = replace(request_.record, candidate=candidate)
+    card = model_card(replace(request_, record=record), "model.xml")
+    assert "Target: openvino_bf16 on cpu" in card
+    assert "in integers is computed in bfloat16" in card
+    assert 'compile_model("model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})' in card
 
 
 def test_another_runtimes_format_is_refused(request_: ExportRequest, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -15,10 +16,12 @@ from autocomp.models.conversion import to_linear
 from autocomp.models.discover import find_units
 from autocomp.models.modules import QuantEmbedding, QuantLinear
 from autocomp.models.surgery import replace_module
-from autocomp.spec.schema import WorkloadSection
+from autocomp.spec.schema import TargetSection, WorkloadSection
+from autocomp.targets import make_target
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
 
 SEQUENCE = 12
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,14 @@ def small_model(layout: str, **changes: Any) -> tuple[nn.Module, list[Unit], Tex
 def target(sequence: int = SEQUENCE, batch: int = 1) -> OnnxRuntimeTarget:
     """A single-threaded target; a single token makes it a decoding one."""
     return OnnxRuntimeTarget(WorkloadSection(batch=batch, sequence=sequence, threads=1))
+
+
+def target_on(runtime: str, sequence: int = SEQUENCE) -> Any:
+    """The same of any runtime; the test is skipped where an extra is not installed."""
+    if runtime == "openvino":
+        pytest.importorskip("openvino", reason="the runtime is an extra")
+    workload = WorkloadSection(sequence=sequence, threads=1)
+    return make_target(TargetSection(runtime=runtime, workload=workload))
 
 
 def quantise_unit(

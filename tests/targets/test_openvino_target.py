@@ -234,7 +234,9 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, rows = done.stdout.strip().splitlines()
     assert "pip install 'autocomp[openvino]'" in first
-    assert rows == "[('onnxruntime-cpu', False), ('openvino-cpu', True)]"
+    assert rows == (
+        "[('onnxruntime-cpu', False), ('openvino-cpu', True), ('openvino_bf16-cpu', True)]"
+    )
 
 
 def test_the_registry_knows_it_and_other_devices_are_refused():

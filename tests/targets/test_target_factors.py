@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from target_examples import target
+from target_examples import RUNTIMES, target, target_on
 
 from autocomp.core.candidate import Option, Step
 from autocomp.core.unit import dense_format
@@ -58,16 +58,21 @@ def _factored(model, units, bits: str):
     return student
 
 
+@pytest.mark.parametrize("runtime_name", RUNTIMES)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("layout", ["bert", "llama", "vit"])
-def test_artifact_equals_torch_and_its_size_is_foretold(exported, layout, bits, tmp_path) -> None:
+def test_artifact_equals_torch_and_its_size_is_foretold(
+    exported, layout, bits, runtime_name, tmp_path
+) -> None:
     """Attention's number of heads is read off the second factors; every byte is accounted for."""
     model, units, task, skeleton = exported(layout)
     student = _factored(model, units, bits)
-    runtime = target()
+    runtime = target_on(runtime_name)
     artifact = runtime.write(runtime.lower(skeleton, student, units), tmp_path)
     feeds = {k: v.numpy() for k, v in task.example_inputs(2, 12).items()}
     tolerance = {"dense": 1e-4, "int8": 2e-2, "int4": 5e-3}  # int4 scales are float16 in the file
+    if runtime_name == "openvino":  # which rounds groups of a token's columns, torch a tensor
+        tolerance["int8"] = 0.1
     assert runtime.verify(artifact, student, feeds) < tolerance[bits]
     with torch.no_grad():
         inputs = task.example_inputs(2, 12)
@@ -83,7 +88,8 @@ def test_artifact_equals_torch_and_its_size_is_foretold(exported, layout, bits, 
     layers = 2 * sum(len(unit.sites) for unit in units)
     if layout != "llama":  # whose dense head shares the table's bytes
         # Names and shapes of a node are estimated: a hundred bytes or two per layer.
-        assert artifact.size_bytes == pytest.approx(rest + in_units["factored"], abs=200 * layers)
+        each = 200 if runtime_name == "onnxruntime" else 600  # XML says more than protobuf
+        assert artifact.size_bytes == pytest.approx(rest + in_units["factored"], abs=each * layers)
 
 
 def test_the_cost_table_prices_factors(exported) -> None:

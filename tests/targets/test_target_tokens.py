@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import target_examples
-from target_examples import ImageTask, small_model, target
+from target_examples import RUNTIMES, ImageTask, small_model, target, target_on
 
 from autocomp.core.errors import InternalError
 from autocomp.core.tokens import TokenReduction
@@ -20,6 +20,7 @@ from autocomp.models.surgery import keep_heads, skip
 from autocomp.models.tokens import install_tokens
 from autocomp.targets.cost_table import CostTable, Entry
 from autocomp.targets.graph import attribute
+from autocomp.targets.openvino_pieces import OPENVINO
 from autocomp.targets.profile import check_table, profile
 from autocomp.targets.skeleton_store import skeleton_key
 from autocomp.targets.token_costs import TokenCosts, measured_lengths
@@ -50,6 +51,7 @@ def vision():
     return make
 
 
+@pytest.mark.parametrize("runtime_name", RUNTIMES)
 @pytest.mark.parametrize("layout", ["vit", "deit", "dinov2"])
 @pytest.mark.parametrize(
     "reductions",
@@ -62,7 +64,7 @@ def vision():
     ],
     ids=["merged", "dropped", "both", "fused", "nothing"],
 )
-def test_lowered_equals_torch(vision, layout, reductions, tmp_path: Path):
+def test_lowered_equals_torch(vision, layout, reductions, runtime_name, tmp_path: Path):
     dense, units, task, skeleton = vision(layout)
     model = copy.deepcopy(dense)
     keep_heads(model, units[0], [0, 2])
@@ -73,9 +75,10 @@ def test_lowered_equals_torch(vision, layout, reductions, tmp_path: Path):
         units,
         {f"layers.{k}.attention": replace(r, protected=leading) for k, r in reductions.items()},
     )
-    runtime = target()
+    runtime = target_on(runtime_name)
     lowered = runtime.lower(skeleton, model, units)
-    assert {node.domain for node in lowered.graph.node} <= {"", "com.microsoft"}
+    known = {"", "com.microsoft" if runtime_name == "onnxruntime" else OPENVINO}
+    assert {node.domain for node in lowered.graph.node} <= known
     artifact = runtime.write(lowered, tmp_path)
     for batch in (1, 3):
         inputs = {k: v.numpy() for k, v in task.example_inputs(batch, 0).items()}
