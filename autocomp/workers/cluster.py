@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autocomp.core.errors import UserError
+from autocomp.core.errors import InternalError, UserError
 from autocomp.workers.log import HOOK, VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,9 @@ WORKER_ENVIRONMENT = {
 """Each worker process is single-threaded (torch and BLAS read this at import) and quiet."""
 
 _OBJECT_STORE_BYTES = 256 * 2**20
+_ATTEMPTS = 3
+"""How often Ray is started: it gives up after half a minute, which a busy machine may need."""
+
 _ANSWER_S = 5.0
 """How long a cluster's head may take to accept a connection; Ray itself would try for minutes."""
 
@@ -73,6 +76,7 @@ def start(
     Raises:
         UserError: for `workers` below 1 or above the cluster's cores, or an address that is no
             address, does not answer or cannot be joined from here.
+        InternalError: if Ray does not start on this machine.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
@@ -90,13 +94,7 @@ def start(
         warnings.simplefilter("ignore")
         if address is None:
             count = workers or len(os.sched_getaffinity(0))
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=count,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **common,
-            )
+            _start_here(count, common)
         else:
             try:
                 ray.init(address=address, **common)
@@ -115,6 +113,33 @@ def start(
         yield Cluster(count, address or "local")
     finally:
         ray.shutdown()
+
+
+def _start_here(cores: int, settings: Mapping[str, Any]) -> None:
+    """Start Ray in this process; once more where a busy machine was too slow for its time limit."""
+    import ray
+
+    for attempt in range(_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=cores,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **settings,
+            )
+        except Exception as error:  # what Ray raises for it has no type of its own
+            ray.shutdown()
+            if "timed out" not in str(error):
+                raise
+            if attempt + 1 == _ATTEMPTS:
+                raise InternalError(
+                    f"Ray did not start in time on this machine, {_ATTEMPTS} times in a row: it is "
+                    f"very busy. Start the same command again when it is less so"
+                ) from error
+            logger.warning("Ray did not start in time; trying again")
+        else:
+            return
 
 
 def _worker_environment(log: Path | None) -> dict[str, Any]:

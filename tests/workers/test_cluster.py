@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import worker_samples as samples
 
-from autocomp.core.errors import UserError
+from autocomp.core.errors import InternalError, UserError
 from autocomp.workers import ActorPool, run_tasks, start
 from autocomp.workers.cluster import quieten
 
@@ -25,7 +25,6 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     here = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # of a busy host
     quieten()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -91,3 +90,35 @@ def test_a_port_nobody_listens_at_is_refused_at_once() -> None:
     with pytest.raises(UserError, match="nothing answers there"), start(f"127.0.0.1:{port}"):
         pass
     assert time.monotonic() - began < 10
+
+
+def test_a_busy_machine_is_given_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    quieten()
+    import ray
+
+    tries: list[int] = []
+
+    def init(*, num_cpus: int, **settings: object) -> None:
+        tries.append(num_cpus)
+        if len(tries) == 1:
+            raise Exception("The current node timed out during startup. This could happen …")
+
+    monkeypatch.setattr(ray, "init", init)
+    with start(workers=2) as cluster:
+        assert cluster.workers == 2
+    assert tries == [2, 2]
+
+
+def test_one_that_is_always_too_busy_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    quieten()
+    import ray
+
+    def init(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(InternalError, match="did not start in time on this machine, 3 times"),
+        start(workers=1),
+    ):
+        pass
