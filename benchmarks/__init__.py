@@ -19,4 +19,5 @@ NAMES = (
     "mixers_minilm",
     "mixers_llama",
     "mixers_dinov2",
+    "mixer_latency",
 )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import NAMES
+from benchmarks import NAMES, mixer_tables
+from benchmarks.mixers import CASES as MIXED
 from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
 from benchmarks.results import read
@@ -136,6 +138,8 @@ def _solvers(figures: dict[str, float]) -> list[list[str]]:
 WIDE: dict[str, Callable[[dict[str, float]], list[list[str]]]] = {
     "operators": _operators,
     "peer_solvers": _solvers,
+    "mixer_latency": mixer_tables.latency,
+    **{f"mixers_{model}": partial(mixer_tables.quality, model) for model in MIXED},
 }
 """Benchmark → rows of its table, head first, where that is no list of figures."""
 
