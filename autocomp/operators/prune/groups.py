@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 from autocomp.core.candidate import Step
 from autocomp.core.errors import InternalError, UserError
 from autocomp.core.unit import SiteFormat, Unit, resized
-from autocomp.operators.protocol import Rule, SiteState, SiteStats, Stage, UnitState, UnitStats
+from autocomp.operators.protocol import (
+    Need,
+    Rule,
+    SiteState,
+    SiteStats,
+    Stage,
+    UnitState,
+    UnitStats,
+)
 from autocomp.operators.prune.choices import read_fractions
 
 if TYPE_CHECKING:
@@ -71,6 +79,10 @@ class Groups:
             if site.role in _POOLED:
                 result[site.name] = resized(formats[site.name], rows=step["keep"] * unit.head_dim)
         return result
+
+    def needs(self, step: Step) -> frozenset[Need]:
+        """What attention was called with; where keys are normed, how long they are before that."""
+        return frozenset({"recording", "gram"})
 
     def apply(self, unit: Unit, state: UnitState, step: Step, stats: UnitStats) -> UnitState:
         """Start from the means, then train on the attention's recorded inputs.
