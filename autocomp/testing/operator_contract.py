@@ -291,7 +291,10 @@ class OperatorContract:
         """A site the step leaves in its format is left alone: a step that is none changes nothing.
 
         So is every site where the operator is left out, which `None` among the options stands for.
+        One that trains moves whatever it inherits.
         """
+        if getattr(operator, "trains", False):
+            return
         for case in self._cases(operator):
             before = dense_format(case.unit)
             formats = operator.formats(case.unit, before, case.step)

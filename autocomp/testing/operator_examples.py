@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from autocomp.calibrate.stats import RecordedStats
 from autocomp.core.unit import Site, Unit, dense_format
 from autocomp.operators.protocol import SiteState, SiteStats, UnitState, UnitStats
 
@@ -154,7 +155,10 @@ def without(stats: UnitStats, needs: frozenset[str]) -> UnitStats:
         if "rows" not in needs:
             kept = replace(kept, rows=None)
         found.setdefault(id(site), kept)
-    return {name: found[id(site)] for name, site in stats.items()}
+    kept_sites = {name: found[id(site)] for name, site in stats.items()}
+    if isinstance(stats, RecordedStats) and "recording" in needs:
+        return RecordedStats(kept_sites, stats.recording)
+    return kept_sites
 
 
 def degenerate(

@@ -179,6 +179,7 @@ sys.addaudithook(refuse)
 """
 
 
+@pytest.mark.slow  # tests/workers and tests/api hold its parts
 def test_the_disk_is_full_while_trials_run(
     command: Command,
     cut_back: Callable[..., Path],

@@ -19,7 +19,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 
 def test_a_search_over_both_runtimes_exports_either(command: Command, tmp_path: Path) -> None:
     study = tmp_path / "study"
-    settings = ("target.runtime=[onnxruntime, openvino]", "search.trials=4", "search.screen=12")
+    settings = ("target.runtime=[onnxruntime, openvino]", "search.trials=2", "search.screen=6")
     ended = command.run(
         "search", *command.spec_arguments(*settings), "--study", study, "--json", timeout_s=800
     )

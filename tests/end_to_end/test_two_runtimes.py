@@ -67,6 +67,7 @@ def searched(command: Command, study: Path, *settings: str) -> Ended:
     return ended
 
 
+@pytest.mark.slow  # test_openvino_study has two real ones
 def test_one_front_of_two_runtimes(search: tuple[Command, Path]) -> None:
     command, study = search
     view = searched(command, study).json
@@ -114,6 +115,7 @@ def test_one_front_of_two_runtimes(search: tuple[Command, Path]) -> None:
     assert "hasty" in command.run("front", study).out
 
 
+@pytest.mark.slow
 def test_it_resumes_and_picks_across_runtimes(search: tuple[Command, Path], tmp_path: Path) -> None:
     command, study = search
     before = [entry for entry in ledger(study) if entry["kind"] != "phase"]

@@ -23,7 +23,7 @@ from autocomp.operators.prune.groups import pool
 from autocomp.operators.replace import distil as distil_module
 from autocomp.operators.replace.distil import Settings
 from autocomp.operators.replace.sublayer import Sublayer
-from autocomp.testing.operator_contract import OperatorContract, assert_same
+from autocomp.testing.operator_contract import OperatorContract, assert_same, assert_sound
 
 SHORT = Settings(steps=40, warm_up=5, trial_steps=5, check_every=10)
 ONE = Step.of("groups", keep=1)
@@ -334,4 +334,4 @@ class TestContract(OperatorContract):
         }
         after = operator.apply(self.made.unit, zero, ONE, self.made.stats)
         formats = operator.formats(self.made.unit, dense_format(self.made.unit), ONE)
-        self._assert_sound(after, formats, ONE.label())
+        assert_sound(after, formats, ONE.label())

@@ -22,7 +22,7 @@ from autocomp.operators.protocol import Operator, Rule, UnitState, UnitStats
 from autocomp.operators.replace import distil as distil_module
 from autocomp.operators.replace.distil import Settings, distil
 from autocomp.operators.replace.sublayer import Sublayer
-from autocomp.testing.operator_contract import OperatorContract, assert_same
+from autocomp.testing.operator_contract import OperatorContract, assert_same, assert_sound
 
 SHORT = Settings(steps=40, warm_up=5, trial_steps=5, check_every=10)
 ELU, DISTANCES = Step.of("replace", mixer="elu"), Step.of("replace", mixer="distances")
@@ -213,7 +213,7 @@ def test_a_run_that_the_clock_ends_before_a_look_is_looked_at(
     """And trials have a third of the time: 20 looks for them, and then 39 steps of the run."""
     monkeypatch.setattr(distil_module, "time", Clock())
     recording = load_recording(made.stats.recording)
-    training = distil(made.unit, made.state, Distances, recording, SLOW)[1].training
+    training = distil(made.unit, made.state, Distances, recording, SLOW)[2].report
     assert training["ended"] == "clock"
     assert 30 <= training["steps"] <= 40
     assert [entry[0] for entry in training["curve"]] == [0, training["steps"]]
@@ -226,7 +226,7 @@ def test_what_a_trial_found_is_kept_where_the_clock_leaves_the_run_no_time(
 ) -> None:
     monkeypatch.setattr(distil_module, "time", Clock(jump=22))
     recording = load_recording(made.stats.recording)
-    training = distil(made.unit, made.state, Distances, recording, SLOW)[1].training
+    training = distil(made.unit, made.state, Distances, recording, SLOW)[2].report
     assert training["ended"] == "clock"
     assert 1 < training["steps"] <= 6
     assert training["error_trained"] == min(training["rates"].values())
@@ -247,7 +247,7 @@ def test_rates_beyond_the_outermost_are_tried_while_it_is_the_best(
 ) -> None:
     recording = load_recording(made.stats.recording)
     settings = replace(SHORT, rates=rates, steps=2)
-    training = distil(made.unit, made.state, Distances, recording, settings)[1].training
+    training = distil(made.unit, made.state, Distances, recording, settings)[2].report
     assert list(training["rates"]) == tried
 
 
@@ -341,7 +341,7 @@ class TestContract(OperatorContract):
         for step in (ELU, DISTANCES):
             after = operator.apply(self.made.unit, zero, step, self.made.stats)
             formats = operator.formats(self.made.unit, dense_format(self.made.unit), step)
-            self._assert_sound(after, formats, step.label())
+            assert_sound(after, formats, step.label())
 
 
 @pytest.mark.parametrize(

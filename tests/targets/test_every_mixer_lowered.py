@@ -35,16 +35,23 @@ LAYOUTS = {
 OF_PATCHES = ("convolution", "fourier", "pooling", "retention", "window2d")
 """Those that do with an image what they do with no text; of mixers that fade, one of three."""
 
+LONG_EXPORTS = ("rwkv6",)
+"""Mixers whose export takes half a minute."""
+
+
+def _is_slow(layout: str, name: str) -> bool:
+    return name in LONG_EXPORTS or (layout == "dinov2" and name not in OF_PATCHES)
+
 
 def taking(layout: str, units: Any) -> list[Any]:
-    """(layout, mixer) of the mixers that can stand there. On images the rest is marked slow."""
+    """(layout, mixer) of the mixers that can stand there. See `_is_slow`."""
     shape = mixer_shape(attention(units, 0))
     return [
         pytest.param(
             layout,
             name,
             id=f"{layout}-{name}",
-            marks=[pytest.mark.slow] if layout == "dinov2" and name not in OF_PATCHES else [],
+            marks=[pytest.mark.slow] if _is_slow(layout, name) else [],
         )
         for name in MIXERS.names()
         if MIXERS.get(name).refuses(shape) is None
@@ -103,7 +110,10 @@ def test_lowered_equals_torch(skeletons, layout, name, runtime, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG_EXPORTS else []) for n in DECODING],
+)
 def test_token_by_token_equals_the_whole(skeletons, name, runtime, tmp_path):
     """A prompt beyond two chunks, single tokens, a piece again; each piece from the state left."""
     model, units, _ = DECODER

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from autocomp.calibrate.accumulate import Accumulator
 from autocomp.calibrate.record import Call, Recording
+from autocomp.core.errors import ModelError
 from autocomp.core.unit import Role, Unit
 from autocomp.models.mixers.protocol import Mixer
 from autocomp.models.seat import mixer_shape
@@ -137,6 +138,9 @@ def train(
         projection reads now. The curve in the report holds (step, training error, held-out error);
         errors are relative to the energy of the target, ‖ŷ − y‖² / ‖y − b‖². `curve` and `steps`
         are of the run whose state is kept, `ended` says what ended the whole run.
+
+    Raises:
+        ModelError: if what the attention gives is not finite.
     """
     settings = settings or SETTINGS
     started = time.perf_counter()
@@ -144,6 +148,11 @@ def train(
         torch.manual_seed(SEED)
         teacher = Sublayer(recording, unit, state)
         seen, held = _examples(teacher, recording.calls, settings)
+        if not all(bool(torch.isfinite(one.target[one.real]).all()) for one in [*seen, *held]):
+            raise ModelError(
+                f"{unit.name}: what its attention gives is not finite on the calibration examples: "
+                f"its weights hold NaN or infinity, or it overflows"
+            )
         student = Sublayer(recording, unit, state)
         new = prepare(student, [example.call for example in seen])
         trainer = _Trainer(student, new, seen, held, settings, started)
