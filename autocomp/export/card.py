@@ -122,10 +122,8 @@ def _quality(request: ExportRequest) -> list[str]:
             f"(teacher {reference['value']:.4g}; quality {ratio:.1%} of the teacher's)"
         )
         count = report.get("candidates") or 1
-        looked = "this candidate alone was" if count == 1 else f"{count} candidates were"
-        lines.append(
-            f"- looked at on the report split in this study: {looked}, none selected by it"
-        )
+        looked = "this candidate" if count == 1 else f"{count} candidates"
+        lines.append(f"- the report split was opened for {looked} of the study, and selected none")
     return lines
 
 

@@ -116,7 +116,7 @@ def test_the_card_says_what_was_measured(request_: ExportRequest) -> None:
     assert "| peak memory | 75 MB | 75.0% | – |" in card
     assert "accuracy on the search split: 0.875" in card
     assert "report split, after selection: 0.8125 (teacher 0.84; quality 96.7% of" in card
-    assert "this candidate alone was" in card
+    assert "the report split was opened for this candidate of the study" in card
     assert "Latency is processor time of one thread, normalised by an anchor model" in card
     assert "batch 1, 128 tokens, 1 thread(s)" in card
 
@@ -124,7 +124,7 @@ def test_the_card_says_what_was_measured(request_: ExportRequest) -> None:
 def test_the_card_says_how_many_were_looked_at(request_: ExportRequest) -> None:
     assert request_.report is not None
     asked = replace(request_, report={**request_.report, "candidates": 3})
-    assert "in this study: 3 candidates were" in model_card(asked, "model.onnx")
+    assert "was opened for 3 candidates of the study" in model_card(asked, "model.onnx")
 
 
 def test_the_card_says_the_clock(request_: ExportRequest) -> None:
