@@ -2,6 +2,7 @@
 #
 #   make quickstart   compress MiniLM on BBC headlines to a fifth of the latency, a ninth of the size
 #   make test         the test suite
+#   make test-slow    the tests it leaves out: minutes each
 #   make check        lint, types, import contract
 #   make bench        the benchmarks whose figures the docs quote
 
@@ -12,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-
           --constraint constraints.txt
 STUDY  ?= runs/quickstart
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test test-slow check bench clean
 
 # A stamp per set of extras: `make quickstart` does not install the test tools.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -25,6 +26,9 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
