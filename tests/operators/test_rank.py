@@ -11,7 +11,7 @@ import torch
 from autocomp.calibrate.stats import SiteStats, load_stats, save_stats
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import ModelError, UserError
-from autocomp.core.unit import SiteFormat
+from autocomp.core.unit import Site, SiteFormat
 from autocomp.library.build import relative_errors
 from autocomp.operators import apply_option, apply_step, option_formats, unit_options
 from autocomp.operators.factorize.factors import factor_stats, multiplied
@@ -124,8 +124,10 @@ def test_options_are_the_distinct_shapes() -> None:
     steps = OPERATOR.options(unit, Rule({"rank": [1.0, 0.6, 0.61, 0.4]}))
     assert steps == [None, HALF]  # 0.61 and 0.4 round to the same 8 columns
     assert OPERATOR.options(unit, Rule({"width": [0.5]})) == []
-    with pytest.raises(UserError, match="head is not factorised"):
-        OPERATOR.options(head(), Rule({"rank": [0.5]}))
+    rule = Rule({"rank": [1.0, 0.5]})
+    assert OPERATOR.options(head(), rule) == [None]  # three labels: two factors hold no fewer
+    words = replace(head(), sites=(Site("lm_head", "head", 96, 24, False),))
+    assert OPERATOR.options(words, rule) == [None, Step.of("rank", ratio=0.5)]
     with pytest.raises(UserError, match=r"must be in \(0, 1\], not 2"):
         OPERATOR.options(unit, Rule({"rank": [2]}))
 

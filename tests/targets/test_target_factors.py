@@ -44,8 +44,6 @@ def _option(unit, bits: str) -> Option:
 def _factored(model, units, bits: str):
     student = copy_for_surgery(model)
     for unit in units:
-        if unit.kind == "head":
-            continue
         stats = {}
         if unit.kind != "embedding":
             shared = {
@@ -79,7 +77,7 @@ def test_artifact_equals_torch_and_its_size_is_foretold(
         assert (student(**inputs).logits - model(**inputs).logits).abs().max() > 0.1
     in_units = {"dense": 0, "factored": 0}
     for unit in units:
-        option = Option() if unit.kind == "head" else _option(unit, bits)
+        option = _option(unit, bits)
         for label, chosen in (("dense", Option()), ("factored", option)):
             formats = option_formats(unit, chosen).values()
             in_units[label] += sum(runtime.size_bytes(one) for one in formats)
@@ -98,7 +96,7 @@ def test_the_cost_table_prices_factors(exported) -> None:
     runtime = target()
     formats = {}
     for unit in units:
-        offered = [Option()] if unit.kind == "head" else [Option(), _option(unit, "int8")]
+        offered = [Option(), _option(unit, "int8")]
         formats[unit.name] = {option.key: option_formats(unit, option) for option in offered}
     inputs = {k: v.numpy() for k, v in task.example_inputs(1, 12).items()}
     table = profile(runtime, skeleton, units, formats, inputs, candidates=2)

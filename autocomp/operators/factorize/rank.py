@@ -1,4 +1,4 @@
-"""Rank: linear layers and word embeddings as products of two thin matrices of lower rank.
+"""Rank: linear layers (heads too) and word embeddings as products of two thin matrices.
 
 A linear layer is truncated where its output on real inputs changes least (whitened SVD); a table
 where its rows, weighted by how often each is used, change least. `ratio` is the share of the rank
@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from autocomp.core.candidate import Step
-from autocomp.core.errors import UserError
 from autocomp.core.factors import factor_formats, first_of, second_of
 from autocomp.core.unit import Role, Site, SiteFormat, Unit
 from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 from autocomp.operators.prune.choices import read_fractions
 
-ROLES: tuple[Role, ...] = ("query", "key", "value", "output", "gate", "up", "down", "embedding")
-"""Sites that are factorised; of an embedding unit, not the positions."""
+LEFT_OUT: tuple[Role, ...] = ("position",)
+"""Sites that are not factorised: of an embedding unit, the positions."""
 
 STEP = 8
 """Ranks are multiples of this, and at least this."""
@@ -46,18 +45,9 @@ class Rank:
     saves_memory: tuple[str, ...] = ()
 
     def options(self, unit: Unit, rule: Rule) -> Sequence[Step | None]:
-        """One step per ratio that leaves another shape; `None` for 1.0 and where none saves.
-
-        Raises:
-            UserError: at a head.
-        """
+        """One step per ratio that leaves another shape; `None` for 1.0 and where none saves."""
         if "rank" not in rule.structure:
             return []
-        if unit.kind == "head":
-            raise UserError(
-                f"rank at {unit.name}: a unit of kind head is not factorised. Match "
-                f"layers.*.attention, layers.*.ffn or embeddings only"
-            )
         steps: dict[tuple[int | None, ...], Step | None] = {}
         for ratio in read_fractions(rule.structure["rank"], operator="rank", unit=unit.name):
             ranks = tuple(_rank(site, ratio) for site in unit.sites)
@@ -73,7 +63,7 @@ class Rank:
         result: dict[str, SiteFormat] = {}
         for site in unit.sites:
             before = formats[site.name]
-            rank = rank_for(before, step["ratio"]) if site.role in ROLES else None
+            rank = rank_for(before, step["ratio"]) if site.role not in LEFT_OUT else None
             if rank is None:
                 result[site.name] = before
             else:
@@ -96,7 +86,7 @@ class Rank:
         result: UnitState = {}
         for site in unit.sites:
             here = state[site.name]
-            rank = rank_for(here.format, step["ratio"]) if site.role in ROLES else None
+            rank = rank_for(here.format, step["ratio"]) if site.role not in LEFT_OUT else None
             if rank is None:
                 result[site.name] = here
                 continue
@@ -108,7 +98,7 @@ class Rank:
 
 def _rank(site: Site, ratio: float) -> int | None:
     whole = SiteFormat(site.rows, site.columns, site.bias)
-    return rank_for(whole, ratio) if site.role in ROLES else None
+    return rank_for(whole, ratio) if site.role not in LEFT_OUT else None
 
 
 OPERATOR = Rank()
