@@ -9,7 +9,7 @@ transformer of DINOv2-small's shape at 224 pixels. `token`: a generated token of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ GENERATING = ("onnxruntime", "openvino")
 """Runtimes whose generated token is timed too."""
 REPEATS = 5
 """Of each figure: dense and the case one after the other, the median of their ratios."""
+TIMING = {"runs": 12, "rounds": 3, "seconds": 0.1}
 THRESHOLD_PERCENT = 5.0
 """What must be gained for a verdict to call it a gain."""
 
@@ -153,15 +154,23 @@ def _percent(
     """`{case}_latency_percent` and `{case}_size_percent` of one model on one runtime."""
     from autocomp.core.unit import dense_format
     from autocomp.operators import option_formats, token_reduction
-    from autocomp.targets.profile import lower_formats, measure_formats
+    from autocomp.targets.profile import lower_formats
+    from autocomp.targets.profile_pieces import in_range
 
-    def cost(formats: Any, reductions: Any = None) -> tuple[float, int]:
+    def opened(formats: Any, reductions: Any = None) -> tuple[Callable[[], float], int]:
+        """Times the model whenever it is called; and its bytes on disk."""
         lowered = lower_formats(target, skeleton, units, formats, reductions)
         size = target.write(lowered, scratch / "model").size_bytes
-        return measure_formats(target, skeleton, units, formats, inputs, reductions), size
+        session, feeds = target.open(lowered), in_range(inputs, formats)
+
+        def latency_ms() -> float:
+            ms: float = target.to_ms(target.time_session(session, feeds, **TIMING))
+            return ms
+
+        return latency_ms, size
 
     dense = {unit.name: dense_format(unit) for unit in units}
-    _, whole_bytes = cost(dense)
+    whole_ms, whole_bytes = opened(dense)
     figures = {}
     for case, (_, kinds, rule) in cases.items():
         formats, reductions = dict(dense), {}
@@ -175,10 +184,11 @@ def _percent(
         sites = [one for unit in formats.values() for one in unit.values()]
         if any(target.formats_supported(one) is not None for one in sites):
             continue
-        pairs = [(cost(dense)[0], cost(formats, reductions or None)) for _ in range(REPEATS)]
-        ratio = median(latency_ms / whole_ms for whole_ms, (latency_ms, _) in pairs)
+        print(f"  {target.name}: {case}", flush=True)
+        case_ms, size_bytes = opened(formats, reductions or None)
+        ratio = median(case_ms() / whole_ms() for _ in range(REPEATS))
         figures[f"{case}_latency_percent"] = 100 * ratio
-        figures[f"{case}_size_percent"] = 100 * pairs[0][1][1] / whole_bytes
+        figures[f"{case}_size_percent"] = 100 * size_bytes / whole_bytes
     return figures
 
 
