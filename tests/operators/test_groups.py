@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import torch
 from model_examples import EXAMPLES, logits
+from recorded_contract import RecordedContract
 from replaced_examples import Case, case
 
 from autocomp.calibrate.record import Call, load_recording
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError, UserError
-from autocomp.core.unit import Unit, dense_format
+from autocomp.core.unit import Unit
 from autocomp.library.student import unit_state
 from autocomp.models.surgery import copy_for_surgery, install
 from autocomp.operators import OPERATORS, apply_step, option_formats, unit_options
-from autocomp.operators.protocol import Operator, Rule, UnitState, UnitStats
+from autocomp.operators.protocol import Operator, Rule, UnitState
 from autocomp.operators.prune.groups import pool
 from autocomp.operators.replace import distil as distil_module
 from autocomp.operators.replace.distil import Settings
 from autocomp.operators.replace.sublayer import Sublayer
-from autocomp.testing.operator_contract import OperatorContract, assert_same, assert_sound
+from autocomp.testing.operator_contract import assert_same
 
 SHORT = Settings(steps=40, warm_up=5, trial_steps=5, check_every=10)
 ONE = Step.of("groups", keep=1)
@@ -296,13 +297,8 @@ def test_without_a_recording_nothing_is_trained(made: Case) -> None:
         apply_step(made.unit, made.state, ONE, dict(made.stats))
 
 
-class TestContract(OperatorContract):
-    """On a recorded unit; degenerate inputs are those of the recording."""
-
-    @pytest.fixture(autouse=True)
-    def _made(self, made: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made = made
-        monkeypatch.setattr(distil_module, "SETTINGS", replace(SHORT, steps=3, trial_steps=1))
+class TestContract(RecordedContract):
+    steps = (ONE,)
 
     @pytest.fixture
     def operator(self) -> Operator:
@@ -310,28 +306,3 @@ class TestContract(OperatorContract):
 
     def rules(self) -> list[Rule]:
         return [Rule({"groups": [0.5, 0.1]})]
-
-    def units(self) -> list[Unit]:
-        return [self.made.unit]
-
-    def state(self, unit: Unit) -> UnitState:
-        return {
-            name: replace(
-                site,
-                weight=site.weight.clone(),
-                bias=None if site.bias is None else site.bias.clone(),
-            )
-            for name, site in self.made.state.items()
-        }
-
-    def stats(self, unit: Unit) -> UnitStats:
-        return self.made.stats
-
-    def test_degenerate_inputs(self, operator: Operator) -> None:
-        zero = {
-            name: replace(site, weight=torch.zeros_like(site.weight))
-            for name, site in self.made.state.items()
-        }
-        after = operator.apply(self.made.unit, zero, ONE, self.made.stats)
-        formats = operator.formats(self.made.unit, dense_format(self.made.unit), ONE)
-        assert_sound(after, formats, ONE.label())

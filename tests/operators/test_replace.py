@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from model_examples import EXAMPLES
+from recorded_contract import RecordedContract
 from replaced_examples import Case, Distances, case, register
 
 from autocomp.calibrate.accumulate import Accumulator
 from autocomp.calibrate.record import load_recording
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError, UserError
-from autocomp.core.unit import Unit, dense_format
+from autocomp.core.unit import Unit
 from autocomp.models.surgery import copy_for_surgery, install
 from autocomp.operators import OPERATORS, apply_step, option_formats, unit_options
-from autocomp.operators.protocol import Operator, Rule, UnitState, UnitStats
+from autocomp.operators.protocol import Operator, Rule, UnitState
 from autocomp.operators.replace import distil as distil_module
 from autocomp.operators.replace.distil import Settings, distil
 from autocomp.operators.replace.sublayer import Sublayer
-from autocomp.testing.operator_contract import OperatorContract, assert_same, assert_sound
+from autocomp.testing.operator_contract import assert_same
 
 SHORT = Settings(steps=40, warm_up=5, trial_steps=5, check_every=10)
 ELU, DISTANCES = Step.of("replace", mixer="elu"), Step.of("replace", mixer="distances")
@@ -302,13 +303,8 @@ def test_without_a_recording_nothing_is_trained(made: Case) -> None:
         apply_step(made.unit, made.state, ELU, dict(made.stats))
 
 
-class TestContract(OperatorContract):
-    """On a recorded unit; degenerate inputs are those of the recording."""
-
-    @pytest.fixture(autouse=True)
-    def _made(self, made: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made = made
-        monkeypatch.setattr(distil_module, "SETTINGS", replace(SHORT, steps=3, trial_steps=1))
+class TestContract(RecordedContract):
+    steps = (ELU, DISTANCES)
 
     @pytest.fixture
     def operator(self) -> Operator:
@@ -316,32 +312,6 @@ class TestContract(OperatorContract):
 
     def rules(self) -> list[Rule]:
         return [Rule({"replace": ["elu", "distances"]})]
-
-    def units(self) -> list[Unit]:
-        return [self.made.unit]
-
-    def state(self, unit: Unit) -> UnitState:
-        return {
-            name: replace(
-                site,
-                weight=site.weight.clone(),
-                bias=None if site.bias is None else site.bias.clone(),
-            )
-            for name, site in self.made.state.items()
-        }
-
-    def stats(self, unit: Unit) -> UnitStats:
-        return self.made.stats
-
-    def test_degenerate_inputs(self, operator: Operator) -> None:
-        zero = {
-            name: replace(site, weight=torch.zeros_like(site.weight))
-            for name, site in self.made.state.items()
-        }
-        for step in (ELU, DISTANCES):
-            after = operator.apply(self.made.unit, zero, step, self.made.stats)
-            formats = operator.formats(self.made.unit, dense_format(self.made.unit), step)
-            assert_sound(after, formats, step.label())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from autocomp.core.candidate import Step
 from autocomp.core.factors import factor_formats, first_of, second_of
-from autocomp.core.unit import Role, Site, SiteFormat, Unit
+from autocomp.core.unit import Role, Site, SiteFormat, Unit, dense_format
 from autocomp.operators.protocol import Need, Rule, Stage, UnitState, UnitStats
 from autocomp.operators.prune.choices import read_fractions
 
@@ -50,7 +50,8 @@ class Rank:
             return []
         steps: dict[tuple[int | None, ...], Step | None] = {}
         for ratio in read_fractions(rule.structure["rank"], operator="rank", unit=unit.name):
-            ranks = tuple(_rank(site, ratio) for site in unit.sites)
+            whole = dense_format(unit)
+            ranks = tuple(_rank(site, whole[site.name], ratio) for site in unit.sites)
             if ratio == 1 or not any(ranks):
                 ranks = (None,) * len(ranks)
             steps.setdefault(ranks, Step.of("rank", ratio=ratio) if any(ranks) else None)
@@ -63,7 +64,7 @@ class Rank:
         result: dict[str, SiteFormat] = {}
         for site in unit.sites:
             before = formats[site.name]
-            rank = rank_for(before, step["ratio"]) if site.role not in LEFT_OUT else None
+            rank = _rank(site, before, step["ratio"])
             if rank is None:
                 result[site.name] = before
             else:
@@ -86,7 +87,7 @@ class Rank:
         result: UnitState = {}
         for site in unit.sites:
             here = state[site.name]
-            rank = rank_for(here.format, step["ratio"]) if site.role not in LEFT_OUT else None
+            rank = _rank(site, here.format, step["ratio"])
             if rank is None:
                 result[site.name] = here
                 continue
@@ -96,9 +97,8 @@ class Rank:
         return result
 
 
-def _rank(site: Site, ratio: float) -> int | None:
-    whole = SiteFormat(site.rows, site.columns, site.bias)
-    return rank_for(whole, ratio) if site.role not in LEFT_OUT else None
+def _rank(site: Site, format: SiteFormat, ratio: float) -> int | None:
+    return rank_for(format, ratio) if site.role not in LEFT_OUT else None
 
 
 OPERATOR = Rank()
