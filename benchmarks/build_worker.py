@@ -1,8 +1,9 @@
 """A worker process on its own: builds the pickled tasks it is given.
 
-Prints peak bytes, bytes of its imports, and processor seconds. The peak is the kernel's high-water
-mark of this address space (`VmHWM`; `ru_maxrss` would begin at the parent's); the part of it taken
-by imports is resident memory before the first task.
+Prints peak bytes, bytes of its imports, and processor seconds. The peak is the largest that building
+an item reports: the kernel's high-water mark (`VmHWM`), which building counts anew for each item, so
+that the mark left at the end is that of the last alone. The part of it taken by imports is resident
+memory before the first task.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ def main() -> None:
     tasks = pickle.loads(Path(sys.argv[1]).read_bytes())
     torch.linalg.cholesky(torch.eye(8))  # the linear algebra library is loaded at first use
     before, start = _status_bytes("VmRSS"), time.process_time()
-    for task in tasks:
-        build_unit(task)
-    print(_status_bytes("VmHWM"), before, time.process_time() - start)
+    peak = max(item.peak_bytes for task in tasks for item in build_unit(task))
+    print(peak, before, time.process_time() - start)
 
 
 def _status_bytes(field: str) -> int:
