@@ -1,9 +1,9 @@
 """A worker process on its own: builds the pickled tasks it is given.
 
-Prints peak bytes, bytes of its imports, and processor seconds. The peak is the largest that building
-an item reports: the kernel's high-water mark (`VmHWM`), which building counts anew for each item, so
-that the mark left at the end is that of the last alone. The part of it taken by imports is resident
-memory before the first task.
+Prints peak bytes, bytes of its imports, and processor seconds. The peak is the largest that
+building an item reports: the kernel's high-water mark (`VmHWM`), which building counts anew for
+each item, so that the mark left at the end is that of the last alone. The part of it taken by
+imports is resident memory before the first task.
 """
 
 from __future__ import annotations
