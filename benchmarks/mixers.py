@@ -28,8 +28,8 @@ from benchmarks.setting import prepared
 
 SKIP = "skip"
 TEXT = ("hedgehog", "elu", "retention", "mamba2", "rwkv6", "window", "convolution")
-TWO_WAY = (*TEXT, "pooling", "fourier")
-IMAGES = (*TWO_WAY, "window2d")
+TWO_WAY = (*TEXT, "pooling")
+IMAGES = (*TWO_WAY, "fourier", "window2d")
 
 
 @dataclass(frozen=True)
