@@ -157,8 +157,8 @@ class Evaluator:
         """One cell's figures, computed unless they are known; those of the original beside them."""
         from autocomp.core.files import write_text_atomic
         from autocomp.core.hashing import content_key
+        from autocomp.distill.trainer import distil
         from autocomp.library.stitch import stitch
-        from autocomp.trial.distil import distil
 
         context = self._context
         candidate = _candidate(cell, context.units)

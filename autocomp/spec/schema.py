@@ -20,7 +20,7 @@ from autocomp.spec.space import RuleSection
 
 TASKS = ("text-classification", "image-classification", "language-modeling")
 Loss = Literal["logits"]
-"""What `trial.distil` computes."""
+"""What `distill.trainer` computes."""
 AUTO = "auto"
 """As `target.runtime`: every installed runtime of the device."""
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
+from autocomp.distill.trainer import DivergedError
 from autocomp.models.surgery import blocks
 from autocomp.targets.protocol import Artifact, Target
 from autocomp.tasks.protocol import Array, Task
-from autocomp.trial.distil import DivergedError
 
 TOLERANCE = 0.05
 """Largest mean difference between the artifact's logits and torch's, relative to their spread..."""

@@ -28,6 +28,7 @@ from autocomp.core.errors import AutocompError, MachineError, StorageError
 from autocomp.core.files import storage_error
 from autocomp.core.gate import Gate
 from autocomp.core.measurement import Measurement
+from autocomp.distill.trainer import DivergedError, distil
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
 from autocomp.library.student import save_student, teacher_digest
@@ -46,7 +47,6 @@ from autocomp.tasks.teacher import Progress, teacher_logits
 from autocomp.tasks.vocabulary import retokenised
 from autocomp.trial.agreement import check_agreement
 from autocomp.trial.context import TrialContext
-from autocomp.trial.distil import DivergedError, distil
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from autocomp.api.plan import make_plan
 from autocomp.core.candidate import Candidate, Distillation
 from autocomp.core.errors import StorageError
 from autocomp.core.gate import Gate
+from autocomp.distill.trainer import distil
 from autocomp.library.stitch import stitch
 from autocomp.report.progress import Silent
 from autocomp.spec.loader import parse_overrides
@@ -29,7 +30,6 @@ from autocomp.study.activity import ActivityWriter, read_activities
 from autocomp.study.directory import Study
 from autocomp.targets import open_artifact, runtime
 from autocomp.trial import runner as runner_module
-from autocomp.trial.distil import distil
 from autocomp.trial.runner import CandidateRunner
 
 pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one

@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
 import torch
 from model_examples import EXAMPLES
-from replaced_examples import Distances, calm, sequences
-from torch import nn
+from replaced_examples import Distances, calm
+from text_examples import Texts
+from word_examples import CountingGate
 
 from autocomp.core.candidate import Distillation
-from autocomp.core.gate import Gate
+from autocomp.distill.student import MIXER_RATE, parameter_groups, trainable_parameters
+from autocomp.distill.trainer import distil
 from autocomp.models.seat import install_mixer, mixer_of, mixer_shape
 from autocomp.models.surgery import copy_for_surgery
 from autocomp.tasks.protocol import Task
-from autocomp.trial.distil import MIXER_RATE, _groups, distil, trainable_parameters
-
-
-class Texts:
-    """The part of a task that distillation needs."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.all = name, sequences(EXAMPLES[name])
-
-    def batches(
-        self, split: str, batch: int, *, seed: int | None = None, index: bool = False
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        yield from self.all
-
-    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        out: torch.Tensor = model(**inputs).logits
-        return out if out.ndim == 2 else out[inputs["attention_mask"].bool()]
-
-    def tokens(self, inputs: dict[str, torch.Tensor]) -> int:
-        return int(inputs["attention_mask"].sum())
-
-
-class Open(Gate):
-    """A gate in memory."""
-
-    def __init__(self) -> None:
-        pass
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        yield
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -62,7 +31,9 @@ def test_mixers_are_trained_with_the_rest(name: str) -> None:
     task: Any = Texts(name)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     settings = Distillation(tokens=2000, lr=3e-3, temperature=1.0)
-    result = distil(student, teacher, cast(Task, task), settings, batch=24, seed=0, gate=Open())
+    result = distil(
+        student, teacher, cast(Task, task), settings, batch=24, seed=0, gate=CountingGate()
+    )
     assert result.last_loss < 0.7 * result.first_loss
     mixer = mixer_of(student, unit)
     assert mixer is not None
@@ -72,7 +43,7 @@ def test_mixers_are_trained_with_the_rest(name: str) -> None:
     for inputs in task.all:  # what stands at padding makes no difference
         mask = inputs["attention_mask"]
         inputs["input_ids"] = torch.where(mask.bool(), inputs["input_ids"], 7)
-    distil(padded, teacher, cast(Task, task), settings, batch=24, seed=0, gate=Open())
+    distil(padded, teacher, cast(Task, task), settings, batch=24, seed=0, gate=CountingGate())
     other = mixer_of(padded, unit)
     assert other is not None
     torch.testing.assert_close(other.scores, mixer.scores, rtol=1e-3, atol=1e-4)
@@ -81,10 +52,10 @@ def test_mixers_are_trained_with_the_rest(name: str) -> None:
 def test_mixers_have_a_rate_of_their_own() -> None:
     unit = EXAMPLES["bert"].units()[1]
     student = EXAMPLES["bert"].model()
-    plain = _groups(student, trainable_parameters(student), 1e-4)
+    plain = parameter_groups(student, trainable_parameters(student).values(), 1e-4)
     assert [group["lr"] for group in plain] == [1e-4]
     mixer = Distances(mixer_shape(unit))
     install_mixer(student, unit, mixer)
-    groups = _groups(student, trainable_parameters(student), 1e-4)
+    groups = parameter_groups(student, trainable_parameters(student).values(), 1e-4)
     assert [group["lr"] for group in groups] == [1e-4, MIXER_RATE * 1e-4]
     assert [id(p) for p in groups[1]["params"]] == [id(mixer.scores)]

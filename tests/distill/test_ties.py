@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autocomp.core.candidate import Distillation
 from autocomp.core.gate import Gate
+from autocomp.distill.trainer import distil
 from autocomp.models.surgery import copy_for_surgery
-from autocomp.trial.distil import distil
 
 
 class _Chunks:
