@@ -29,7 +29,16 @@ from benchmarks.setting import prepared
 SKIP = "skip"
 TEXT = ("hedgehog", "elu", "retention", "mamba2", "rwkv6", "window", "convolution")
 TWO_WAY = (*TEXT, "pooling")
-IMAGES = (*TWO_WAY, "fourier", "window2d")
+IMAGES = (
+    "hedgehog",
+    "retention",
+    "mamba2",
+    "rwkv6",
+    "window2d",
+    "convolution",
+    "pooling",
+    "fourier",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ CASES = {
         TWO_WAY,
         layers=(3, 5, 1),
         counts=(1, 2, 3),
-        tokens=40_000,
+        tokens=20_000,
         lr=2e-4,
         overrides={
             "task.data.lines": None,  # whole articles
@@ -71,7 +80,7 @@ CASES = {
         TEXT,
         layers=(3, 5, 1),
         counts=(1, 2, 3),
-        tokens=65_536,
+        tokens=32_768,
         lr=3e-4,
         overrides={"target.workload.sequence": 256, "task.data.search": 60},
     ),
@@ -80,7 +89,7 @@ CASES = {
         IMAGES,
         layers=(7, 3, 11, 5, 1, 9),
         counts=(1, 2, 3, 6),
-        tokens=20_000,
+        tokens=10_000,
         lr=1e-4,
         overrides={"target.workload.image": 112, "task.data.search": 200},
     ),

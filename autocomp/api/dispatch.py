@@ -12,8 +12,9 @@ from autocomp.front.pick import front
 from autocomp.report.progress import SearchProgress
 from autocomp.search.proposal import Proposal
 from autocomp.search.proposer import TrialProposer
+from autocomp.search.rungs import Rungs
 from autocomp.study.directory import Study, append_trial
-from autocomp.study.records import TrialRecord
+from autocomp.study.records import RungRecord, TrialRecord
 from autocomp.workers.protocol import Failure
 
 _OUT_OF_MEMORY = "most often memory ran out: take fewer workers"
@@ -29,13 +30,15 @@ class Dispatcher:
         tables: Mapping[Runtime, TablePredictor],
         progress: SearchProgress,
         deadline: float | None,
+        rungs: Rungs | None = None,
     ) -> None:
-        """`tables` are those of the runtimes that are searched.
+        """`tables` are those of the runtimes that are searched; `rungs` judges trials in training.
 
         `deadline` is in `time.monotonic()` seconds; no trial is proposed after it.
         """
         self._study, self._proposer, self._tables = study, proposer, tables
         self._progress, self._deadline = progress, deadline
+        self._rungs = rungs
         self._next: Proposal | None = None
         self.late = False
 
@@ -59,6 +62,28 @@ class Dispatcher:
             return None
         return self._proposer.ask()
 
+    def judge(self, key: str, report: dict[str, Any]) -> bool:
+        """See `workers.protocol.Proposer`."""
+        seen = RungRecord.from_json(report)
+        if self._rungs is None or self._rungs.survives(seen):
+            return True
+        entries = self._study.ledger.read().of("rung").values()
+        record = TrialRecord(
+            id=key,
+            kind=seen.kind,
+            proposed_by=seen.proposed_by,
+            state="pruned",
+            candidate=seen.candidate,
+            estimated=seen.estimated,
+            seconds=seen.seconds,
+            rungs=tuple(RungRecord.from_json(its).seen for its in entries if its["id"] == key),
+            error=f"stopped after {seen.tokens:,} tokens: others were better there",
+        )
+        append_trial(self._study.ledger, record)
+        self._study.paths.checkpoint(key).unlink(missing_ok=True)
+        self._told(record)
+        return False
+
     def tell(self, key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
         """See `workers.protocol.Proposer`."""
         if result is None:
@@ -77,7 +102,10 @@ class Dispatcher:
             append_trial(self._study.ledger, record)
         else:
             record = TrialRecord.from_json(result)
-        self._proposer.tell(key, record)
+        self._told(record)
+
+    def _told(self, record: TrialRecord) -> None:
+        self._proposer.tell(record.id, record)
         records = self._study.trials()
         runtime = record.candidate.runtime
         if runtime in self._tables:

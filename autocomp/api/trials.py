@@ -9,9 +9,11 @@ from autocomp.api.session import Measured, Session
 from autocomp.front.pick import feasible, scale_of
 from autocomp.search.baselines import Baseline, baselines
 from autocomp.search.proposer import TrialProposer
+from autocomp.search.rungs import Rungs
 from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened
 from autocomp.search.settings import Settings
+from autocomp.study.records import RungRecord, TrialRecord
 from autocomp.trial.context import TrialContext
 
 EXTRA_ROUNDS = 2
@@ -25,8 +27,10 @@ def run_trials(
     """Baselines and proposals; more of them while nothing measured fits the budget."""
     spec, study, progress = session.plan.spec, session.study, session.progress
     space, tables, budget = session.plan.space, measured.tables, measured.budget
-    again = study.failed_by_machine()
-    finished = [record for record in study.trials() if record not in again]
+    seen = [RungRecord.from_json(entry) for entry in study.ledger.read().of("rung").values()]
+    failed = study.failed_by_machine()
+    finished = [record for record in study.trials() if record not in failed]
+    again: list[TrialRecord | RungRecord] = [*failed, *_begun(seen, study.trials())]
     for record in finished:
         if record.kind != "dense":
             progress.trial_finished(record)
@@ -44,7 +48,10 @@ def run_trials(
         again=again,
         objectives=list(spec.objectives),
     )
-    dispatcher = Dispatcher(study, proposer, tables, progress, session.deadline)
+    rungs = Rungs(spec.search.keep, budget, list(spec.objectives))
+    for report in seen:
+        rungs.survives(report)
+    dispatcher = Dispatcher(study, proposer, tables, progress, session.deadline, rungs)
     others = sum(kind != "dense" for _, kind, _ in uniform)
     allowed = spec.search.trials
 
@@ -72,6 +79,12 @@ def run_trials(
                 f"{more} more trials, "
                 f"with a larger margin"
             )
+
+
+def _begun(seen: list[RungRecord], trials: list[TrialRecord]) -> list[RungRecord]:
+    """Trials that were stopped by no one and came to no end: the last that was seen of each."""
+    ended = {record.id for record in trials}
+    return list({report.id: report for report in seen if report.id not in ended}.values())
 
 
 def _baselines(session: Session, context: TrialContext) -> list[Baseline]:

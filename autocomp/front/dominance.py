@@ -103,7 +103,7 @@ def _volume(losses: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
 def crowding(points: Points) -> list[float]:
     """Crowding distance of each point among the others (Deb et al., 2002).
 
-    Infinite at the ends of every objective; 0 for a point that does not rank.
+    Infinite at the ends of every objective in which points differ; 0 for one that does not rank.
     """
     if not points:
         return []
@@ -116,7 +116,7 @@ def crowding(points: Points) -> list[float]:
             continue
         values = losses[order, column]
         span = values[-1] - values[0]
-        distance[order[0]] = distance[order[-1]] = np.inf
-        if span > 0 and len(order) > 2:
+        if span > 0:
+            distance[order[0]] = distance[order[-1]] = np.inf
             distance[order[1:-1]] += (values[2:] - values[:-2]) / span
     return [float(value) for value in distance]

@@ -52,7 +52,7 @@ from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened, new_study
 from autocomp.search.settings import Settings
 from autocomp.search.space import Space, Vector
-from autocomp.study.records import TrialKind, TrialRecord
+from autocomp.study.records import RungRecord, TrialKind, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class TrialProposer:
         seed: of every random choice.
         finished: records of earlier runs (from the ledger); never proposed again.
         baselines: proposed first, not counted as `trials`.
-        again: records whose trials are proposed once more, before anything new; none of `finished`.
+        again: trials that are proposed once more, before anything new; none of `finished`.
         margin: share of each predicted limit that is always left unused.
         objectives: the values told to the Optuna study.
     """
@@ -91,7 +91,7 @@ class TrialProposer:
         seed: int = 0,
         finished: Sequence[TrialRecord] = (),
         baselines: Sequence[Baseline] = (),
-        again: Sequence[TrialRecord] = (),
+        again: Sequence[TrialRecord | RungRecord] = (),
         margin: float = 0.01,
         objectives: Sequence[Objective] = OBJECTIVES,
     ) -> None:
@@ -199,6 +199,7 @@ class TrialProposer:
                 self.study.tell(trial, values)
             else:
                 trial.set_user_attr("error", outcome.error or "a figure is missing or not finite")
+                trial.set_user_attr("rungs", list(outcome.rungs))
                 pruned = outcome.state == "pruned"
                 self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -267,7 +268,25 @@ class SearchSection(Section):
     trials: int = Field(
         12, ge=0, description="Full trials proposed by the search; 0 runs the baselines alone."
     )
+    rungs: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [],
+        description="Shares of a trial's distillation tokens, rising. There a trial is looked at, "
+        "and goes on only if it is among the best that came so far.",
+    )
+    keep: float = Field(0.5, gt=0, lt=1, description="Share of the trials at a rung that goes on.")
+    realise: bool = Field(
+        True,
+        description="Whether a trial's operators are applied again, unit after unit, on the inputs "
+        "that its compressed model truly gives them, before it is distilled.",
+    )
     seed: int = Field(0, ge=0, description="Of everything random: splits, proposals, training.")
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: list[float]) -> list[float]:
+        if any(later <= earlier for earlier, later in pairwise(rungs)):
+            raise ValueError("needs rising shares, as [0.25, 0.5]")
+        return rungs
 
 
 class Spec(Section):

@@ -52,6 +52,10 @@ class StudyPaths:
         """A trial's torch weights, for other export formats; beside no artifact, in no size."""
         return self.root / "students" / f"{trial}.safetensors"
 
+    def checkpoint(self, trial: str) -> Path:
+        """Of a trial in training, as of its last rung; gone once the trial has ended."""
+        return self.work / "checkpoints" / f"{trial}.safetensors"
+
     @property
     def companions(self) -> Path:
         """What every exported model is shipped with: tokenizer or processor, labels, inputs."""

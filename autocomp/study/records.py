@@ -30,6 +30,7 @@ class TrialRecord:
         estimated: what the cost table predicted before the trial ran.
         seconds: phase → duration (stitch, distil, export, evaluate, measure).
         artifact: directory of the exported model, relative to the study's.
+        rungs: what was seen of it on the way, `RungRecord.seen`, the earliest first.
         error: cause of a failed trial, first line readable by a person.
         by_machine: it failed because the machine did (memory, a worker that died), which says
             nothing about the candidate: a resumed search runs it again, once.
@@ -47,6 +48,7 @@ class TrialRecord:
     estimated: Measurement | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     artifact: str | None = None
+    rungs: tuple[Mapping[str, Any], ...] = ()
     error: str | None = None
     finished_at: str | None = None
     by_machine: bool = False
@@ -65,6 +67,55 @@ class TrialRecord:
         for name in ("measured", "estimated"):
             if fields.get(name) is not None:
                 fields[name] = Measurement.from_json(fields[name])
+        fields["rungs"] = tuple(fields.get("rungs", ()))
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class RungRecord:
+    """A trial in training, looked at: the model as it is then, not exported.
+
+    Attributes:
+        id, kind, proposed_by, candidate, estimated: of the trial, see `TrialRecord`.
+        rung: 0 for the first.
+        tokens: distillation tokens seen so far.
+        quality, teacher_kl: on the search split, as in `TrialRecord` but of the model in torch.
+        seconds: phase → duration so far.
+    """
+
+    id: str
+    kind: TrialKind
+    proposed_by: str
+    candidate: Candidate
+    estimated: Measurement | None
+    rung: int
+    tokens: int
+    quality: float | None
+    teacher_kl: float | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Of its entry in the ledger: `3f2a91c0b7@0`."""
+        return f"{self.id}@{self.rung}"
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What a trial's record keeps of it."""
+        names = ("rung", "tokens", "quality", "teacher_kl")
+        return {name: getattr(self, name) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mapping."""
+        return {**asdict(self), "candidate": self.candidate.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RungRecord:
+        """Inverse of `to_json`."""
+        fields = dict(data)
+        fields["candidate"] = Candidate.from_json(fields["candidate"])
+        if fields["estimated"] is not None:
+            fields["estimated"] = Measurement.from_json(fields["estimated"])
         return cls(**fields)
 
 

@@ -1,5 +1,9 @@
 """A full trial: stitch → distil → export → evaluate the artifact → measure. Resident in a worker.
 
+Distillation stops at rungs, where the model as it is then is looked at and reported; who drives the
+trial takes it on, or leaves it there. A checkpoint is written before, from which a trial whose
+process died goes on.
+
 The record is appended to the ledger, durable, before `run` returns: whatever happens to the
 controller afterwards, a finished trial is never run again.
 """
@@ -11,7 +15,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,7 +32,8 @@ from autocomp.core.errors import AutocompError, MachineError, StorageError
 from autocomp.core.files import storage_error
 from autocomp.core.gate import Gate
 from autocomp.core.measurement import Measurement
-from autocomp.distill.trainer import DivergedError, distil
+from autocomp.distill.trainer import DivergedError, Trainer
+from autocomp.library.realise import realise, realised
 from autocomp.library.stitch import stitch
 from autocomp.library.store import Library
 from autocomp.library.student import save_student, teacher_digest
@@ -42,13 +47,20 @@ from autocomp.study.paths import StudyPaths
 from autocomp.study.records import TrialRecord
 from autocomp.targets.protocol import Target
 from autocomp.tasks import make_task
-from autocomp.tasks.protocol import Array, Run, Split, Task
+from autocomp.tasks.protocol import Array, Evaluation, Run, Split, Task
 from autocomp.tasks.teacher import Progress, teacher_logits
 from autocomp.tasks.vocabulary import retokenised
 from autocomp.trial.agreement import check_agreement
 from autocomp.trial.context import TrialContext
+from autocomp.trial.rungs import Climb
 
 logger = logging.getLogger(__name__)
+
+CALIBRATED = 8
+"""Examples at a time that units are made on: each batch holds the gate."""
+
+LOOKED_AT = 8
+"""Examples at a time at a rung: each batch holds the gate."""
 
 STORED_LOGITS_BYTES = 1_000_000_000
 """Teacher logits beyond this are computed beside each artifact instead of kept on disk."""
@@ -137,10 +149,24 @@ class CandidateRunner:
         return self._targets[runtime]
 
     def run(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Run one trial.
+        """Run one trial to its end: what `start` returns."""
+        running = self.start(payload)
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                record: dict[str, Any] = end.value
+                return record
+
+    def start(self, payload: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
+        """Run one trial, from rung to rung.
 
         Args:
             payload: `id`, `kind`, `proposed_by`, `candidate` (JSON) and `estimated` (JSON or None).
+
+        Yields:
+            A `RungRecord` as JSON at each rung of the spec, if the search proposed the trial. Those
+            before the checkpoint of an earlier start are not given again.
 
         Returns:
             The record as JSON, the earlier one if the trial is complete already. A candidate that
@@ -167,7 +193,7 @@ class CandidateRunner:
         activity = ActivityWriter(self.paths.running, record.id)
         try:
             with machine_failures(self.paths.root):
-                record = self._carry_out(record, seconds, activity)
+                record = yield from self._carry_out(record, seconds, activity)
         except StorageError:
             raise
         except AutocompError as error:
@@ -175,6 +201,7 @@ class CandidateRunner:
             record = replace(record, error=str(error), by_machine=isinstance(error, MachineError))
         finally:
             activity.close()
+        self.paths.checkpoint(record.id).unlink(missing_ok=True)
         record = replace(
             record, seconds=seconds, finished_at=datetime.now(UTC).isoformat(timespec="seconds")
         )
@@ -183,7 +210,7 @@ class CandidateRunner:
 
     def _carry_out(
         self, record: TrialRecord, seconds: dict[str, float], activity: ActivityWriter
-    ) -> TrialRecord:
+    ) -> Generator[dict[str, Any], None, TrialRecord]:
         context, candidate, gate = self.context, record.candidate, self.gate
         activity.enter("teacher")
         expected = self.expected(activity.advance)
@@ -195,32 +222,32 @@ class CandidateRunner:
         @contextmanager
         def phase(name: str) -> Iterator[None]:
             activity.enter(name)
-            start = time.perf_counter()
+            start = time.perf_counter() - seconds.get(name, 0.0)
             try:
                 yield
             finally:
                 seconds[name] = round(time.perf_counter() - start, 3)
 
         with phase("stitch"):
-            with gate.working():
-                student = stitch(
-                    self.teacher, context.units, self.library, context.items, candidate
-                )
+            student = self._student(candidate)
             vocabulary = model_vocabulary(student)
             with gate.working():
                 task = self._task_of(vocabulary)
-        with phase("distil"):
-            distil(
-                student,
-                self.teacher,
-                task,
-                candidate.distillation,
-                batch=context.spec.distill.batch,
-                seed=context.spec.search.seed,
-                gate=gate,
-                teacher_logits=known,
-                progress=activity.advance,
-            )
+        if candidate.distillation.tokens:
+            with phase("distil"):
+                trainer = Trainer(
+                    student,
+                    self.teacher,
+                    task,
+                    candidate.distillation,
+                    batch=context.spec.distill.batch,
+                    seed=context.spec.search.seed,
+                    gate=gate,
+                    teacher_logits=known,
+                )
+            look = partial(self._look, student, task, expected)
+            climb = Climb(record, trainer, look, self.ledger, self.paths.checkpoint(record.id))
+            record = yield from climb.run(context.spec.search.rungs, phase, seconds, activity)
         directory = self.paths.artifacts / record.id
         inputs = {
             name: tensor.numpy()
@@ -261,6 +288,37 @@ class CandidateRunner:
             measured=measured,
             artifact=str(directory.relative_to(self.paths.root)),
         )
+
+    def _student(self, candidate: Candidate) -> nn.Module:
+        """The candidate as a model, its units made in sequence if the spec says so."""
+        context, gate = self.context, self.gate
+        if not context.spec.search.realise or not realised(candidate, context.units):
+            with gate.working():
+                return stitch(self.teacher, context.units, self.library, context.items, candidate)
+        return realise(
+            self.teacher,
+            context.teacher_path,
+            context.units,
+            self.library,
+            context.items,
+            candidate,
+            list(self.task.batches("calibrate", CALIBRATED, trim=True)),
+            self.paths.work,
+            gate.working,
+        )
+
+    def _look(self, student: nn.Module, task: Task, expected: Array | Run) -> Evaluation:
+        """The student as it is, on the search split."""
+
+        @torch.inference_mode()
+        def run(inputs: dict[str, Array]) -> Array:
+            feeds = {name: torch.from_numpy(array) for name, array in inputs.items()}
+            with self.gate.working():
+                logits: Array = task.logits(student, feeds).float().numpy()
+            return logits
+
+        student.eval()
+        return task.evaluate(run, "search", batch=LOOKED_AT, teacher=expected)
 
     def _task_of(self, vocabulary: Vocabulary | None) -> Task:
         """The task as the tokenizer shipped with such a vocabulary reads it."""

@@ -1,10 +1,15 @@
-"""What the trial driver is given: who proposes, and who runs. No ray here."""
+"""What the trial driver is given: who proposes and judges, and who runs. No ray here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+Json = dict[str, Any]
+
+Running = Generator[Json, None, Json]
+"""A trial that runs: it gives a report at each rung it comes to, and returns its result."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,15 @@ class Failure:
 class Proposer(Protocol):
     """Decides what runs next. Called in the driver process, one call at a time."""
 
-    def ask(self) -> tuple[str, dict[str, Any]] | None:
+    def ask(self) -> tuple[str, Json] | None:
         """The next trial's key and JSON-ready payload; `None` ends the search."""
         ...
 
-    def tell(self, key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
+    def judge(self, key: str, report: Json) -> bool:
+        """Whether a trial goes on after a rung; if not, it is told no more of."""
+        ...
+
+    def tell(self, key: str, result: Json | None, failure: Failure | None) -> None:
         """Outcome of one trial: its result, or why it failed. Exactly one of the two is `None`."""
         ...
 
@@ -30,20 +39,21 @@ class Proposer(Protocol):
 class TrialRunner(Protocol):
     """Runs trials in a worker process, which it keeps from one trial to the next.
 
-    Call sequence: `setup(context)` once per process, before its first trial; then `run` once per
-    trial. An exception in `run` fails that trial alone, with its message; the search goes on. What
-    `setup` raises, and a `StorageError` in `run`, would fail every trial: it ends the search, and
-    the trials in flight are not told. If the process dies the trial is run again elsewhere, so
-    `run` stores its result durably, under its key, before it returns, and returns what is stored
-    under its key already.
+    Call sequence: `setup(context)` once per process, before its first trial; then `start` once per
+    trial, whose generator is taken to its end, or closed at the rung where the trial is stopped. An
+    exception in it fails that trial alone, with its message; the search goes on. What `setup`
+    raises, and a `StorageError` of a trial, would fail every trial: it ends the search, and the
+    trials in flight are not told. If the process dies the trial is started again elsewhere, so a
+    trial stores its result durably, under its key, before it returns, and returns what is stored
+    under its key already; what it has done by a rung it stores before it reports.
     """
 
     def setup(self, context: Mapping[str, Any]) -> None:
         """Load what stays resident."""
         ...
 
-    def run(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Run one trial; the result goes to `Proposer.tell` as it is."""
+    def start(self, payload: Json) -> Running:
+        """One trial; reports go to `Proposer.judge`, the result to `tell`, as they are."""
         ...
 
 

@@ -1,8 +1,9 @@
-"""Full trials through Ray Tune: reused workers, our own searcher, retries where a worker dies.
+"""Full trials through Ray Tune: reused workers, our own searcher and scheduler, retries where a
+worker dies.
 
-Tune places and retries; what runs next is the proposer's decision, and the truth is the ledger the
-runner writes. So nothing is restored from Tune's own checkpoints, and a new search starts a new
-Tuner.
+Tune places and retries; what runs next, and what is stopped at a rung, is the proposer's decision,
+and the truth is the ledger the runner writes. So nothing is restored from Tune's own checkpoints,
+and a new search starts a new Tuner.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any
 
 from autocomp.core.errors import AutocompError, InternalError, StorageError
 from autocomp.workers.cluster import quieten
-from autocomp.workers.protocol import Failure, Proposer, RunnerFactory, TrialRunner
+from autocomp.workers.protocol import Failure, Proposer, RunnerFactory, Running, TrialRunner
 
 quieten()
 
 from ray import tune  # noqa: E402
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -32,23 +34,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A trial's result, its failure or what ends the search; opaque to Tune, which would flatten a
-    dictionary.
+    """A trial's report at a rung, its result, its failure or what ends the search; opaque to Tune,
+    which would flatten a dictionary.
     """
 
+    report: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     failure: Failure | None = None
     fatal: AutocompError | None = None
 
 
 class _Trainable(tune.Trainable):
-    """Holds one runner per process and hands it one payload per trial.
+    """Holds one runner per process and hands it one payload per trial; a step is up to a rung.
 
     A runner's exception is a result, not a crash: Tune retries crashes, and an exception would
     only be raised again.
     """
 
     _runner: TrialRunner | None = None
+    _running: Running | None = None
 
     def setup(  # type: ignore[override]  # with_parameters adds the rest
         self, config: dict[str, Any], factory: RunnerFactory, context: Mapping[str, Any]
@@ -57,11 +61,22 @@ class _Trainable(tune.Trainable):
         self._config = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end()
         self._config = new_config
         return True
 
+    def cleanup(self) -> None:
+        self._end()
+
     def step(self) -> dict[str, Any]:
-        return {"outcome": self._outcome(), "done": True}
+        outcome = self._outcome()
+        return {"outcome": outcome, "done": outcome.report is None}
+
+    def _end(self) -> None:
+        """Leave a trial that was stopped at a rung."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
     def _outcome(self) -> _Outcome:
         try:
@@ -72,7 +87,11 @@ class _Trainable(tune.Trainable):
             fatal = error if isinstance(error, AutocompError) else InternalError(text)
             return _Outcome(fatal=fatal)
         try:
-            return _Outcome(result=runner.run(json.loads(self._config["payload"])))
+            if self._running is None:
+                self._running = runner.start(json.loads(self._config["payload"]))
+            return _Outcome(report=next(self._running))
+        except StopIteration as end:
+            return _Outcome(result=end.value)
         except StorageError as error:
             logger.exception("trial %s could not be stored", self._config["key"])
             return _Outcome(fatal=error)
@@ -98,6 +117,22 @@ class _Deaths(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         logger.warning("the worker of trial %s died; it is run again", trial.config["key"])
+
+
+class _Scheduler(FIFOScheduler):
+    """Stops a trial at a rung where the searcher says so."""
+
+    def __init__(self, searcher: _Searcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._searcher = searcher
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        going_on = self._searcher.goes_on(trial.trial_id, result["outcome"])
+        return TrialScheduler.CONTINUE if going_on else TrialScheduler.STOP
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As the searcher: Tune pickles it, and nobody restores it."""
+        return {}
 
 
 class _Searcher(Searcher):
@@ -134,6 +169,17 @@ class _Searcher(Searcher):
                 self._on_start(key, payload)
         return {"key": key, "payload": json.dumps(payload)}
 
+    def goes_on(self, trial_id: str, outcome: _Outcome) -> bool:
+        """Whether a trial goes on after what it gave; one that has ended does, to its end."""
+        if outcome.report is None:
+            return True
+        key = self.in_flight.get(trial_id)
+        if key is None or self.failure is not None:
+            return False
+        with contextlib.suppress(Exception), self._kept():
+            return self._proposer.judge(key, outcome.report)
+        return False
+
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
@@ -149,6 +195,8 @@ class _Searcher(Searcher):
             self.failure = self.failure or outcome.fatal
             return
         self.finished += 1
+        if outcome.report is not None:  # stopped at a rung
+            return
         # What is raised here Tune takes for the trial's failure, and runs the trial again.
         with contextlib.suppress(Exception), self._kept():
             self._proposer.tell(key, outcome.result, outcome.failure)
@@ -199,7 +247,7 @@ def run_trials(
         on_result: called with key, result and failure after the proposer was told.
 
     Returns:
-        The number of trials that were told.
+        The number of trials that were told, or stopped at a rung.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; trials in flight end with the cluster and are not told.
@@ -214,6 +262,7 @@ def run_trials(
         tune.with_resources(trainable, {"cpu": 1}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=_Scheduler(searcher),
             num_samples=-1,
             reuse_actors=True,
             trial_name_creator=_name,

@@ -8,13 +8,15 @@ from typing import Any, cast
 import pytest
 
 from autocomp.api.dispatch import Dispatcher, stages
+from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
 from autocomp.core.measurement import Measurement
 from autocomp.report.progress import Silent
 from autocomp.search.proposal import Proposal
+from autocomp.search.rungs import Rungs
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study
-from autocomp.study.records import TrialRecord
+from autocomp.study.records import RungRecord, TrialRecord
 from autocomp.workers.protocol import Failure
 
 
@@ -68,8 +70,7 @@ class OneProposal:
         self.told.append(outcome)
 
 
-@pytest.mark.parametrize("died", [True, False])
-def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died: bool) -> None:
+def new_study(tmp_path: Path) -> Study:
     spec = Spec.model_validate(
         {
             "version": 1,
@@ -79,7 +80,12 @@ def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died:
             "space": [{"match": "layers.*", "structure": {"width": [1.0, 0.5]}}],
         }
     )
-    study = Study.create_or_open(tmp_path / "study", spec)
+    return Study.create_or_open(tmp_path / "study", spec)
+
+
+@pytest.mark.parametrize("died", [True, False])
+def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died: bool) -> None:
+    study = new_study(tmp_path)
     proposer = OneProposal()
     dispatcher = Dispatcher(study, cast(Any, proposer), {}, Silent(), None)
     dispatcher.tell("8a6b", None, Failure("it came to nothing", died))
@@ -90,3 +96,29 @@ def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died:
     assert found.error.startswith("it came to nothing")
     assert ("memory ran out" in found.error) is died
     assert [again.id for again in study.failed_by_machine()] == (["8a6b"] if died else [])
+
+
+def test_who_is_worse_at_a_rung_is_recorded_as_pruned_and_told(tmp_path: Path) -> None:
+    study, proposer = new_study(tmp_path), OneProposal()
+    rungs = Rungs(0.5, Budget(), ["quality", "latency", "size"])
+    dispatcher = Dispatcher(study, cast(Any, proposer), {}, Silent(), None, rungs)
+
+    def report(id: str, kl: float) -> dict[str, Any]:
+        cost = Measurement("estimated", 1.0, 1000)
+        seen = RungRecord(id, "search", "milp", candidate(6), cost, 0, 250, 0.5, kl, {"distil": 2})
+        study.ledger.append("rung", seen.key, seen.to_json())
+        return seen.to_json()
+
+    assert dispatcher.judge("first", report("first", 0.1))
+    assert study.trials() == []
+    study.paths.checkpoint("8a6b").parent.mkdir(parents=True)
+    study.paths.checkpoint("8a6b").touch()
+    assert not dispatcher.judge("8a6b", report("8a6b", 0.2))
+    (found,) = study.trials()
+    assert proposer.told == [found]
+    assert (found.id, found.state, found.proposed_by) == ("8a6b", "pruned", "milp")
+    assert (found.quality, found.measured) == (None, None)
+    assert found.rungs == ({"rung": 0, "tokens": 250, "quality": 0.5, "teacher_kl": 0.2},)
+    assert found.seconds == {"distil": 2}
+    assert found.error == "stopped after 250 tokens: others were better there"
+    assert not study.paths.checkpoint("8a6b").exists()

@@ -30,6 +30,9 @@ class Queue:
     def ask(self) -> tuple[str, dict[str, Any]] | None:
         return self.waiting.pop(0) if self.waiting else None
 
+    def judge(self, key: str, report: dict[str, Any]) -> bool:
+        raise AssertionError("a trial without rungs was judged")
+
     def tell(self, key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
         assert key not in self.told
         self.told[key] = (result, failure)
@@ -98,6 +101,45 @@ def test_trials_complete_fail_alone_and_survive_a_dead_worker(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+def test_a_trial_is_judged_at_each_rung_and_left_where_it_is_stopped(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    class Judge(Queue):
+        def __init__(self, payloads: dict[str, dict[str, Any]]) -> None:
+            super().__init__(payloads)
+            self.judged: list[tuple[str, int]] = []
+
+        def judge(self, key: str, report: dict[str, Any]) -> bool:
+            self.judged.append((key, report["rung"]))
+            assert report["of"] == int(key)
+            return key != "2" or report["rung"] < 1
+
+    left = tmp_path / "left"
+    payloads = {str(x): {"x": x, "rungs": 3, "left": str(left)} for x in (1, 2, 3)}
+    queue = Judge(payloads)
+    assert run_trials(queue, RUNNER, workers=1, storage=tmp_path / "ray") == 3
+    rungs = [("1", 0), ("1", 1), ("1", 2), ("2", 0), ("2", 1), ("3", 0), ("3", 1), ("3", 2)]
+    assert queue.judged == rungs
+    assert {key: result["value"] for key, (result, _) in queue.told.items() if result} == {
+        "1": 10,
+        "3": 30,
+    }
+    assert left.read_text() == "1", "the trial that was stopped was not left at its rung"
+
+
+def test_what_a_proposer_raises_when_it_judges_ends_the_search(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    class Raises(Queue):
+        def judge(self, key: str, report: dict[str, Any]) -> bool:
+            raise StorageError("the ledger is full")
+
+    queue = Raises({x: {"x": 1, "rungs": 1, "left": str(tmp_path / "left")} for x in "ab"})
+    with pytest.raises(StorageError, match="the ledger is full"):
+        run_trials(queue, RUNNER, workers=1, storage=tmp_path / "ray")
+    assert queue.told == {}
 
 
 def test_a_worker_that_cannot_be_set_up_ends_the_search_and_blames_no_trial(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,14 @@ class Runner:
     def setup(self, context: Mapping[str, Any]) -> None:
         self.context = dict(context)
 
-    def run(self, payload: dict[str, Any]) -> dict[str, Any]:
+    def start(self, payload: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
         self.runs += 1
+        for rung in range(payload.get("rungs", 0)):
+            try:
+                yield {"rung": rung, "of": payload["x"]}
+            except GeneratorExit:
+                Path(payload["left"]).write_text(str(rung))
+                raise
         if payload.get("raise"):
             raise ValueError("this trial is broken")
         if payload.get("full"):
