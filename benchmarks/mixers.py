@@ -66,7 +66,7 @@ CASES = {
         TWO_WAY,
         layers=(3, 5, 1),
         counts=(1, 2, 3),
-        tokens=20_000,
+        tokens=10_000,
         lr=2e-4,
         overrides={
             "task.data.lines": None,  # whole articles

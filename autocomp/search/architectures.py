@@ -16,6 +16,7 @@ from autocomp.search.repair import Repair
 from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened
 from autocomp.search.space import Space, Vector, hamming
+from autocomp.search.surrogate import Surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ _CONSIDERED = 200
 _FEW = 4
 _REPAIRED = 20
 _SOLVED = 6
+_LEARNT_FROM = 600
+"""Screened candidates, the last ones."""
 
 
 class Architectures:
@@ -36,16 +39,16 @@ class Architectures:
 
     def __init__(self, space: Space, screened: Sequence[Screened], scores: Scores) -> None:
         self._space = space
-        self._scores = scores
         self._weights = scores.arrays(space)
         self._kl: dict[Vector, float] = {}
         self._origin: dict[Vector, str] = {}
         for item in screened:
             if item.kl is not None and item.candidate in space:
                 self._add(space.encode(item.candidate), item.kl, item.proposed_by)
+        self._surrogate = Surrogate(self._weights, list(self._kl.items())[-_LEARNT_FROM:])
 
     def origin(self, vector: Vector) -> str:
-        """`milp`, `evolution` or `random`."""
+        """`milp`, `evolution`, `surrogate` or `random`."""
         return self._origin.get(vector, "evolution")
 
     def fitting(
@@ -149,7 +152,7 @@ class Architectures:
     def _make(self, costs: Costs, limits: Limits, rng: np.random.Generator) -> None:
         """Bring the best of the pool within the limits, and solve anew under them.
 
-        The KL of what was never screened is the additive estimate, scaled as the screened ones are.
+        The KL of what was never screened is what the surrogate expects.
         """
         repair = Repair(self._weights, costs, limits)
         best = sorted(self._kl, key=lambda vector: self._kl[vector])[:_REPAIRED]
@@ -159,12 +162,6 @@ class Architectures:
             made = [(vector, "milp") for vector in solved] + made
         except InfeasibleError as error:
             logger.debug("%s", error)
-        ratios = [
-            kl / estimate
-            for vector, kl in self._kl.items()
-            if (estimate := self._scores.estimate(self._space, vector)) > 0
-        ]
-        scale = float(np.median(ratios)) if ratios else 1.0
         for vector, origin in made:
             if vector is not None:
-                self._add(vector, scale * self._scores.estimate(self._space, vector), origin)
+                self._add(vector, float(self._surrogate.predict([vector])[0]), origin)

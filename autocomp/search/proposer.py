@@ -321,7 +321,7 @@ class TrialProposer:
                 settings = self._near(best.candidate.distillation, index)
                 named = self._named(*added, settings, tried)
                 if named is not None:
-                    return named[0], "surrogate"
+                    return named[0], "front"
         pool = sorted({v for its in pools.values() for v in its}, key=self._architectures.rank)
         if best is not None and pool:
             measured = [

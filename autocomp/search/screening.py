@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import optuna
@@ -33,6 +34,7 @@ from autocomp.search.milp import seeds as milp_seeds
 from autocomp.search.repair import Repair
 from autocomp.search.scores import Scores
 from autocomp.search.space import Space, Vector
+from autocomp.search.surrogate import Surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class Screened:
 
     Attributes:
         kl: mean KL(teacher ‖ stitched) in nats, or `None` if it was not finite.
-        proposed_by: `milp`, `evolution` or `random`.
+        proposed_by: `milp`, `evolution`, `surrogate` or `random`.
         estimated: predicted cost.
     """
 
@@ -137,6 +139,7 @@ def screen(
             *_seeds_below(weights, costs, limits, seed),
         ],
         seed=seed + 7919 * len(results),
+        learn=partial(Surrogate, weights),
     )
     study = new_study(sampler, ["minimize"])
     dimensions = distributions(space)

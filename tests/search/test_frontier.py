@@ -142,5 +142,5 @@ def test_a_search_proposes_for_the_front_and_says_so() -> None:
                 measured=measured,
             ),
         )
-    assert max(shares["surrogate"]) <= SHARES[0]
-    assert max(max(values) for name, values in shares.items() if name != "surrogate") > 0.9
+    assert max(shares["front"]) <= SHARES[0]
+    assert max(max(values) for name, values in shares.items() if name != "front") > 0.9

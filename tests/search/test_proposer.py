@@ -92,7 +92,7 @@ def test_proposals_are_distinct_within_the_budget_and_as_many_as_asked(
         assert (proposal.estimated.size_bytes or 0) <= 0.99 * 150e3
         assert proposal.candidate.distillation.tokens in (40000, 80000)
         assert 1e-4 <= proposal.candidate.distillation.lr <= 6e-4
-        assert proposal.proposed_by in ("milp", "evolution", "random")
+        assert proposal.proposed_by in ("milp", "evolution", "surrogate", "random")
     fitting = [i for i in found if i.estimated and (i.estimated.latency_ms or 9) <= 2.97]
     best = min(
         (i for i in fitting if i.estimated and (i.estimated.size_bytes or 9e9) <= 148.5e3),

@@ -30,6 +30,7 @@ def test_they_are_all_here():
         "llama_decode_cpu",
         "long_context",
         "quickstart",
+        "short_context",
         "tiny",
         "vit_cpu",
     ]
