@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tiny_study import Command, ended_with, keys, ledger, stamps, wait_until
 
-STEPS = ("library", "scores", "trials")
+EVERY_STEP = ("library", "scores", "trials")
 
 pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
 
@@ -52,8 +52,15 @@ def results(study: Path, kind: str) -> dict[str, Any]:
     return {e["key"]: e["payload"]["kl"] for e in ledger(study) if e["kind"] == kind}
 
 
+@pytest.mark.parametrize(
+    "steps", [EVERY_STEP[:1], pytest.param(EVERY_STEP, marks=pytest.mark.slow)], ids="-".join
+)
 def test_stopped_at_every_step_then_killed(
-    command: Command, finished: Path, cut_back: Callable[..., Path], tmp_path: Path
+    command: Command,
+    finished: Path,
+    cut_back: Callable[..., Path],
+    tmp_path: Path,
+    steps: tuple[str, ...],
 ) -> None:
     study = cut_back()
     cache = tmp_path / "cache"
@@ -62,7 +69,7 @@ def test_stopped_at_every_step_then_killed(
     arguments = ("search", *mine.spec_arguments(), "--study", study)
     dense = stamps(study, "artifacts/dense/*")
 
-    for step in STEPS:
+    for step in steps:
         with ended_with(mine.start(*arguments)) as process:
             announced(process, step)
             time.sleep(0.3)
