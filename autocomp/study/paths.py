@@ -52,6 +52,10 @@ class StudyPaths:
         """A trial's torch weights, for other export formats; beside no artifact, in no size."""
         return self.root / "students" / f"{trial}.safetensors"
 
+    def per_example(self, trial: str, split: str) -> Path:
+        """A trial's score on every example of a split, for `study.per_example`."""
+        return self.root / "per_example" / split / f"{trial}.safetensors"
+
     @property
     def companions(self) -> Path:
         """What every exported model is shipped with: tokenizer or processor, labels, inputs."""
