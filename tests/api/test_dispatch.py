@@ -10,12 +10,21 @@ import pytest
 from autocomp.api.dispatch import Dispatcher, stages
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
 from autocomp.core.measurement import Measurement
+from autocomp.front.pick import front
 from autocomp.report.progress import Silent
 from autocomp.search.proposal import Proposal
 from autocomp.spec.schema import Spec
-from autocomp.study.directory import Study
+from autocomp.study.directory import Study, append_trial
 from autocomp.study.records import TrialRecord
 from autocomp.workers.protocol import Failure
+
+SPEC = {
+    "version": 1,
+    "model": {"source": "some/model"},
+    "task": {"name": "text-classification", "data": {"source": "some-data"}},
+    "budget": {"latency": "20%"},
+    "space": [{"match": "layers.*", "structure": {"width": [1.0, 0.5]}}],
+}
 
 
 def candidate(keep: int, tokens: int = 1000) -> Candidate:
@@ -70,15 +79,7 @@ class OneProposal:
 
 @pytest.mark.parametrize("died", [True, False])
 def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died: bool) -> None:
-    spec = Spec.model_validate(
-        {
-            "version": 1,
-            "model": {"source": "some/model"},
-            "task": {"name": "text-classification", "data": {"source": "some-data"}},
-            "budget": {"latency": "20%"},
-            "space": [{"match": "layers.*", "structure": {"width": [1.0, 0.5]}}],
-        }
-    )
+    spec = Spec.model_validate(SPEC)
     study = Study.create_or_open(tmp_path / "study", spec)
     proposer = OneProposal()
     dispatcher = Dispatcher(study, cast(Any, proposer), {}, Silent(), None)
@@ -90,3 +91,16 @@ def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died:
     assert found.error.startswith("it came to nothing")
     assert ("memory ran out" in found.error) is died
     assert [again.id for again in study.failed_by_machine()] == (["8a6b"] if died else [])
+
+
+def test_a_diverged_trial_is_told_as_failed_and_not_tried_again(tmp_path: Path) -> None:
+    spec = Spec.model_validate(SPEC)
+    study = Study.create_or_open(tmp_path / "study", spec)
+    proposer = OneProposal()
+    dispatcher = Dispatcher(study, cast(Any, proposer), {}, Silent(), None)
+    diverged = record("8a6b", "stitch", "distil", error="distillation diverged at step 3")
+    append_trial(study.ledger, diverged)  # by the worker, before it returns
+    dispatcher.tell("8a6b", diverged.to_json(), None)
+    assert [(told.state, told.error) for told in proposer.told] == [("failed", diverged.error)]
+    assert study.failed_by_machine() == []
+    assert front(study.trials()) == []
