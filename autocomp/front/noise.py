@@ -6,6 +6,10 @@ their draws, so that a difference or a ratio of two is paired (Koehn, 2004): wha
 hard for both cancels out. Intervals are the percentiles that hold 95% of the draws. Seeded: the
 same study says the same each time, and a trial's interval does not depend on what others there are.
 
+Draws from answers that are all right (or of which two trials give the same ones everywhere) never
+vary, which is no certainty: there the ends are moved out by 3 / N, the rule of three (Hanley &
+Lippman-Hand, 1983).
+
 A quality is the mean of the scores (an accuracy) or exp of their mean (1 / perplexity), whichever
 gives the quality that was recorded. Scores from which neither does are left aside: they are of
 another metric, or not of this trial.
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,12 +53,17 @@ class Interval:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A trial's quality, its draws `(RESAMPLES,)` and what they were drawn from."""
+    """A trial's quality, its draws `(RESAMPLES,)` and what they were drawn from.
+
+    `unseen` is the share of examples that may be otherwise although none was, 0 where scores are
+    not right or wrong.
+    """
 
     quality: float
     draws: Array
     examples: str
     count: int
+    unseen: float
 
 
 @dataclass(frozen=True)
@@ -75,15 +84,20 @@ class Noise:
                 group.append((trial, aggregate))
         drawn: dict[str, _Drawn] = {}
         for (examples, count), members in groups.items():
-            means = resampled_means(np.stack([scores[trial].values for trial, _ in members]))
-            for (trial, aggregate), mean in zip(members, means, strict=True):
-                drawn[trial] = _Drawn(qualities[trial], aggregate(mean), examples, count)
+            values = [scores[trial].values for trial, _ in members]
+            means = resampled_means(np.stack(values))
+            for (trial, aggregate), mine, mean in zip(members, values, means, strict=True):
+                unseen = min(1.0, 3 / count) if np.isin(mine, (0.0, 1.0)).all() else 0.0
+                drawn[trial] = _Drawn(qualities[trial], aggregate(mean), examples, count, unseen)
         return cls(drawn)
 
     def quality(self, trial: str) -> Interval | None:
         """The quality of a trial."""
         its = self._drawn.get(trial)
-        return None if its is None else _interval(its.quality, its.draws)
+        if its is None:
+            return None
+        found = _interval(its.quality, its.draws, its.unseen)
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
     def examples(self, trial: str) -> int | None:
         """How many examples a trial's quality is of."""
@@ -99,7 +113,7 @@ class Noise:
         if pair is None:
             return None
         one, two = pair
-        return _interval(one.quality - two.quality, one.draws - two.draws)
+        return _interval(one.quality - two.quality, one.draws - two.draws, one.unseen)
 
     def ratio(self, trial: str, other: str) -> Interval | None:
         """The quality of a trial over that of another, paired; above 1 where the trial is better.
@@ -110,7 +124,8 @@ class Noise:
         if pair is None or min(pair[1].quality, pair[1].draws.min()) <= 0:
             return None
         one, two = pair
-        return _interval(one.quality / two.quality, one.draws / two.draws)
+        unseen = one.unseen / two.quality
+        return _interval(one.quality / two.quality, one.draws / two.draws, unseen)
 
     def _pair(self, trial: str, other: str) -> tuple[_Drawn, _Drawn] | None:
         one, two = self._drawn.get(trial), self._drawn.get(other)
@@ -136,7 +151,9 @@ def resampled_means(scores: Array, resamples: int = RESAMPLES, seed: int = _SEED
     return means
 
 
-def _interval(value: float, draws: Array) -> Interval:
+def _interval(value: float, draws: Array, unseen: float) -> Interval:
+    if draws.min() == draws.max():
+        return Interval(value, value - unseen, value + unseen, 0.0)
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), float(draws.std(ddof=1)))
 

@@ -94,6 +94,8 @@ def finalists_table(selection: Mapping[str, Any], scale: Scale) -> Table:
             str(row["distinct_options"]),
             style="bold green" if chosen else "",
         )
+    if (more := len(selection["finalists"]) - len(_shown(selection))) > 0:
+        table.add_row("", f"and {more} more", style="dim")
     return table
 
 
@@ -105,6 +107,7 @@ def _shown(selection: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 def finalists_note(selection: Mapping[str, Any]) -> str:
     """What the table's figures are."""
-    more = len(selection["finalists"]) - len(_shown(selection))
-    text = f"intervals: 95%, paired bootstrap of {selection['examples']:,} examples"
-    return f"{text}; {more} more within noise" if more > 0 else text
+    return (
+        f"intervals: 95%, paired bootstrap of {selection['examples']:,} examples  "
+        f"options: distinct ones"
+    )

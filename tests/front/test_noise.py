@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm
+from scipy.stats import beta, bootstrap, norm
 
 from autocomp.front.noise import RESAMPLES, Noise, resampled_means
 from autocomp.study.per_example import ExampleScores
@@ -134,7 +134,29 @@ def test_it_is_seeded_and_the_company_does_not_matter() -> None:
     assert (forth.low, forth.high) == pytest.approx((-back.high, -back.low))
     same = together.difference("a", "a")
     assert same is not None
-    assert (same.value, same.low, same.high, same.standard_error) == (0, 0, 0, 0)
+    assert (same.value, same.standard_error) == (0, 0)
+
+
+def test_answers_that_are_all_right_are_no_certainty() -> None:
+    """The exact bound: all right in 100 is likely (5%) even where 3% are wrong."""
+    right = np.ones(100)
+    noise = accuracies(a=right, b=right.copy())
+    found, gap, ratio = noise.quality("a"), noise.difference("a", "b"), noise.ratio("a", "b")
+    assert found is not None
+    assert (found.value, found.high) == (1, 1)
+    assert found.low == pytest.approx(beta.ppf(0.05, 100, 1), abs=0.001)
+    for pair_of in (gap, ratio):
+        assert pair_of is not None
+        assert (pair_of.high - pair_of.low) / 2 == pytest.approx(0.03)
+        assert pair_of.standard_error == 0
+    never = accuracies(a=0 * right).quality("a")
+    assert never is not None
+    assert (never.low, never.high) == (0, pytest.approx(0.03))
+    rng = np.random.default_rng(0)
+    likelihoods = rng.normal(-3, 1, 100)
+    copies = perplexities(a=likelihoods, b=likelihoods.copy()).difference("a", "b")
+    assert copies is not None
+    assert (copies.low, copies.high) == (0, 0), "one model, to the last digit, is one model"
 
 
 def test_draws_in_parts_are_draws(monkeypatch: pytest.MonkeyPatch) -> None:
