@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from autocomp.api.session import Session
 from autocomp.study.directory import Study
+from autocomp.study.per_example import save_scores
 from autocomp.study.records import TrialRecord
 from autocomp.trial.context import TrialContext
 
@@ -46,6 +47,8 @@ def open_report_split(
             asked = retokenised(session.plan.spec, session.plan.model_path, vocabulary)
         quality = asked.evaluate(partial(target.run, artifact), "report").quality
         teacher = quality if teacher is None else teacher
+        labels = asked.splits["report"].labels
+        save_scores(study.paths.per_example(record.id, "report"), quality.per_example, labels)
         study.ledger.append(
             "report",
             record.id,

@@ -12,9 +12,18 @@ from autocomp.core.errors import StudyError, UserError
 from autocomp.core.gate import Gate
 from autocomp.core.metric import floor_problem
 from autocomp.core.quantities import parse_limit
+from autocomp.front.choice import Choice, choose
 from autocomp.front.comparison import compare
-from autocomp.front.pick import pick
-from autocomp.front.view import candidates_reported, study_budget, study_front, trial_json
+from autocomp.front.pick import front
+from autocomp.front.view import (
+    noise_on_report,
+    noise_on_search,
+    report_json,
+    study_budget,
+    study_front,
+    study_target,
+    trial_json,
+)
 from autocomp.study.directory import Study
 from autocomp.study.records import TrialRecord
 
@@ -58,14 +67,12 @@ class OpenStudy:
         return self.study.trials()
 
     def report(self, trial: str) -> dict[str, Any] | None:
-        """What the report split said of a trial, if it was opened for it.
+        """What the report split said of a trial, as `report` of `autocomp front --json`.
 
-        `candidates` counts those of the study that were looked at there.
+        `None` if it was not opened for it.
         """
         reports = self.study.ledger.read().of("report")
-        if trial not in reports:
-            return None
-        return {**reports[trial], "candidates": candidates_reported(reports)}
+        return report_json(trial, reports, noise_on_report(self.study, reports))
 
     def pick(
         self,
@@ -73,8 +80,13 @@ class OpenStudy:
         size: str | None = None,
         peak_memory: str | None = None,
         quality: float | None = None,
+        *,
+        best: bool = False,
     ) -> Picked:
-        """The best measured trial within a budget; without limits, within the study's own.
+        """The measured trial to take within a budget; without limits, within the study's own.
+
+        That is the simplest one whose quality the examples do not tell apart from the best's, and
+        which costs no more (`front.choice`); with `best` the one of highest quality.
 
         Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%"); `quality` is a
         floor in (0, 1]: an accuracy, or of a language model 1 / perplexity.
@@ -102,7 +114,9 @@ class OpenStudy:
                 else parse_limit(peak_memory, "peak_memory"),
                 quality=quality,
             ).resolve(dense.measured)
-        return Picked(self, pick(self.trials(), budget), budget)
+        records = self.trials()
+        noise = noise_on_search(self.study, records)
+        return Picked(self, choose(records, budget, noise, plain=best), budget)
 
 
 @dataclass(frozen=True)
@@ -110,14 +124,25 @@ class Picked:
     """A chosen trial."""
 
     opened: OpenStudy
-    record: TrialRecord
+    choice: Choice
     budget: Budget
 
+    @property
+    def record(self) -> TrialRecord:
+        """The trial."""
+        return self.choice.record
+
     def to_json(self) -> dict[str, Any]:
-        """The trial in the shape of `autocomp front --json`."""
-        front = self.opened.front()
-        on_front = next(t["on_front"] for t in front["trials"] if t["id"] == self.record.id)
-        return trial_json(self.record, self.budget, on_front, front["target"])
+        """The trial in the shape of `autocomp front --json`, with `selection` and `report`."""
+        study, record = self.opened.study, self.record
+        objectives = list(study.spec.objectives)
+        on_front = any(each.id == record.id for each in front(self.opened.trials(), objectives))
+        interval = self.choice.noise.quality(record.id)
+        return {
+            **trial_json(record, self.budget, on_front, study_target(study), interval),
+            "selection": self.choice.to_json(),
+            "report": self.opened.report(record.id),
+        }
 
     def export(self, directory: Path | str, format: str | None = None) -> dict[str, Any]:
         """Write the model, tokenizer or processor and card to `directory`; verify by reload.
@@ -152,6 +177,7 @@ class Picked:
             dense=study.dense(),
             report=self.opened.report(record.id),
             student=study.paths.student(record.id),
+            interval=self.choice.noise.quality(record.id),
         )
         chosen = format or own_format(request.artifact)
         exporter = EXPORTERS.get(chosen)

@@ -20,7 +20,9 @@ from autocomp.api.watch import watching
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import InfeasibleError
-from autocomp.front.pick import pick, scale_of
+from autocomp.front.choice import choose
+from autocomp.front.pick import scale_of
+from autocomp.front.view import noise_on_search
 from autocomp.study.directory import Study
 from autocomp.study.log import LogFile, logging_to
 from autocomp.study.records import TrialRecord
@@ -159,7 +161,8 @@ class _Search:
         measured = Measured(replace(context, items=items), budget, tables)
         screened, scores = score_and_screen(self.session, measured)
         run_trials(self.session, measured, screened, scores)
-        return pick(study.trials(), budget)
+        records = study.trials()
+        return choose(records, budget, noise_on_search(study, records)).record
 
     def cluster(self) -> Cluster:
         """Ray, started at first use (a cluster is joined at once) and kept until the end."""

@@ -56,6 +56,9 @@ def front(
     "--quality", type=float, help="Lower limit: an accuracy (0.9), or 1 / perplexity (0.02)."
 )
 @click.option(
+    "--best", is_flag=True, help="Take the highest quality, not the simplest within noise of it."
+)
+@click.option(
     "--export",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
@@ -74,12 +77,14 @@ def pick(
     size: str | None,
     peak_memory: str | None,
     quality: float | None,
+    best: bool,
     export: Path | None,
     format: str | None,
     as_json: bool,
 ) -> None:
-    """Choose the best trial of STUDY within a budget; without limits, within the study's own.
+    """Choose a trial of STUDY within a budget; without limits, within the study's own.
 
+    The best, or a simpler one that costs no more and that the examples do not tell from the best.
     Answers from what was measured; runs no new trial.
     """
     from autocomp import api
@@ -87,10 +92,13 @@ def pick(
     if format is not None:
         _check_format(format, export)
     opened = api.open_study(study)
-    picked = opened.pick(latency=latency, size=size, peak_memory=peak_memory, quality=quality)
+    picked = opened.pick(
+        latency=latency, size=size, peak_memory=peak_memory, quality=quality, best=best
+    )
     exported = None if export is None else picked.export(export, format)
+    trial = picked.to_json()
     if as_json:
-        print_json({**picked.to_json(), "export": exported})
+        print_json({**trial, "export": exported})
         return
     from autocomp.report.tables import print_picked
 
@@ -103,9 +111,10 @@ def pick(
     ):
         if value is not None:
             command += f' {flag} "{value}"'
+    command += " --best" if best else ""
     view = opened.front()
     dense = next((t for t in view["trials"] if t["id"] == view["dense"]), None)
-    print_picked(stdout_console(), picked.to_json(), dense, exported, f"{command} --export out/")
+    print_picked(stdout_console(), trial, dense, exported, f"{command} --export out/")
 
 
 def _check_format(format: str, export: Path | None) -> None:

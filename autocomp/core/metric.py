@@ -50,6 +50,11 @@ class Scale:
             return quality
         return 1.0 / quality if quality > 0 else math.inf
 
+    def ends(self, low: float, high: float) -> tuple[float, float]:
+        """An interval of qualities on this scale, the lower figure first."""
+        one, two = self.value(low), self.value(high)
+        return (two, one) if self.reciprocal else (one, two)
+
     def height(self, quality: float) -> float:
         """Where a plot draws it, better above: quality, or the logarithm of a reciprocal."""
         if not self.reciprocal:

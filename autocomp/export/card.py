@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autocomp.core.measurement import Measurement, latency_clock
+from autocomp.core.metric import Scale
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.export.loading import PRECISIONS, loading_code
 from autocomp.export.protocol import ExportRequest
@@ -108,23 +109,37 @@ def _quality(request: ExportRequest) -> list[str]:
     name = record.metric.get("name", "quality")
     lines = []
     if record.metric:
-        lines.append(f"- {name} on the search split: {record.metric['value']:.4g}")
+        lines.append(
+            f"- {name} on the search split: {record.metric['value']:.4g}{_interval(request)}"
+        )
     if record.teacher_kl is not None:
         lines.append(f"- KL to the teacher on the search split: {record.teacher_kl:.4g} nats")
     if request.report is not None:
         report = request.report
         whole = {"name": "quality", "value": report["quality"]}
         teacher = {"value": report["teacher_quality"]}
-        found, reference = report.get("metric", whole), report.get("teacher_metric", teacher)
+        found, reference = report.get("metric") or whole, report.get("teacher_metric") or teacher
         ratio = report["quality"] / report["teacher_quality"] if report["teacher_quality"] else 0.0
+        of = f"quality {ratio:.1%} of the teacher's"
+        if report.get("ratio_low") is not None:
+            of += f", 95% interval {report['ratio_low']:.1%} to {report['ratio_high']:.1%}, paired"
         lines.append(
             f"- {found['name']} on the report split, after selection: {found['value']:.4g} "
-            f"(teacher {reference['value']:.4g}; quality {ratio:.1%} of the teacher's)"
+            f"(teacher {reference['value']:.4g}; {of})"
         )
         count = report.get("candidates") or 1
         looked = "this candidate" if count == 1 else f"{count} candidates"
         lines.append(f"- the report split was opened for {looked} of the study, and selected none")
     return lines
+
+
+def _interval(request: ExportRequest) -> str:
+    """` (95% interval 0.863 to 0.933)` of the metric; empty where it is not known."""
+    its, record = request.interval, request.record
+    if its is None:
+        return ""
+    low, high = Scale.of([(record.metric, record.quality)]).ends(its.low, its.high)
+    return f" (95% interval {low:.4g} to {high:.4g})"
 
 
 def _vocabulary(request: ExportRequest) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from autocomp.core.measurement import Measurement
 from autocomp.export.companions import Companions
+from autocomp.front.noise import Interval
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
 from autocomp.targets.protocol import Artifact, Target
@@ -24,10 +25,11 @@ class ExportRequest:
         artifact: its exported model.
         companions: tokenizer or processor files, labels and example inputs of the study.
         dense: the dense trial, for the card.
-        report: what the report split said (`quality`, `teacher_quality`), if it was opened for this
-            trial, and how many `candidates` of the study were looked at there.
+        report: what the report split said, if it was opened for this trial (`report` of
+            `autocomp front --json`).
         student: where the trial's torch weights are, for formats that are not the runtime's own;
             the file may be missing.
+        interval: of the quality on the search split, if there are per-example scores.
     """
 
     spec: Spec
@@ -37,6 +39,7 @@ class ExportRequest:
     dense: TrialRecord | None
     report: Mapping[str, Any] | None
     student: Path | None = None
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)

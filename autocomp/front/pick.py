@@ -91,8 +91,8 @@ def front(
     return [record for record, flag in zip(ranked, flags, strict=True) if flag]
 
 
-def _preference(record: TrialRecord) -> tuple[Any, ...]:
-    """Best quality first, then the cheapest: latency, size, id."""
+def preference(record: TrialRecord) -> tuple[Any, ...]:
+    """A sort key: best quality first, then the cheapest: latency, size, id."""
     return (
         -(objective(record, "quality") or 0.0),
         objective(record, "latency"),
@@ -111,7 +111,7 @@ def pick(records: Sequence[TrialRecord], budget: Budget) -> TrialRecord:
     """
     fitting = [record for record in records if feasible(record, budget)]
     if fitting:
-        return min(fitting, key=_preference)
+        return min(fitting, key=preference)
     scale = scale_of(records)
     ranked = [record for record in records if rankable(record)]
     if not ranked:
@@ -121,7 +121,7 @@ def pick(records: Sequence[TrialRecord], budget: Budget) -> TrialRecord:
             None,
             None,
         )
-    nearest = min(ranked, key=lambda record: (_worst(record, budget)[1], _preference(record)))
+    nearest = min(ranked, key=lambda record: (_worst(record, budget)[1], preference(record)))
     binding, excess = _worst(nearest, budget)
     raise NothingFitsError(_message(nearest, budget, binding, excess, scale), nearest, binding)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from autocomp.core.budget import Budget
 from autocomp.core.measurement import Measurement, latency_clock
+from autocomp.front.choice import bounds, choose, distinct_options, qualities
 from autocomp.front.dominance import hypervolume
+from autocomp.front.noise import Interval, Noise
 from autocomp.front.pick import (
     OBJECTIVES,
     NothingFitsError,
@@ -22,11 +24,11 @@ from autocomp.front.pick import (
     feasible,
     front,
     objective,
-    pick,
     rankable,
     senses,
 )
 from autocomp.study.directory import Study
+from autocomp.study.per_example import scores_of
 from autocomp.study.records import DENSE, TrialRecord, dense_reference
 
 
@@ -67,9 +69,15 @@ def _metric(record: TrialRecord) -> dict[str, Any]:
 
 
 def trial_json(
-    record: TrialRecord, budget: Budget, on_front: bool, target: Mapping[str, Any]
+    record: TrialRecord,
+    budget: Budget,
+    on_front: bool,
+    target: Mapping[str, Any],
+    interval: Interval | None = None,
 ) -> dict[str, Any]:
     """One trial in the stable shape. Costs are measured ones or null; estimates stay apart.
+
+    `interval` is that of its quality, where per-example scores are there to tell.
 
     `target` is the description of the front's target. Its `runtime` is that of a study without a
     choice; its workload says which clock `latency_ms` is counted on (`latency_clock`).
@@ -93,6 +101,8 @@ def trial_json(
         "measured": measured is not None,
         "estimated": _costs(record.estimated),
         "candidate": record.candidate.to_json(),
+        **bounds("quality", interval),
+        "distinct_options": distinct_options(record.candidate),
     }
 
 
@@ -103,11 +113,14 @@ def front_json(
     records: Sequence[TrialRecord],
     objectives: Sequence[Objective] = OBJECTIVES,
     reports: Mapping[str, Mapping[str, Any]] | None = None,
+    noise: Noise | None = None,
+    report_noise: Noise | None = None,
 ) -> dict[str, Any]:
     """The whole study, JSON-ready: no NaN, no infinity.
 
     While nothing measured meets the budget, `chosen` is null and `nearest` names the trial that
-    misses it least, with the limit that binds (a key of `budget`).
+    misses it least, with the limit that binds (a key of `budget`). `selection` says what was chosen
+    among and with which intervals (`Choice.to_json`).
 
     Args:
         study: name or path of the study.
@@ -116,12 +129,15 @@ def front_json(
         records: every finished trial, in the ledger's order.
         objectives: what the front is drawn over.
         reports: trial id → what the report split said of it, as in the ledger.
+        noise, report_noise: of the qualities on the search split and on the report split.
     """
+    noise = noise or Noise()
     dense = dense_reference(records)
     on_front = {record.id for record in front(records, objectives)}
-    chosen = nearest = None
+    chosen = nearest = selection = None
     try:
-        chosen = pick(records, budget).id
+        choice = choose(records, budget, noise)
+        chosen, selection = choice.record.id, choice.to_json()
     except NothingFitsError as error:
         if error.nearest is not None:
             nearest = {"id": error.nearest.id, "binding": error.binding}
@@ -133,15 +149,22 @@ def front_json(
         "chosen": chosen,
         "nearest": nearest,
         "hypervolume": study_hypervolume(records, dense, objectives),
-        "report": None if chosen is None else report_json(chosen, reports or {}),
-        "trials": [trial_json(record, budget, record.id in on_front, target) for record in records],
+        "report": None if chosen is None else report_json(chosen, reports or {}, report_noise),
+        "trials": [
+            trial_json(record, budget, record.id in on_front, target, noise.quality(record.id))
+            for record in records
+        ],
+        "selection": selection,
     }
 
 
-def report_json(id: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def report_json(
+    id: str, reports: Mapping[str, Mapping[str, Any]], noise: Noise | None = None
+) -> dict[str, Any] | None:
     """A trial on the report split, beside the teacher; `None` if the split was not opened for it.
 
-    `ratio` is quality over the teacher's, `metric` the task's own figure (a perplexity),
+    `ratio` is quality over the teacher's, with the 95% interval of the pair (the teacher is dense,
+    as exported) where there are per-example scores; `metric` the task's own figure (a perplexity),
     `candidates` what `candidates_reported` counts.
     """
     report = reports.get(id)
@@ -156,7 +179,28 @@ def report_json(id: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         "metric": dict(report.get("metric") or {}),
         "teacher_metric": dict(report.get("teacher_metric") or {}),
         "candidates": candidates_reported(reports),
+        **report_bounds(id, noise),
     }
+
+
+def report_bounds(id: str, noise: Noise | None) -> dict[str, Any]:
+    """`ratio_low`, `ratio_high` and how many `examples`; null without per-example scores."""
+    ratio = None if noise is None else noise.ratio(id, DENSE)
+    examples = None if noise is None or ratio is None else noise.examples(id)
+    return {**bounds("ratio", ratio), "examples": examples}
+
+
+def noise_on_search(study: Study, records: Sequence[TrialRecord]) -> Noise:
+    """Of the qualities of trials on the search split."""
+    known = qualities(records)
+    return Noise.of(known, scores_of(study.paths, known, "search"))
+
+
+def noise_on_report(study: Study, reports: Mapping[str, Mapping[str, Any]]) -> Noise:
+    """Of the qualities on the report split, of what it was opened for."""
+    found = {trial: _finite(report["quality"]) for trial, report in reports.items()}
+    known = {trial: quality for trial, quality in found.items() if quality is not None}
+    return Noise.of(known, scores_of(study.paths, known, "report"))
 
 
 def candidates_reported(reports: Iterable[str]) -> int:
@@ -176,18 +220,24 @@ def study_budget(study: Study) -> Budget:
     return limits.resolve(dense.measured)
 
 
-def study_front(study: Study) -> dict[str, Any]:
-    """The `front --json` mapping of a study, with what its spec says of the target."""
+def study_target(study: Study) -> dict[str, Any]:
+    """What a study's spec says of its target: name, workload, runtime unless there is a choice."""
     target = study.spec.target
     workload = target.workload.model_dump(exclude_none=True)
     description: dict[str, Any] = {"name": target.label, "workload": workload}
-    if not target.chosen:
-        description["runtime"] = target.runtime
+    return description if target.chosen else {**description, "runtime": target.runtime}
+
+
+def study_front(study: Study) -> dict[str, Any]:
+    """The `front --json` mapping of a study, with what its spec says of the target."""
+    records, reports = study.trials(), study.ledger.read().of("report")
     return front_json(
         str(study.paths.root),
-        description,
+        study_target(study),
         study_budget(study),
-        study.trials(),
+        records,
         list(study.spec.objectives),
-        study.ledger.read().of("report"),
+        reports,
+        noise_on_search(study, records),
+        noise_on_report(study, reports),
     )

@@ -32,6 +32,7 @@ from autocomp.report.figures import (
     view_budget,
     view_scale,
 )
+from autocomp.report.finalists import interval_text, selection_line
 from autocomp.report.summary import candidate_figures, figures_text
 from autocomp.report.terminal import describe_target, report_line
 
@@ -56,6 +57,7 @@ def _page_data(view: Mapping[str, Any]) -> dict[str, Any]:
     trials = [_trial(trial, dense, view, measure, scale, budget) for trial in view["trials"]]
     drawn = [trial for trial in view["trials"] if _drawable(trial)]
     hypervolume, report = view.get("hypervolume"), view.get("report")
+    selection = view.get("selection")
     return {
         "study": str(view["study"]),
         "target": describe_target(view.get("target") or {}),
@@ -63,6 +65,7 @@ def _page_data(view: Mapping[str, Any]) -> dict[str, Any]:
         "budget": budget.describe(scale),
         "hypervolume": None if hypervolume is None else f"{hypervolume:.4g}",
         "report": None if report is None else report_line(report),
+        "selection": None if selection is None else selection_line(selection, scale),
         "dense": view.get("dense"),
         "runtimes": len({trial.get("runtime") for trial in view["trials"]}),
         "failed": sum(trial["state"] == "failed" for trial in view["trials"]),
@@ -136,6 +139,7 @@ def _trial(
     """
     predicted = trial.get("estimated") or {}
     text = {"quality": format_metric(trial["quality"], trial.get("metric") or {}, measure)}
+    text["interval"] = interval_text(scale, trial.get("quality_low"), trial.get("quality_high"))
     kl = trial.get("teacher_kl")
     text["teacher_kl"] = "–" if kl is None else f"{kl:.3g}"
     for name in COSTS:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from autocomp.core.files import write_text_atomic
 from autocomp.core.gate import Gate
 from autocomp.core.unit import Unit
-from autocomp.front.view import study_front
-from autocomp.report.figures import COSTS, quality_name, shown_figure
+from autocomp.front.view import noise_on_search, study_front
+from autocomp.report.figures import COSTS, quality_name, shown_figure, view_scale
 from autocomp.report.html import front_html
 from autocomp.report.mlflow_client import (
     connect,
@@ -243,7 +243,9 @@ class Projection:
             run_id = self._runs[key] = str(run.info.run_id)
             self._flags[key] = ("false", "false")
         figures = candidate_figures(record.candidate.to_json(), self._units)
-        self._log(client, run_id, trial_metrics(record), {k: str(v) for k, v in figures.items()})
+        interval = noise_on_search(self._study, [record]).quality(record.id)
+        metrics = trial_metrics(record, interval)
+        self._log(client, run_id, metrics, {k: str(v) for k, v in figures.items()})
         client.log_text(run_id, record.candidate.to_yaml(), "candidate.yaml")
         status = {"complete": "FINISHED", "failed": "FAILED"}.get(record.state, "KILLED")
         client.set_terminated(run_id, status, end_ms)
@@ -272,6 +274,9 @@ class Projection:
             "front_size": sum(bool(trial["on_front"]) for trial in trials),
         }
         metrics[measure] = None if chosen is None else shown_figure(chosen, measure)
+        if chosen is not None and chosen.get("quality_low") is not None:
+            ends = view_scale(view).ends(chosen["quality_low"], chosen["quality_high"])
+            metrics |= {f"{measure}_low": ends[0], f"{measure}_high": ends[1]}
         for name in COSTS:
             metrics[name] = None if chosen is None else chosen[name]
         budget = {f"limit_{k}": v for k, v in view["budget"].items() if v is not None}

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from autocomp.core.candidate import Option
+from autocomp.core.metric import Scale
 from autocomp.core.unit import Unit
+from autocomp.front.noise import Interval
 from autocomp.operators import option_formats
 from autocomp.report.figures import quality_name
 from autocomp.study.records import TrialRecord
@@ -147,12 +149,18 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
     return " · ".join(parts)
 
 
-def trial_metrics(record: TrialRecord) -> dict[str, float | None]:
+def trial_metrics(record: TrialRecord, interval: Interval | None = None) -> dict[str, float | None]:
     """A trial's figures, units in their names; what was not measured is `None`.
 
-    Quality goes by the name and in the sense of the task's metric where that is another figure.
+    Quality goes by the name and in the sense of the task's metric where that is another figure, as
+    do the ends of its 95% `interval`: `quality_low` and `quality_high`, or `perplexity_low` and so
+    on.
     """
     metrics: dict[str, float | None] = {"teacher_kl": record.teacher_kl}
+    if interval is not None:
+        scale = Scale.of([(record.metric, record.quality)])
+        low, high = scale.ends(interval.low, interval.high)
+        metrics |= {f"{scale.name}_low": low, f"{scale.name}_high": high}
     name, value = record.metric.get("name"), record.metric.get("value")
     if quality_name([record.metric], [record.quality]) == "quality":
         metrics["quality"] = record.quality

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from autocomp.core.metric import Scale
 from autocomp.core.quantities import format_bytes
 from autocomp.report.figures import (
     COST_NAMES,
@@ -20,7 +21,8 @@ from autocomp.report.figures import (
     shown_figure,
     summarise_option,
 )
-from autocomp.report.terminal import describe_target
+from autocomp.report.finalists import interval_text, selection_line
+from autocomp.report.terminal import describe_target, report_line
 
 
 def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -53,6 +55,8 @@ def print_picked(
     metrics = [each.get("metric") or {} for each in pair]
     measure = quality_name(metrics, [each["quality"] for each in pair])
     figures = [shown_figure(each, measure) for each in pair]
+    scale = Scale.of((each.get("metric") or {}, each["quality"]) for each in pair)
+    interval = interval_text(scale, trial.get("quality_low"), trial.get("quality_high"))
     table.add_row(
         measure, format_metric(trial["quality"], metrics[0], measure), _gap(figures, measure), ""
     )
@@ -69,6 +73,15 @@ def print_picked(
             "" if guess is None else format_cost(name, guess),
         )
     console.print(table)
+    reasons = [f"{measure}: 95% interval {interval}"] if interval else []
+    if trial.get("selection") is not None:
+        reasons.append(selection_line(trial["selection"], scale))
+    if trial.get("report") is not None:
+        reasons.append(report_line(trial["report"]))
+    if reasons:
+        console.print()
+    for reason in reasons:
+        console.print(reason, markup=False, highlight=False, soft_wrap=True)
     units = plain_table("unit", "option")
     for unit, option in trial["candidate"]["units"].items():
         units.add_row(unit, summarise_option(option))

@@ -23,6 +23,7 @@ from autocomp.report.figures import (
     view_budget,
     view_scale,
 )
+from autocomp.report.finalists import finalists_note, finalists_table, selection_line
 
 
 def print_front(console: Console, view: Mapping[str, Any], *, estimated: bool = False) -> None:
@@ -46,7 +47,10 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     failed = [trial for trial in trials if trial["state"] == "failed"]
     shown = sorted((t for t in trials if t["state"] != "failed"), key=_order)
     parts: list[RenderableType] = [_heading(view), Text(), _measured(view, shown, dense)]
-    report = view.get("report")
+    selection, report = view.get("selection"), view.get("report")
+    if selection is not None:
+        scale = view_scale(view)
+        parts += [Text(), finalists_table(selection, scale), Text(selection_line(selection, scale))]
     if report is not None:
         parts.append(Text(report_line(report)))
     if failed:
@@ -55,6 +59,8 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     parts.append(
         Text("▸ chosen  ● on the front  memory: peak, of a process that only runs it", "dim")
     )
+    if selection is not None:
+        parts.append(Text(finalists_note(selection), "dim"))
     if note := latency_note(view.get("target") or {}):
         parts.append(Text(f"latency: {note}", "dim"))
     if view["budget"].get("quality") is not None:
@@ -81,6 +87,11 @@ def report_line(report: Mapping[str, Any]) -> str:
     line = f"{report['id']} on the report split: {', '.join(parts)}"
     if report["ratio"] is not None:
         line += f"; quality {100 * report['ratio']:.1f}% of the teacher's"
+        if report.get("ratio_low") is not None:
+            line += (
+                f" (95% interval {100 * report['ratio_low']:.1f} … "
+                f"{100 * report['ratio_high']:.1f}%)"
+            )
     if (report.get("candidates") or 1) > 1:
         line += f"; {report['candidates']} candidates were looked at there"
     return line
@@ -195,8 +206,11 @@ def next_steps(view: Mapping[str, Any]) -> list[Text]:
     """What to do next, as a command to paste."""
     study = str(view["study"])
     if view.get("chosen") is not None:
+        selection = view.get("selection")
+        simpler = selection is not None and selection["best"] != view["chosen"]
+        what = "simplest within noise of the best" if simpler else "best"
         return [
-            Text(f"{view['chosen']} is the best that meets the budget. Export it:", style="dim"),
+            Text(f"{view['chosen']} is the {what} that meets the budget. Export it:", style="dim"),
             Text(f"  autocomp pick {study} --export out/", style="bold"),
         ]
     lines = [Text("No measured model meets the budget.", style="red")]

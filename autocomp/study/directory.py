@@ -7,6 +7,7 @@
         lease            held by the one controller
         gate             measuring excludes working (core/gate.py)
         cost_table.json  (cost_table.RUNTIME.json where the study has a choice of runtimes)
+        per_example/     each trial's score on each example (study/per_example.py)
         artifacts/  companions/  students/  work/  ray/  log.txt  mlflow.db  front.html
 
 Call sequence of a controller: `Study.create_or_open(path, spec)`, then `with study.lease():`

@@ -60,6 +60,8 @@ def _take_over(record: TrialRecord, source: Study, study: Study) -> None:
     if record.artifact is not None:
         _link_tree(source.paths.root / record.artifact, study.paths.root / record.artifact)
         _link(source.paths.student(record.id), study.paths.student(record.id))
+    scores = source.paths.per_example(record.id, "search")
+    _link(scores, study.paths.per_example(record.id, "search"))
     append_trial(study.ledger, record)
 
 

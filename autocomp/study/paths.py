@@ -56,6 +56,10 @@ class StudyPaths:
         """Of a trial in training, as of its last rung; gone once the trial has ended."""
         return self.work / "checkpoints" / f"{trial}.safetensors"
 
+    def per_example(self, trial: str, split: str) -> Path:
+        """A trial's score on every example of a split, for `study.per_example`."""
+        return self.root / "per_example" / split / f"{trial}.safetensors"
+
     @property
     def companions(self) -> Path:
         """What every exported model is shipped with: tokenizer or processor, labels, inputs."""

@@ -58,6 +58,7 @@ class Quality:
         metric_value: the metric in its own sense (a perplexity is better when lower).
         per_example: float64 `(N,)`, higher is better: 1 or 0 for right or wrong, or the mean log
             likelihood per token, in nats. `Task.aggregate` turns any resample of it into a value.
+            Intervals are given where that is the mean, or exp of the mean (`front.noise`).
     """
 
     value: float

@@ -44,6 +44,7 @@ from autocomp.study.activity import ActivityWriter
 from autocomp.study.directory import append_trial
 from autocomp.study.ledger import Ledger
 from autocomp.study.paths import StudyPaths
+from autocomp.study.per_example import save_scores
 from autocomp.study.records import TrialRecord
 from autocomp.targets.protocol import Target
 from autocomp.tasks import make_task
@@ -279,6 +280,8 @@ class CandidateRunner:
         quality = evaluation.quality
         if not math.isfinite(quality.value):
             raise DivergedError(f"the exported model's {quality.metric} is not a finite number")
+        labels = task.splits["search"].labels
+        save_scores(self.paths.per_example(record.id, "search"), quality.per_example, labels)
         return replace(
             record,
             state="complete",

@@ -11,13 +11,22 @@ from autocomp.api.dispatch import Dispatcher, stages
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
 from autocomp.core.measurement import Measurement
+from autocomp.front.pick import front
 from autocomp.report.progress import Silent
 from autocomp.search.proposal import Proposal
 from autocomp.search.rungs import Rungs
 from autocomp.spec.schema import Spec
-from autocomp.study.directory import Study
+from autocomp.study.directory import Study, append_trial
 from autocomp.study.records import RungRecord, TrialRecord
 from autocomp.workers.protocol import Failure
+
+SPEC = {
+    "version": 1,
+    "model": {"source": "some/model"},
+    "task": {"name": "text-classification", "data": {"source": "some-data"}},
+    "budget": {"latency": "20%"},
+    "space": [{"match": "layers.*", "structure": {"width": [1.0, 0.5]}}],
+}
 
 
 def candidate(keep: int, tokens: int = 1000) -> Candidate:
@@ -70,22 +79,9 @@ class OneProposal:
         self.told.append(outcome)
 
 
-def new_study(tmp_path: Path) -> Study:
-    spec = Spec.model_validate(
-        {
-            "version": 1,
-            "model": {"source": "some/model"},
-            "task": {"name": "text-classification", "data": {"source": "some-data"}},
-            "budget": {"latency": "20%"},
-            "space": [{"match": "layers.*", "structure": {"width": [1.0, 0.5]}}],
-        }
-    )
-    return Study.create_or_open(tmp_path / "study", spec)
-
-
 @pytest.mark.parametrize("died", [True, False])
 def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died: bool) -> None:
-    study = new_study(tmp_path)
+    study = Study.create_or_open(tmp_path / "study", Spec.model_validate(SPEC))
     proposer = OneProposal()
     dispatcher = Dispatcher(study, cast(Any, proposer), {}, Silent(), None)
     dispatcher.tell("8a6b", None, Failure("it came to nothing", died))
@@ -99,7 +95,8 @@ def test_a_worker_that_keeps_dying_is_the_machines_failure(tmp_path: Path, died:
 
 
 def test_who_is_worse_at_a_rung_is_recorded_as_pruned_and_told(tmp_path: Path) -> None:
-    study, proposer = new_study(tmp_path), OneProposal()
+    study = Study.create_or_open(tmp_path / "study", Spec.model_validate(SPEC))
+    proposer = OneProposal()
     rungs = Rungs(0.5, Budget(), ["quality", "latency", "size"])
     dispatcher = Dispatcher(study, cast(Any, proposer), {}, Silent(), None, rungs)
 
@@ -122,3 +119,16 @@ def test_who_is_worse_at_a_rung_is_recorded_as_pruned_and_told(tmp_path: Path) -
     assert found.seconds == {"distil": 2}
     assert found.error == "stopped after 250 tokens: others were better there"
     assert not study.paths.checkpoint("8a6b").exists()
+
+
+def test_a_diverged_trial_is_told_as_failed_and_not_tried_again(tmp_path: Path) -> None:
+    spec = Spec.model_validate(SPEC)
+    study = Study.create_or_open(tmp_path / "study", spec)
+    proposer = OneProposal()
+    dispatcher = Dispatcher(study, cast(Any, proposer), {}, Silent(), None)
+    diverged = record("8a6b", "stitch", "distil", error="distillation diverged at step 3")
+    append_trial(study.ledger, diverged)  # by the worker, before it returns
+    dispatcher.tell("8a6b", diverged.to_json(), None)
+    assert [(told.state, told.error) for told in proposer.told] == [("failed", diverged.error)]
+    assert study.failed_by_machine() == []
+    assert front(study.trials()) == []

@@ -241,8 +241,13 @@ class TestPick:
             "--quality", "0.8", "--json",
         )  # fmt: skip
         limits = {"latency": "35%", "size": "12 MB", "peak_memory": "1 GiB", "quality": 0.8}
-        assert api.calls[1] == ("pick", limits)
+        assert api.calls[1] == ("pick", {**limits, "best": False})
         assert json.loads(result.stdout) == {**TRIAL, "export": None}
+
+    def test_the_plain_best_is_asked_for_and_stays_asked_for(self, api: FakeApi) -> None:
+        result = run("pick", "runs/tiny", "--best")
+        assert api.calls[1][1]["best"] is True
+        assert "  autocomp pick runs/tiny --best --export out/\n" in result.stdout
 
     def test_export(self, api: FakeApi) -> None:
         result = run("pick", "runs/tiny", "--export", "out", "--json")

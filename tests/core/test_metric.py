@@ -26,6 +26,11 @@ def test_a_perplexity_is_the_reciprocal() -> None:
     assert Scale.of([(rounded, 1 / 55.6094)]) == scale
 
 
+def test_the_ends_of_an_interval_turn_with_the_sense() -> None:
+    assert Scale("perplexity", True).ends(0.02, 0.025) == pytest.approx((40, 50))
+    assert Scale().ends(0.8, 0.9) == (0.8, 0.9)
+
+
 @pytest.mark.parametrize(
     "figures",
     [

@@ -142,7 +142,7 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
     budget = Budget(latency_ms=5.0, size_bytes=50)
     data = front_json("runs/x", {"name": "t"}, budget, [DENSE, GOOD, broken])
     json.dumps(data, allow_nan=False)
-    keys = "study, target, budget, dense, chosen, nearest, hypervolume, report, trials"
+    keys = "study, target, budget, dense, chosen, nearest, hypervolume, report, trials, selection"
     assert ", ".join(data) == keys
     assert data["budget"] == {
         "latency_ms": 5.0,
@@ -171,6 +171,9 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
         "measured",
         "estimated",
         "candidate",
+        "quality_low",
+        "quality_high",
+        "distinct_options",
     ]
     assert good["on_front"] is good["feasible"] is good["measured"] is True
     assert good["latency_ms"] == 4.0
@@ -227,6 +230,9 @@ def test_the_report_of_the_chosen_trial_is_beside_the_teacher() -> None:
         "metric": {"name": "perplexity", "value": 55.6},
         "teacher_metric": {"name": "perplexity", "value": 50.0},
         "candidates": 1,
+        "ratio_low": None,
+        "ratio_high": None,
+        "examples": None,
     }
     earlier = {"small": {"quality": 0.01, "teacher_quality": 0.02}, **reports}
     again = front_json("s", {}, Budget(latency_ms=5.0), [DENSE, GOOD], reports=earlier)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from samples import BUDGET, baselines, failed, record, records
 
@@ -25,6 +27,7 @@ from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, unpack_view, vie
 from autocomp.report.summary import trial_metrics
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study
+from autocomp.study.per_example import save_scores
 from autocomp.study.records import TrialRecord
 
 pytestmark = pytest.mark.filterwarnings(
@@ -64,6 +67,8 @@ def whole(store: str, tmp_path_factory: pytest.TempPathFactory) -> Study:
     made = Study.create_or_open(tmp_path_factory.mktemp("whole") / "whole", SPEC)
     for trial in records(6):
         made.add_trial(trial)
+    right = np.repeat([1.0, 0.0], [902, 98])
+    save_scores(made.paths.per_example("dense", "search"), right, np.arange(1000))
     project(made.paths.root, store)
     return made
 
@@ -124,6 +129,10 @@ def test_every_trial_is_a_child_run_with_its_figures(store: str, whole: Study) -
         assert len(run.data.params) < 12
         assert Candidate.from_yaml(artifact(store, run, "candidate.yaml")) == trial.candidate
     assert "step 99" in runs["bad0000099"].data.tags["error"]
+    dense, other = runs["dense"].data.metrics, runs["uniform-int8"].data.metrics
+    assert dense["quality_low"] == pytest.approx(0.902 - 1.96 * 0.0094, abs=0.002)
+    assert dense["quality_high"] == pytest.approx(0.902 + 1.96 * 0.0094, abs=0.002)
+    assert not {"quality_low", "quality_high"} & set(other), "it has no per-example scores"
 
 
 def test_the_front_is_tagged_and_on_the_parent(store: str, whole: Study) -> None:
@@ -336,6 +345,8 @@ def test_a_language_model_s_pages_speak_of_perplexity(store: str, tmp_path: Path
         better = record(500, id="better", quality=0.95)
         assert better.measured is not None
         better = replace(better, measured=replace(better.measured, latency_ms=1.0, size_bytes=9000))
+        scores = math.log(0.95) + 0.3 * np.resize([1.0, -1.0], 400)
+        save_scores(made.paths.per_example("better", "search"), scores, np.arange(400))
         for trial in (baselines()[0], better):
             assert trial.quality is not None
             metric = {"name": "perplexity", "value": 1 / trial.quality}
@@ -345,7 +356,12 @@ def test_a_language_model_s_pages_speak_of_perplexity(store: str, tmp_path: Path
     for run in [*children(store, made).values(), parent(store, made)]:
         assert "quality" not in run.data.metrics
         assert "perplexity" in run.data.metrics
-    assert parent(store, made).data.metrics["perplexity"] == pytest.approx(1 / 0.95, rel=1e-5)
+    chosen = parent(store, made).data.metrics
+    assert chosen["perplexity"] == pytest.approx(1 / 0.95, rel=1e-5)
+    assert chosen["perplexity_low"] == pytest.approx(math.exp(-1.96 * 0.015) / 0.95, abs=0.003)
+    assert chosen["perplexity_high"] == pytest.approx(math.exp(1.96 * 0.015) / 0.95, abs=0.003)
+    its = children(store, made)["better"].data.metrics
+    assert its["perplexity_high"] == pytest.approx(chosen["perplexity_high"])
     place = projected_place(made.paths.root)
     assert place is not None
     tags = client(store).get_experiment(place["experiment_id"]).tags

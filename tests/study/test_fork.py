@@ -4,12 +4,14 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from autocomp.core.errors import StudyError
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study
 from autocomp.study.fork import fork_study
+from autocomp.study.per_example import save_scores
 
 
 @pytest.fixture
@@ -19,6 +21,9 @@ def source(tmp_path, make_spec, make_record):
     for name in ("artifacts/s/m", "artifacts/s/.m.1-2.tmp"):
         (study.paths.root / name).parent.mkdir(parents=True, exist_ok=True)
         (study.paths.root / name).write_text(name)
+    for trial in ("s", "f"):
+        scores = study.paths.per_example(trial, "search")
+        save_scores(scores, np.array([1.0, 0.0]), np.array([3, 4]))
     study.paths.cost_table().write_text("{}")
     study.record_device("cpu-a")
     study.ledger.append("reference", "cpu-a", {"anchor_ms": 1.0})
@@ -61,7 +66,7 @@ MEASURED = {"cost_table.json", "ledger.jsonl"}
     [
         (
             {"budget__latency": "30%"},
-            MEASURED | {"artifacts/s/m"},
+            MEASURED | {"artifacts/s/m", "per_example/search/s.safetensors"},
             {"reference", "score", "trial", "report"},
             ["dense", "s"],
         ),
@@ -112,7 +117,8 @@ def test_copies_where_it_cannot_link(tmp_path, source, make_spec, monkeypatch):
     item = fork.paths.artifacts / "s" / "m"
     assert item.read_text() == "artifacts/s/m"
     assert item.stat().st_nlink == 1
-    assert files(fork) == OURS | MEASURED | {"artifacts/s/m"}
+    scores = "per_example/search/s.safetensors"
+    assert files(fork) == OURS | MEASURED | {"artifacts/s/m", scores}
 
 
 def test_not_onto_itself(tmp_path, source, make_spec):

@@ -171,6 +171,9 @@ def test_the_artifact_is_evaluated_with_the_tokenizer_it_ships_with(
     task = runner._task_of(vocabulary)
     ids = task.splits["search"].inputs["input_ids"]
     assert not np.array_equal(ids, runner.task.splits["search"].inputs["input_ids"])
+    for split in ("search", "report"):  # so that it pairs with trials of the whole vocabulary
+        known = runner.task.splits[split].labels
+        np.testing.assert_array_equal(task.splits[split].labels, known)
     right = 0
     originals = {
         tuple(row[row > 0]): text

@@ -22,6 +22,7 @@ from autocomp.operators.replace import distil as distil_module
 from autocomp.operators.replace.distil import Settings
 from autocomp.report.progress import Silent
 from autocomp.study.directory import Study
+from autocomp.study.per_example import load_scores
 from autocomp.study.records import TrialRecord
 from autocomp.targets import open_artifact
 from autocomp.trial.runner import CandidateRunner
@@ -117,6 +118,9 @@ def test_a_replaced_layer_goes_through_a_trial(
     assert np.abs(found - unlike).max() > 0.05 * expected.std()
     labels = runner.task.splits["search"].labels
     assert record.quality == pytest.approx(np.mean(found.argmax(-1) == labels), abs=1e-6)
+    kept = load_scores(study.paths.per_example("replaced", "search"))
+    assert kept is not None
+    np.testing.assert_array_equal(kept.values, found.argmax(-1) == labels)
 
     built = [entry["payload"] for entry in ledger(study.paths.root) if entry["kind"] == "built"]
     described = {entry["option"]: entry for entry in built}

@@ -1,0 +1,150 @@
+"""Which of the trials that meet a budget is taken: the simplest that is as good as the best.
+
+The trial of highest quality is the best of many noisy figures, so part of its lead is luck. Another
+one is taken in its place where nothing speaks against it but that luck:
+
+1. it does fewer distinct things: the options of its units, told apart as they are printed, counted
+   without those that leave a unit dense;
+2. its quality is lower by no more than one standard error of their paired difference (Breiman et
+   al., 1984), the 95% interval of that difference holds 0, and it is lower by no more than half a
+   percent: on few examples a standard error is a lot;
+3. it costs no more: no measured cost is above the best's by more than 5%, which measuring again may
+   say too.
+
+Of those the one with the fewest distinct options is taken, then the one of highest quality. Where
+there are no per-example scores it is the best, as it is when that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autocomp.core.budget import Budget
+from autocomp.core.candidate import Candidate
+from autocomp.front.noise import Noise
+from autocomp.front.pick import FIELDS, feasible, objective, pick, preference
+from autocomp.study.records import TrialRecord
+
+STANDARD_ERRORS = 1.0
+LARGEST_DROP = 0.005
+"""Of the best's quality."""
+COST_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial taken under a budget, and what it was chosen among.
+
+    Attributes:
+        record: the trial taken.
+        best: the feasible trial of highest quality.
+        finalists: the best, then in order of quality the feasible trials that the examples do not
+            tell apart from it: the 95% interval of the difference holds 0.
+    """
+
+    record: TrialRecord
+    best: TrialRecord
+    finalists: tuple[TrialRecord, ...]
+    noise: Noise = field(repr=False)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """`chosen`, `best`, `examples` (how many), `finalists`; `None` without per-example scores.
+
+        A finalist has `id`, `quality` and its interval, `difference` and `ratio` to the best with
+        theirs (null for the best), `distinct_options`.
+        """
+        examples = self.noise.examples(self.best.id)
+        if examples is None:
+            return None
+        return {
+            "chosen": self.record.id,
+            "best": self.best.id,
+            "examples": examples,
+            "finalists": [self._finalist(record) for record in self.finalists],
+        }
+
+    def _finalist(self, record: TrialRecord) -> dict[str, Any]:
+        noise, row = self.noise, {"id": record.id, "quality": record.quality}
+        row.update(bounds("quality", noise.quality(record.id)))
+        for name, figure in (("difference", noise.difference), ("ratio", noise.ratio)):
+            found = None if record is self.best else figure(record.id, self.best.id)
+            row[name] = None if found is None else found.value
+            row.update(bounds(name, found))
+        return {**row, "distinct_options": distinct_options(record.candidate)}
+
+
+def bounds(name: str, found: Any) -> dict[str, float | None]:
+    """`{"quality_low": …, "quality_high": …}` of an interval, null where there is none."""
+    low, high = (None, None) if found is None else (found.low, found.high)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def distinct_options(candidate: Candidate) -> int:
+    """How many different things are done to the units of a model; leaving one dense is none."""
+    return len({option.key for _, option in candidate if not option.dense})
+
+
+def choose(
+    records: Sequence[TrialRecord],
+    budget: Budget,
+    noise: Noise | None = None,
+    *,
+    plain: bool = False,
+) -> Choice:
+    """Choose among the trials that meet an absolute budget.
+
+    Args:
+        noise: of their qualities on the search split.
+        plain: take the best, whatever is as good and simpler.
+
+    Raises:
+        NothingFitsError: as `pick`.
+    """
+    noise = noise or Noise()
+    best = pick(records, budget)
+    finalists = [
+        record
+        for record in records
+        if record is not best and feasible(record, budget) and _as_good(record, best, noise)
+    ]
+    finalists = [best, *sorted(finalists, key=preference)]
+    taken = best
+    if not plain:
+        simpler = [record for record in finalists if _stands_in(record, best, noise)]
+        taken = min([best, *simpler], key=_simplicity)
+    return Choice(taken, best, tuple(finalists), noise)
+
+
+def _simplicity(record: TrialRecord) -> tuple[Any, ...]:
+    return (distinct_options(record.candidate), *preference(record))
+
+
+def _as_good(record: TrialRecord, best: TrialRecord, noise: Noise) -> bool:
+    difference = noise.difference(record.id, best.id)
+    return difference is not None and difference.holds(0.0)
+
+
+def _stands_in(record: TrialRecord, best: TrialRecord, noise: Noise) -> bool:
+    """Whether a finalist may be taken in place of the best."""
+    difference = noise.difference(record.id, best.id)
+    if difference is None or distinct_options(record.candidate) >= distinct_options(best.candidate):
+        return False
+    quality = best.quality or 0.0
+    drop = min(STANDARD_ERRORS * difference.standard_error, LARGEST_DROP * quality)
+    return -difference.value <= drop + 1e-12 and _costs_no_more(record, best)
+
+
+def _costs_no_more(record: TrialRecord, best: TrialRecord) -> bool:
+    for name in FIELDS:
+        its, reference = objective(record, name), objective(best, name)
+        if reference is not None and (its is None or its > (1 + COST_TOLERANCE) * reference):
+            return False
+    return True
+
+
+def qualities(records: Sequence[TrialRecord]) -> Mapping[str, float]:
+    """Trial → quality on the search split, of those that are complete and have one."""
+    found = {r.id: objective(r, "quality") for r in records if r.state == "complete"}
+    return {trial: quality for trial, quality in found.items() if quality is not None}
