@@ -1,0 +1,160 @@
+"""The comparison of searches counts what it says, and every method does what its name says."""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from autocomp.core.candidate import Option, Step  # noqa: E402
+from autocomp.core.unit import Unit  # noqa: E402
+from autocomp.search.space import Space, Vector  # noqa: E402
+from benchmarks.search_quality import measures  # noqa: E402
+from benchmarks.search_quality.methods import FRONT_METHODS, METHODS, run, run_front  # noqa: E402
+from benchmarks.search_quality.problem import (  # noqa: E402
+    AdditiveCosts,
+    Evaluated,
+    Problem,
+    Recorder,
+    StopError,
+)
+
+LEVELS = (Option(), *(Option((Step.of("rtn", weights=bits),)) for bits in (8, 4, 2)))
+BYTES, DAMAGE = (32.0, 8.0, 4.0, 2.0), np.array([0.0, 0.01, 0.1, 1.0])
+UNITS = 6
+
+
+def problem(limit: float | None = 0.2) -> Problem:
+    """Six units of four levels; a limit relative to dense."""
+    names = [f"layers.{n}.ffn" for n in range(UNITS)]
+    units = [Unit(name, "ffn", (), layer=n) for n, name in enumerate(names)]
+    terms = {
+        name: {option.key: (1 + n) * size for option, size in zip(LEVELS, BYTES, strict=True)}
+        for n, name in enumerate(names)
+    }
+    space = Space(units, dict.fromkeys(names, LEVELS))
+    costs = AdditiveCosts({"size_bytes": 10.0}, {"size_bytes": terms})
+    dense = 10.0 + sum((1 + n) * BYTES[0] for n in range(UNITS))
+    return Problem(space, costs, {} if limit is None else {"size_bytes": limit * dense})
+
+
+def truth(vector: Vector) -> float:
+    """Damage that neighbours multiply: nearly additive where little is done."""
+    importance = np.array([5.0, 1.0, 3.0, 1.0, 2.0, 4.0])
+    alone = importance * DAMAGE[list(vector)]
+    return float(alone.sum() + 0.3 * (alone[1:] * alone[:-1]).sum())
+
+
+def optimum(found: Problem) -> float:
+    every = product(*(range(count) for count in found.space.levels))
+    return min(truth(v) for v in every if found.costs.fits(v, found.limits))
+
+
+def test_evaluations_are_counted_once_and_end() -> None:
+    record = Recorder(problem(None), lambda vector: float(sum(vector)), most=3)
+    a, b, c, d = ((level,) + (0,) * 5 for level in range(4))
+    assert record([a, b, a]) == [0.0, 1.0, 0.0]
+    assert len(record.history) == 2
+    assert record([c]) == [2.0]
+    with pytest.raises(StopError):
+        record([d])
+    assert record([a]) == [0.0]  # known: free ...
+    with pytest.raises(StopError):
+        record([a])  # ... until there were twice as many proposals as evaluations
+    assert [one.vector for one in record.history] == [a, b, c]
+
+
+def test_a_run_ends_at_its_target_only_within_the_limits() -> None:
+    record = Recorder(problem(0.2), lambda vector: 0.0, most=9, enough=0.0)
+    assert record([(0,) * 6]) == [0.0]  # dense: too large
+    with pytest.raises(StopError):
+        record([(3,) * 6])
+    assert [one.fits for one in record.history] == [False, True]
+    assert measures.evaluations_until(record.history, 0.0) == 2
+
+
+def test_measures_of_a_run() -> None:
+    history = [Evaluated((n,), kl, fits) for n, (kl, fits) in enumerate([(1, 0), (3, 1), (2, 1)])]
+    assert measures.evaluations_until(history, 2.5) == 3
+    assert measures.evaluations_until(history, 1.5) is None
+    assert [measures.best_after(history, n) for n in (1, 2, 3)] == [None, 3, 2]
+    assert measures.middle([1, 2, 3, 4, 5]) == (2, 3, 4)
+    assert measures.middle([7]) == (7, 7, 7)
+
+
+def test_igd_plus_is_that_of_its_definition() -> None:
+    """Ishibuchi et al. 2015, eq. 16 and 18, as a plain loop; and the case that tells it from IGD."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        points, front = rng.random((7, 3)), rng.random((5, 3))
+        expected = 0.0
+        for z in front:
+            distances = []
+            for a in points:
+                distances.append(sum(max(a_m - z_m, 0.0) ** 2 for a_m, z_m in zip(a, z)) ** 0.5)
+            expected += min(distances) / len(front)
+        assert measures.igd_plus(points.tolist(), front.tolist()) == pytest.approx(expected)
+    assert measures.igd_plus([(0.0, 0.0)], [(0.5, 0.0), (0.0, 0.5)]) == 0.0
+    assert measures.igd_plus([(1.0, 0.0)], [(0.0, 1.0)]) == 1.0  # √2 in IGD
+
+
+def test_the_front_of_pairs() -> None:
+    points = [(2, 2), (1, 3), (3, 1), (2, 3), (1, 3), (4, 0.5)]
+    assert measures.pareto(points) == [(1, 3), (2, 2), (3, 1), (4, 0.5)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_search_the_problem(name: str) -> None:
+    """All get nearer the optimum than a first try; those with repair never leave the budget."""
+    found = problem()
+    record = Recorder(found, truth, most=100)
+    assert run(name, found, record, 1) is record.history
+    assert 50 < len({one.vector for one in record.history}) == len(record.history) <= 100
+    for one in record.history:
+        assert one.kl == truth(one.vector)
+        assert one.fits == found.costs.fits(one.vector, found.limits)
+    proposed = record.history[18:] if name == "ours" else record.history
+    share = np.mean([one.fits for one in proposed])
+    if name in ("ours", "tight", "tpe_repair", "nsga2_repair"):
+        assert share == 1.0
+    else:
+        assert 0 < share < 1
+    best = measures.best_after(record.history, len(record.history))
+    assert best is not None
+    assert best < 0.7 * np.median([one.kl for one in proposed if one.fits])
+    if name == "ours":
+        reached = measures.evaluations_until(record.history, 1.01 * optimum(found))
+        assert reached is not None
+        assert reached < 60
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("random", "tight")])
+def test_methods_repeat_with_their_seed(name: str) -> None:
+    runs = []
+    for seed in (3, 3, 4):
+        found = problem()
+        history = run(name, found, Recorder(found, truth, most=40), seed)
+        runs.append([one.vector for one in history])
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("name", FRONT_METHODS)
+def test_fronts_come_near_the_true_one(name: str) -> None:
+    whole = problem(None)
+    dense = whole.costs.total("size_bytes", (0,) * UNITS)
+    limits = [{"size_bytes": share * dense} for share in (0.1, 0.15, 0.25)]
+    record = Recorder(whole, truth, most=100)
+    assert len(run_front(name, whole, limits, record, 0)) > 70
+    every = product(*(range(count) for count in whole.space.levels))
+
+    def point(vector: Vector) -> tuple[float, float]:
+        return truth(vector) / truth((3,) * UNITS), whole.costs.total("size_bytes", vector) / dense
+
+    front = measures.pareto([point(vector) for vector in every])
+    distance = measures.igd_plus([point(one.vector) for one in record.history], front)
+    assert distance < (0.01 if name == "ours" else 0.15)
