@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "models")]
 
-from autocomp.core.candidate import Option, Step  # noqa: E402
+from model_examples import EXAMPLES  # noqa: E402
+
+from autocomp.core.candidate import Candidate, Option, Step  # noqa: E402
 from autocomp.core.unit import Unit  # noqa: E402
+from autocomp.models.surgery import copy_for_surgery, replace_module, skip  # noqa: E402
 from autocomp.search.space import Space, Vector  # noqa: E402
 from benchmarks.search_quality import measures  # noqa: E402
+from benchmarks.search_quality.enumerate import Truth, Walk  # noqa: E402
 from benchmarks.search_quality.methods import FRONT_METHODS, METHODS, run, run_front  # noqa: E402
 from benchmarks.search_quality.problem import (  # noqa: E402
     AdditiveCosts,
@@ -27,6 +34,7 @@ from benchmarks.search_quality.problem import (  # noqa: E402
 LEVELS = (Option(), *(Option((Step.of("rtn", weights=bits),)) for bits in (8, 4, 2)))
 BYTES, DAMAGE = (32.0, 8.0, 4.0, 2.0), np.array([0.0, 0.01, 0.1, 1.0])
 UNITS = 6
+SKIP = Option((Step.of("skip"),))
 
 
 def problem(limit: float | None = 0.2) -> Problem:
@@ -158,3 +166,46 @@ def test_fronts_come_near_the_true_one(name: str) -> None:
     front = measures.pareto([point(vector) for vector in every])
     distance = measures.igd_plus([point(one.vector) for one in record.history], front)
     assert distance < (0.01 if name == "ours" else 0.15)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_walk_finds_what_whole_models_give(name: str) -> None:
+    """Every candidate of four units, against the stitched model run from end to end."""
+    example = EXAMPLES[name]
+    teacher, units, inputs = example.model(), example.units(), example.inputs(3)
+    blocks = [unit for unit in units if unit.layer is not None][-4:]
+    assert [unit.kind for unit in blocks] == ["attention", "ffn"] * 2
+    scaled = Option((Step.of("rtn", weights=8),))
+    space = Space(units, {unit.name: (Option(), scaled, SKIP) for unit in blocks})
+
+    def stitch(candidate: Candidate) -> Any:
+        """Skips, or halves the weights of a unit's last site."""
+        model = copy_for_surgery(teacher)
+        for unit in units:
+            if candidate[unit.name] == SKIP:
+                skip(model, unit)
+            elif candidate[unit.name] == scaled:
+                path = unit.sites[-1].name
+                layer = copy.deepcopy(model.get_submodule(path))
+                layer.weight.data *= 0.5
+                replace_module(model, path, layer)
+        return model
+
+    with torch.no_grad():
+        walk = Walk(teacher, space, stitch, lambda model: model(**inputs).logits)
+        assert walk.parts == 9
+        found = np.array([walk.part(index) for index in range(9)]).reshape([3] * 4)
+        truth = Truth(space, AdditiveCosts({}, {}), found)
+        every = list(product(*(range(count) for count in space.levels)))
+        expected = [walk.whole(vector) for vector in every]
+    assert [truth.lookup(vector) for vector in every] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert expected[0] == pytest.approx(0, abs=1e-6)
+    assert len({round(kl, 9) for kl in expected}) > 70
+
+
+def test_costs_of_all_candidates_are_those_of_each() -> None:
+    found = problem()
+    truth = Truth(found.space, found.predictor, np.zeros([4] * UNITS))
+    sizes = truth.cost("size_bytes")
+    for vector in ((0,) * 6, (3,) * 6, (0, 1, 2, 3, 0, 1)):
+        assert sizes[vector] == pytest.approx(found.costs.total("size_bytes", vector))
