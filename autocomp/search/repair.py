@@ -100,10 +100,16 @@ class Repair:
         return self._settle(start, np.array([], dtype=int), rng, scored=False)
 
     def fit(
-        self, vector: Vector, rng: np.random.Generator, *, scored: bool = True
+        self,
+        vector: Vector,
+        rng: np.random.Generator,
+        *,
+        scored: bool = True,
+        fill: bool = True,
     ) -> Vector | None:
         """The vector itself brought within the limits and filled; at random unless `scored`."""
-        return self._settle(np.array(vector), np.array([], dtype=int), rng, scored=scored)
+        nothing = np.array([], dtype=int)
+        return self._settle(np.array(vector), nothing, rng, scored=scored, fill=fill)
 
     def _settle(
         self,
