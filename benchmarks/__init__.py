@@ -20,4 +20,6 @@ NAMES = (
     "mixers_llama",
     "mixers_dinov2",
     "mixer_latency",
+    "search_quality_enumerated",
+    "search_quality_large",
 )

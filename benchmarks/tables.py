@@ -17,6 +17,7 @@ from benchmarks.mixers import CASES as MIXED
 from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
 from benchmarks.results import read
+from benchmarks.search_quality import tables as search_quality
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -140,6 +141,8 @@ WIDE: dict[str, Callable[[dict[str, float]], list[list[str]]]] = {
     "peer_solvers": _solvers,
     "mixer_latency": mixer_tables.latency,
     **{f"mixers_{model}": partial(mixer_tables.quality, model) for model in MIXED},
+    "search_quality_enumerated": search_quality.enumerated,
+    "search_quality_large": search_quality.large,
 }
 """Benchmark → rows of its table, head first, where that is no list of figures."""
 

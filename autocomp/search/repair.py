@@ -99,9 +99,17 @@ class Repair:
         start = np.array([rng.choice(usable) for usable in self._usable])
         return self._settle(start, np.array([], dtype=int), rng, scored=False)
 
-    def fit(self, vector: Vector, rng: np.random.Generator) -> Vector | None:
-        """The vector itself brought within the limits and filled."""
-        return self._settle(np.array(vector), np.array([], dtype=int), rng, scored=True)
+    def fit(
+        self,
+        vector: Vector,
+        rng: np.random.Generator,
+        *,
+        scored: bool = True,
+        fill: bool = True,
+    ) -> Vector | None:
+        """The vector itself brought within the limits and filled; at random unless `scored`."""
+        nothing = np.array([], dtype=int)
+        return self._settle(np.array(vector), nothing, rng, scored=scored, fill=fill)
 
     def _settle(
         self,

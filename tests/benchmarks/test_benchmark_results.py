@@ -56,6 +56,10 @@ def test_results_have_their_shape(path: Path) -> None:
             for figure in ("s", "error_percent")
         }
         assert known >= set(result["figures"]) >= {key for key in known if "_ours_" in key}
+    elif path.stem.startswith("search_quality"):  # a row for each limit, with all its methods
+        rows = tables.WIDE[path.stem](result["figures"])
+        assert all(len(row) == len(rows[0]) for row in rows)
+        assert set(rows[1][1]) - set("– /")
     elif path.stem in tables.WIDE:  # mixers: a table row for each, none of it empty
         rows = tables.WIDE[path.stem](result["figures"])
         assert len(rows) > 2

@@ -1,0 +1,160 @@
+"""Regret at equal evaluations, where every linear layer of a model has its own number of bits.
+
+MiniLM on headlines and a small Llama on text: dense, 8, 4 or 2 bits for each linear layer in the
+blocks, limits on their bytes. Nobody knows the optimum: regret is against the best that any run
+found. Every method evaluates the same way, by exchanging layers in a resident model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.search_quality.kept import directory, kept
+from benchmarks.search_quality.linears import LinearScreener, linear_problem
+from benchmarks.search_quality.lines import progress
+from benchmarks.search_quality.measures import best_after
+from benchmarks.search_quality.methods import METHODS, run
+from benchmarks.search_quality.problem import Problem, Recorder
+from benchmarks.setting import prepared
+
+BITS = {"method": "gptq", "weights": ["dense", 8, 4, 2], "activations": ["dense"], "group": 64}
+LIMITS = {"tight": 0.10, "middle": 0.17}
+"""Of the dense layers' bytes: 2 bits with their scales take 8%, 4 bits 14%, 8 bits 25%."""
+EVALUATIONS = (100, 200, 400)
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model: its spec, the tokens of an example and how many examples."""
+
+    spec: str
+    sequence: int
+    examples: int
+
+
+CASES = {"minilm": Case("quickstart", 32, 8), "llama": Case("llama_cpu", 64, 2)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method's searches on every limit, one after the other, what they evaluate shared."""
+
+    method: str
+    seed: int
+
+
+def figures() -> dict[str, float]:
+    """Regrets in %, by model, limit, method and evaluations."""
+    found: dict[str, float] = {}
+    for model, case in CASES.items():
+        found |= {f"{model}_{figure}": value for figure, value in _searched(case).items()}
+    return found
+
+
+def _searched(case: Case) -> dict[str, float]:
+    from autocomp.workers.actors import ActorPool
+    from autocomp.workers.cluster import start
+
+    rules = [{"match": "layers.*", "bits": BITS}]
+    overrides = {"space": rules, "target.workload.sequence": case.sequence}
+    with prepared(case.spec, overrides=overrides) as setting:
+        problem, context = linear_problem(setting), setting.context
+        items = sorted(key for key in context.items.values() if key)
+        task = setting.teacher.task.fingerprint("distil")
+        place = directory([items, context.teacher_path.name, task, case.examples])
+        runs = [
+            Run(method, seed)
+            for method in sorted(METHODS, key=lambda name: "tpe" not in name)
+            for seed in range(SEEDS)
+        ]
+        args = (context, problem, case.examples, place)
+        with start(None, None) as cluster, ActorPool(Searcher, args, cluster.workers) as pool:
+            found = pool.map("search", runs, progress(f"searches of {case.spec}"))
+    return {
+        "linears": float(len(problem.space)),
+        "scores": float(scores_of(problem)),
+        **regrets(dict(zip(runs, found, strict=True)), scores_of(problem)),
+    }
+
+
+def scores_of(problem: Problem) -> int:
+    """How many replace-one scores there are to find."""
+    return sum(not option.dense for _, option in problem.space)
+
+
+def limits_of(problem: Problem) -> dict[str, dict[str, float]]:
+    """Name of a limit → what `Problem.within` takes."""
+    dense = problem.costs.total("size_bytes", [0] * len(problem.space))
+    return {name: {"size_bytes": share * dense} for name, share in LIMITS.items()}
+
+
+Best = dict[str, list[float | None]]
+"""Limit → the best KL within it after 1, 2, 3 … evaluations."""
+
+
+class Searcher:
+    """Runs methods on the model; what others than ours find is kept. Resident in a worker."""
+
+    def __init__(self, context: Any, problem: Problem, examples: int, place: Path) -> None:
+        self._problem, self._directory = problem, place / "searches"
+        self._screener = LinearScreener(context, problem.space, examples)
+
+    def search(self, wanted: Run) -> Best:
+        """The best so far on each limit; ours goes on for as long as its scores took."""
+        from autocomp.core.hashing import content_key
+
+        limits = limits_of(self._problem)
+        most = max(EVALUATIONS)
+        if wanted.method == "ours":
+            most += scores_of(self._problem)
+        key = content_key([wanted.method, wanted.seed, limits, most, version("optuna")])
+        path = self._directory / f"{key}.json"
+
+        def find() -> Best:
+            known: dict[tuple[int, ...], float] = {}
+
+            def lookup(vector: tuple[int, ...]) -> float:
+                if vector not in known:
+                    known[vector] = self._screener.divergence(vector)
+                return known[vector]
+
+            found: Best = {}
+            for name, limit in limits.items():
+                problem = self._problem.within(limit)
+                record = Recorder(problem, lookup, most)
+                history = run(wanted.method, problem, record, wanted.seed)
+                found[name] = [best_after(history, count) for count in range(1, most + 1)]
+            return found
+
+        return kept(path, find, anew=wanted.method == "ours")
+
+
+def regrets(results: Mapping[Run, Best], scores: int) -> dict[str, float]:
+    """`{limit}_{method}_{evaluations}`: median over the seeds, in % above the best of all.
+
+    `later` is ours on another limit, when the scores are known already. No figure where the median
+    run had found nothing within the limit.
+    """
+    found: dict[str, float] = {}
+    for limit in LIMITS:
+        rows: dict[str, list[Sequence[float | None]]] = {}
+        for one, best in results.items():
+            rows.setdefault(one.method, []).append(best[limit])
+        rows["later"] = [row[scores:] for row in rows["ours"]]
+        finite = [kl for each in rows.values() for row in each for kl in row if kl is not None]
+        least = min(finite)
+        found[f"{limit}_best_kl"] = least
+        for method, each in rows.items():
+            for count in EVALUATIONS:
+                values = [row[count - 1] for row in each]
+                middle = median([math.inf if kl is None else kl for kl in values])
+                if math.isfinite(middle):
+                    found[f"{limit}_{method}_{count}"] = 100 * (middle / least - 1)
+    return found

@@ -1,0 +1,12 @@
+"""`search_quality.large`: see there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.search_quality.large import figures
+
+
+def run(options: Any) -> dict[str, float]:
+    """The figures of `figures`."""
+    return figures()
