@@ -92,7 +92,7 @@ class Accumulator:
                     self._leaders[name] = leader
                 seen.append((name, x))
                 if leader == name:
-                    rows = _real_rows(x, mask)
+                    rows = real_rows(x, mask)
                     if name not in self._sums:
                         self._sums[name] = _Sum(x.shape[-1], self._needs[name])
                     self._sums[name].add(rows)
@@ -145,7 +145,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """`(..., columns)` → `(N, columns)`; padding dropped where `x` has one row per token."""
     x = x.detach()
     if mask is not None and x.shape[:-1] == mask.shape:

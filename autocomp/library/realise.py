@@ -2,21 +2,29 @@
 
 Library items are built on the inputs that the dense model gives a unit, so that any of them can be
 stitched to any other. The units of a chosen candidate are known: here their operators are applied
-again in model order, with the statistics of the model compressed so far. Training then has less to
-repair.
+again in model order, with the statistics of the model compressed so far.
+
+Before, each layer takes back what it can of the errors upstream. Where the dense model gives it
+inputs X and the compressed one X̂, it becomes the least-squares solution of W' X̂ ≈ W X,
+
+    W' = W (X X̂ᵀ + λI) (X̂ X̂ᵀ + λI)⁻¹,
+
+drawn towards W by λ; then its operators go by X̂. Without that, operators reproduce layers on inputs
+the layers were not made for, and errors add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
 from autocomp.calibrate.replay import Batch
-from autocomp.calibrate.sequence import unit_by_unit
+from autocomp.calibrate.sequence import Seen, unit_by_unit
 from autocomp.calibrate.stats import Need
 from autocomp.core.candidate import Candidate, Option
 from autocomp.core.unit import Unit
@@ -33,6 +41,8 @@ from autocomp.operators import (
     training_step,
     weight_option,
 )
+from autocomp.operators.gram import damped, damping_for, inverse
+from autocomp.operators.protocol import UnitState
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -85,9 +95,27 @@ def realise(
     kept = {name: Option() if name in needs else option for name, option in candidate}
     with working():
         model = stitch(teacher, units, library, keys, Candidate.of(kept))
-    for unit, stats in unit_by_unit(model, units, batches, scratch, needs, working):
+    for seen in unit_by_unit(model, teacher, units, batches, scratch, needs, working):
         with working():
-            dense = load_unit(teacher_path, unit)
-            state = apply_option(unit, dense, weight_option(candidate[unit.name]), stats)
+            unit = seen.unit
+            dense = corrected(load_unit(teacher_path, unit), seen)
+            state = apply_option(unit, dense, weight_option(candidate[unit.name]), seen.stats)
             install(model, unit, without_stats(state))
     return model
+
+
+def corrected(state: UnitState, seen: Seen) -> UnitState:
+    """The dense unit, each layer refitted to give on compressed inputs what it gave on dense ones.
+
+    A layer whose Gram matrix was not gathered stays as it is.
+    """
+    found = dict(state)
+    for name, site in state.items():
+        stats = seen.stats.get(name)
+        if stats is None or not len(stats.gram):
+            continue
+        damping = damping_for(site.weight.shape[1], stats.count)
+        system = damped(stats.gram, damping)
+        change = (seen.crossed[name] - stats.gram) @ inverse(system)
+        found[name] = replace(site, weight=site.weight + site.weight @ change)
+    return found
