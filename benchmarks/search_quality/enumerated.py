@@ -44,7 +44,7 @@ SPREAD = (0.1, 0.2, 0.35, 0.5, 0.75)
 NEAR = 1.01
 """A KL this many times the optimum is as good."""
 SEEDS = 20
-MOST = 500
+MOST = 300
 """Evaluations after which a run is given up; it counts as that many."""
 FRONT_EVALUATIONS = (100, 200, 400)
 
