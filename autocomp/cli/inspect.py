@@ -8,7 +8,7 @@ import click
 
 from autocomp.cli.output import print_json, stderr_console, stdout_console
 
-KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
+KINDS = ("operators", "mixers", "losses", "targets", "tasks", "exporters")
 
 _SPEC = click.argument("spec", type=click.Path(path_type=Path))
 _SET = click.option(
