@@ -8,7 +8,7 @@ from autocomp.core.errors import InternalError, UserError, did_you_mean
 from autocomp.core.registry import Registry
 from autocomp.targets.runtimes import with_relatives
 
-KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
+KINDS = ("operators", "mixers", "losses", "targets", "tasks", "exporters")
 
 
 def list_kind(kind: str) -> list[dict[str, Any]]:
@@ -39,12 +39,17 @@ def _row(name: str, summary: str, item: object = None) -> dict[str, Any]:
         "name": name,
         "summary": summary,
         "paper": getattr(item, "paper", ""),
-        "options": getattr(item, "choices", ""),
+        "options": getattr(item, "choices", "") or _used(item),
         "speeds_up": with_relatives(getattr(item, "speeds_up", ())),
         "shrinks": with_relatives(getattr(item, "shrinks", ())),
         "saves_memory": with_relatives(getattr(item, "saves_memory", ())),
         "expresses": getattr(item, "expresses", ""),
     }
+
+
+def _used(item: object) -> str:
+    """The settings that a loss depends on, as a spec has them."""
+    return ", ".join(f"distill.{name}" for name in getattr(item, "uses", ()))
 
 
 def _registry(kind: str) -> Registry[Any]:
@@ -56,6 +61,10 @@ def _registry(kind: str) -> Registry[Any]:
         from autocomp.models.mixers import MIXERS
 
         return MIXERS
+    if kind == "losses":
+        from autocomp.distill.losses import LOSSES
+
+        return LOSSES
     if kind == "targets":
         from autocomp.targets import TARGETS
 

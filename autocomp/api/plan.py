@@ -17,6 +17,7 @@ from autocomp.core.candidate import Option, Runtime
 from autocomp.core.errors import UserError
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
+from autocomp.distill.losses import LOSSES, leads
 from autocomp.models.discover import find_units, rest_parameters
 from autocomp.models.mixers import MIXERS
 from autocomp.models.sources import read_config, read_tensor_shapes, resolve_source
@@ -30,7 +31,7 @@ from autocomp.operators import (
 )
 from autocomp.search.space import Cap, Space
 from autocomp.spec.loader import LoadedSpec, load_spec
-from autocomp.spec.names import check_names, match_rules
+from autocomp.spec.names import check_losses, check_names, match_rules
 from autocomp.spec.schema import Spec
 from autocomp.targets import make_target
 from autocomp.targets.runtimes import usable_runtimes
@@ -159,6 +160,8 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
             "space[*].structure.replace": ("mixers", MIXERS.names()),
         },
     )
+    check_losses(loaded, LOSSES.names(), leads)
+    check_on_policy(loaded)
     try:
         runtimes, notes = usable_runtimes(spec.target)
     except UserError as error:
@@ -206,6 +209,22 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         offered.excluded,
         (*notes, *offered.notes),
     )
+
+
+def check_on_policy(loaded: LoadedSpec) -> None:
+    """Only a language model writes text that training could go on.
+
+    Raises:
+        SpecError: if another task is to be trained on its own text.
+    """
+    task = loaded.spec.task.name
+    for index, share in enumerate(loaded.spec.distill.on_policy):
+        if share > 0 and task != "language-modeling":
+            raise loaded.source.error_at(
+                ("distill", "on_policy", index),
+                f"{share:g} of the batches would be text that the student writes itself, and task "
+                f"{task!r} writes none. Leave on_policy out, or use language-modeling",
+            )
 
 
 def _refuse_tied(loaded: LoadedSpec, unit: Unit, rule: int | None, units: tuple[Unit, ...]) -> None:

@@ -8,7 +8,7 @@ import click
 
 from autocomp.cli.output import print_json, stderr_console, stdout_console
 
-KINDS = ("operators", "mixers", "targets", "tasks", "exporters")
+KINDS = ("operators", "mixers", "losses", "targets", "tasks", "exporters")
 
 _SPEC = click.argument("spec", type=click.Path(path_type=Path))
 _SET = click.option(
@@ -75,7 +75,7 @@ def profile(spec: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -
 @click.argument("kind", type=click.Choice(KINDS))
 @_JSON
 def ls(kind: str, as_json: bool) -> None:
-    """List operators, mixers, targets, tasks or exporters, also those of other packages."""
+    """List operators, mixers, losses, targets, tasks or exporters, also those of other packages."""
     from autocomp import api
 
     rows = api.list_kind(kind)

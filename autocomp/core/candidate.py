@@ -89,24 +89,52 @@ class Option:
 class Distillation:
     """Distillation settings of a trial. `tokens == 0` means no training.
 
-    `temperature` softens teacher and student (Hinton et al., 2015); `lr` is AdamW's peak rate;
-    `tokens` counts real (unpadded) tokens seen.
+    Attributes:
+        tokens: real (unpadded) tokens seen.
+        lr: AdamW's peak rate.
+        temperature: softens teacher and student (Hinton et al., 2015).
+        loss: names of losses, joined by `+`; see `autocomp ls losses`.
+        weight: of every loss behind the first.
+        schedule: how the learning rate falls after warming up: `cosine`, `linear`, `constant`.
+        layers: of losses that compare layers: `each`, or the `last` alone.
+        top_k: logits of the teacher that the loss `top_k` compares one by one.
+        on_policy: share of the batches that the student samples itself, in [0, 1].
     """
 
     tokens: int = 0
     lr: float = 1e-4
     temperature: float = 2.0
     loss: str = "logits"
+    weight: float = 1.0
+    schedule: str = "cosine"
+    layers: str = "each"
+    top_k: int = 64
+    on_policy: float = 0.0
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names in `loss`."""
+        return tuple(self.loss.split("+"))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain mapping; `tokens` alone when untrained, so that equal trials hash equal."""
+        """Plain mapping, so that equal trials hash equal.
+
+        `tokens` alone when untrained; what came after the first four is left out at its default.
+        """
         if self.tokens == 0:
             return {"tokens": 0}
-        return {
+        first = {
             "tokens": self.tokens,
             "lr": self.lr,
             "temperature": self.temperature,
             "loss": self.loss,
+        }
+        more = ("weight", "schedule", "layers", "top_k", "on_policy")
+        plain = Distillation()
+        return first | {
+            name: getattr(self, name)
+            for name in more
+            if getattr(self, name) != getattr(plain, name)
         }
 
     @classmethod

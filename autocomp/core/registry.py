@@ -30,6 +30,11 @@ class Registry(Generic[T]):
         self._loaded: dict[str, T] = {}
         self._scanned = False
 
+    @property
+    def _one(self) -> str:
+        """The kind in the singular."""
+        return self.kind.removesuffix("es" if self.kind.endswith("sses") else "s")
+
     def _scan(self) -> None:
         if not self._scanned:
             for entry in entry_points(group=f"autocomp.{self.kind}"):
@@ -64,7 +69,7 @@ class Registry(Generic[T]):
         if name not in self._loaded:
             if name not in self._paths:
                 raise UserError(
-                    f"unknown {self.kind.removesuffix('s')} {name!r}."
+                    f"unknown {self._one} {name!r}."
                     f"{did_you_mean(name, self.names())} Available: {', '.join(self.names())}. "
                     f"See: autocomp ls {self.kind}"
                 )

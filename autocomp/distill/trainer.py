@@ -1,4 +1,4 @@
-"""Logit distillation of a stitched student, through its quantisation.
+"""Distillation of a stitched student, through its quantisation.
 
 The student's quantised layers are trained with straight-through gradients on the grid they were
 given, so that what is exported afterwards is what was trained.
@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,11 +20,12 @@ from autocomp.core.candidate import Distillation
 from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
 from autocomp.distill.checkpoint import Training, read_checkpoint, write_checkpoint
+from autocomp.distill.objective import Objective
+from autocomp.distill.on_policy import continued, is_sampled
+from autocomp.distill.schedule import rate
 from autocomp.distill.student import parameter_groups, trainable_parameters, unshare
-from autocomp.tasks.divergence import teacher_kl
-from autocomp.tasks.protocol import Task
+from autocomp.tasks.protocol import Array, Task
 
-WARM_UP = 0.1
 MAX_GRAD_NORM = 1.0
 
 BLOWN_UP = 10.0
@@ -48,21 +48,13 @@ class DistillationResult:
     last_loss: float
 
 
-def logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Temperature-scaled KL(teacher ‖ student), times τ² (Hinton et al., 2015, section 2.1).
-
-    Logits are `(..., C)`; the mean over everything before the last axis is returned, in nats.
-    """
-    return teacher_kl(teacher, student, temperature=temperature) * temperature**2
-
-
 class Trainer:
     """One student's training, all at once or slice by slice.
 
-    AdamW, linear warm-up over the first tenth, cosine decay to zero, gradients clipped to norm 1.
-    The learning rate follows tokens, not steps, so that batches of short texts weigh as little as
-    they hold; it is that of `settings.tokens`, however the training is sliced. Each step holds the
-    gate shared, so that a measurement can come between two steps.
+    AdamW, linear warm-up over the first tenth, then the settings' schedule, gradients clipped to
+    norm 1. The learning rate follows tokens, not steps, so that batches of short texts weigh as
+    little as they hold; it is that of `settings.tokens`, however the training is sliced. Each step
+    holds the gate shared, so that a measurement can come between two steps.
 
     Call sequence:
 
@@ -91,13 +83,13 @@ class Trainer:
         batch: int,
         seed: int,
         gate: Gate,
-        teacher_logits: np.ndarray[Any, Any] | None = None,
+        teacher_logits: Array | None = None,
     ) -> None:
         if settings.tokens <= 0:
             raise ValueError("a training sees at least one token")
-        self._student, self._teacher, self._task = student, teacher, task
-        self._settings, self._batch, self._seed, self._gate = settings, batch, seed, gate
-        self._known = teacher_logits
+        self._student, self._task, self._settings = student, task, settings
+        self._batch, self._seed, self._gate = batch, seed, gate
+        self._objective = Objective(teacher, task, settings, teacher_logits)
         unshare(student)
         self._parameters = trainable_parameters(student)
         groups = parameter_groups(student, self._parameters.values(), settings.lr)
@@ -178,12 +170,15 @@ class Trainer:
 
     def _step(self, inputs: Mapping[str, torch.Tensor]) -> None:
         settings, at = self._settings, self._training
+        tokens = self._task.tokens(inputs)
+        if is_sampled(at.steps, settings.on_policy):
+            draw = (self._seed * 1_000_003 + at.steps) % 2**63
+            inputs = continued(self._student, self._task, inputs, draw, self._gate)
         with self._gate.working():
-            self._set_rate(at.tokens / settings.tokens)
-            target = self._target(inputs)
-            loss = logit_loss(
-                self._task.logits(self._student, inputs), target, settings.temperature
-            )
+            share = rate(settings.schedule, at.tokens / settings.tokens)
+            for group, peak in zip(self._optimiser.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * share
+            loss, classes = self._objective(self._student, inputs)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise DivergedError(
@@ -196,24 +191,12 @@ class Trainer:
             self._optimiser.step()
         self._losses.append(value)
         self._training = Training(
-            at.tokens + self._task.tokens(inputs),
+            at.tokens + tokens,
             at.steps + 1,
             at.epoch,
             at.position + 1,
-            settings.temperature**2 * math.log(target.shape[-1]),
+            self._objective.ignorant(classes),
         )
-
-    def _set_rate(self, done: float) -> None:
-        rate = min(1.0, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
-        for group, peak in zip(self._optimiser.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * rate
-
-    @torch.no_grad()
-    def _target(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The teacher's logits for a batch, looked up or computed."""
-        if self._known is None:
-            return self._task.logits(self._teacher, inputs)
-        return torch.from_numpy(self._known[inputs["index"].numpy()])
 
     def _check_end(self) -> None:
         last, first = self.result.last_loss, self._losses[0]
@@ -233,7 +216,7 @@ def distil(
     batch: int,
     seed: int,
     gate: Gate,
-    teacher_logits: np.ndarray[Any, Any] | None = None,
+    teacher_logits: Array | None = None,
     progress: Progress | None = None,
 ) -> DistillationResult:
     """Train `student` in place to the end, as `Trainer` does; without tokens it is left alone.

@@ -83,7 +83,7 @@ class BuildTask:
         steps = {step for option, _ in self.options for step in option.steps}
         if self.trained is not None:
             steps.add(self.trained[0])
-        return step_needs(sorted(steps - done))
+        return step_needs(steps - done)
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,12 @@ def figures_text(figures: Mapping[str, float | int | str]) -> str:
         parts.append(f"attention replaced in {figures['replaced_units']}")
     if figures.get("removed_share"):
         parts.append(f"{100 * float(figures['removed_share']):.0f}% of weights removed")
-    tokens = figures.get("tokens")
+    tokens, loss = figures.get("tokens"), figures.get("loss", "logits")
     if tokens:
         parts.append(
             f"{tokens:,} tokens at lr {figures.get('lr', 0):.2g}, "
             f"temperature {figures.get('temperature', 1):g}"
+            + ("" if loss == "logits" else f", loss {loss}")
         )
     elif tokens == 0:
         parts.append("not distilled")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from autocomp.core.errors import did_you_mean
@@ -40,6 +40,42 @@ def check_names(loaded: LoadedSpec, known: Mapping[str, tuple[str, Iterable[str]
                         f"Available: {', '.join(allowed)}. See: autocomp ls {kind}",
                     )
                 )
+    if problems:
+        raise loaded.source.error(problems)
+
+
+def check_losses(loaded: LoadedSpec, names: Sequence[str], leads: Callable[[str], bool]) -> None:
+    """Check the sums in `distill.loss`.
+
+    Args:
+        loaded: the spec and its source.
+        names: every loss there is.
+        leads: whether a sum may begin with a loss; asked of those the spec names.
+
+    Raises:
+        SpecError: a line for each unknown name, and each sum that begins with the wrong one.
+    """
+    problems: list[tuple[str | Parts, str]] = []
+    for index, text in enumerate(loaded.spec.distill.loss):
+        terms, place = text.split("+"), ("distill", "loss", index)
+        unknown = [name for name in terms if name not in names]
+        problems += [
+            (
+                place,
+                f"unknown {name!r}.{did_you_mean(name, names)} Available, also in sums "
+                f"(logits+hidden): {', '.join(names)}. See: autocomp ls losses",
+            )
+            for name in unknown
+        ]
+        if not unknown and not leads(terms[0]):
+            first = [name for name in names if leads(name)]
+            problems.append(
+                (
+                    place,
+                    f"{text} begins with {terms[0]}, which leaves open what the student answers. "
+                    f"A sum begins with one of {', '.join(first)}: {first[0]}+{terms[0]}",
+                )
+            )
     if problems:
         raise loaded.source.error(problems)
 

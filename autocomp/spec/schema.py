@@ -20,8 +20,6 @@ from autocomp.spec.section import Section
 from autocomp.spec.space import RuleSection
 
 TASKS = ("text-classification", "image-classification", "language-modeling")
-Loss = Literal["logits"]
-"""What `distill.trainer` computes."""
 AUTO = "auto"
 """As `target.runtime`: every installed runtime of the device."""
 
@@ -233,29 +231,68 @@ class FloatRange(Section):
         return self
 
 
+def _sum_of_losses(value: Any) -> Any:
+    """`logits + task+hidden` → `logits+hidden+task`: the first leads, the order of others is one.
+
+    Which names there are, other rooms know (`spec.names.check_losses`).
+    """
+    if not isinstance(value, str):
+        return value
+    first, *others = (name.strip() for name in value.split("+"))
+    if not all((first, *others)):
+        raise ValueError(f"{value!r} is no sum of losses: write logits, or logits+hidden")
+    if len({first, *others}) <= len(others):
+        raise ValueError(f"{value!r} names a loss twice")
+    return "+".join([first, *sorted(others)])
+
+
 class DistilSection(Section):
     """Distillation settings: dimensions of the study."""
 
-    loss: list[Loss] = Field(
-        ["logits"], min_length=1, description="What the student learns from the teacher."
+    loss: list[Annotated[str, BeforeValidator(_sum_of_losses)]] = Field(
+        ["logits"],
+        min_length=1,
+        description="What the student learns: a loss or a sum, logits+hidden. See: autocomp ls "
+        "losses.",
+    )
+    weight: FloatRange | Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = (
+        Field([1.0], description="Of every loss behind the first of a sum.")
     )
     temperature: list[Annotated[float, Field(gt=0)]] = Field(
         [1.0, 2.0, 4.0], min_length=1, description="Softens teacher and student."
     )
+    layers: list[Literal["each", "last"]] = Field(
+        ["each"],
+        min_length=1,
+        description="Which layers losses that compare layers look at: each, or the last alone.",
+    )
+    top_k: list[Annotated[int, Field(gt=0)]] = Field(
+        [64],
+        min_length=1,
+        description="Logits of the teacher that the loss top_k compares one by one.",
+    )
+    on_policy: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.0],
+        min_length=1,
+        description="Share of the batches that the student continues itself (language modelling).",
+    )
     lr: FloatRange = Field(
         FloatRange(low=1e-4, high=1e-3, log=True), description="Peak learning rate (AdamW)."
+    )
+    schedule: list[Literal["cosine", "linear", "constant"]] = Field(
+        ["cosine"], min_length=1, description="How the learning rate falls after warming up."
     )
     tokens: list[Annotated[int, Field(ge=0)]] = Field(
         [0, 100_000], min_length=1, description="Real (unpadded) tokens seen; 0 is no training."
     )
     batch: int = Field(32, gt=0, description="Examples per step.")
 
-    @field_validator("lr")
+    @field_validator("lr", "weight")
     @classmethod
-    def _positive(cls, lr: FloatRange) -> FloatRange:
-        if lr.low <= 0:
-            raise ValueError(f"low ({lr.low}) must be above zero")
-        return lr
+    def _positive(cls, range: Any) -> Any:
+        if isinstance(range, FloatRange) and range.low <= 0:
+            raise ValueError(f"low ({range.low}) must be above zero")
+        return range
 
 
 class SearchSection(Section):

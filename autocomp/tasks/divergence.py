@@ -42,6 +42,11 @@ def kl_per_example(
     return np.average(divergence, axis=1, weights=weight)
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, widened if it is narrower than float32."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
+
+
 def teacher_kl(
     teacher_logits: torch.Tensor,
     student_logits: torch.Tensor,
@@ -54,10 +59,8 @@ def teacher_kl(
     or over real positions. Both sides are divided by `temperature`; the T² of a distillation loss
     is left to the caller.
     """
-    from torch.nn import functional as F
-
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = (at_least_float32(teacher_logits) / temperature).log_softmax(-1)
+    student = (at_least_float32(student_logits) / temperature).log_softmax(-1)
     divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
     if mask is None:
         return divergence.mean()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from autocomp.api.plan import Plan, check_generation
+from autocomp.api.plan import Plan, check_generation, check_on_policy
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import SpecError
@@ -161,3 +161,14 @@ def test_a_workload_that_generates_needs_positions_and_a_language_model(tmp_path
     other = load_spec(tmp_path / "spec.yaml", {"task.name": "text-classification"})
     with pytest.raises(SpecError, match=f"{place}task 'text-classification' generates no tokens"):
         check_generation(other, {})
+
+
+def test_only_a_language_model_is_trained_on_its_own_text(tmp_path: Path) -> None:
+    text = GENERATES + "distill: {on_policy: [0.0, 0.5]}\n"
+    (tmp_path / "spec.yaml").write_text(text)
+    check_on_policy(load_spec(tmp_path / "spec.yaml"))
+    other = {"task.name": "text-classification"}
+    place = rf"spec\.yaml:{len(text.splitlines())} distill\.on_policy\[1\]: 0\.5 of the batches"
+    with pytest.raises(SpecError, match=f"{place} .* task 'text-classification' writes none"):
+        check_on_policy(load_spec(tmp_path / "spec.yaml", other))
+    check_on_policy(load_spec(tmp_path / "spec.yaml", {**other, "distill.on_policy": [0.0]}))

@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import autocomp
+from autocomp.api import listing
+from autocomp.cli import inspect
 from autocomp.cli.main import cli
 from autocomp.cli.values import Duration
 from autocomp.core.errors import InfeasibleError, SpecError, StorageError, StudyError
@@ -312,6 +314,7 @@ class TestInspect:
         assert "shrinks: onnxruntime-cpu" in run("ls", "operators").stdout
         assert json.loads(run("ls", "mixers", "--json").stdout)
         assert run("ls", "planets").exit_code == 2
+        assert inspect.KINDS == listing.KINDS
 
 
 class TestEnds:

@@ -31,6 +31,11 @@ DISTILLATIONS = st.builds(
     lr=st.floats(1e-7, 1.0),
     temperature=st.floats(0.1, 10.0),
     loss=st.sampled_from(["logits", "logits+hidden"]),
+    weight=st.sampled_from([0.5, 1.0]),
+    schedule=st.sampled_from(["cosine", "linear"]),
+    layers=st.sampled_from(["each", "last"]),
+    top_k=st.sampled_from([16, 64]),
+    on_policy=st.sampled_from([0.0, 0.5]),
 )
 UNITS = st.sampled_from(
     ["embeddings", "layers.0.attention", "layers.0.ffn", "layers.11.ffn", "head"]
@@ -85,6 +90,37 @@ def test_readable_yaml():
         "distillation: {tokens: 80000, lr: 0.0002, temperature: 2.0, loss: logits}\n"
     )
     assert yaml.safe_load(SMALL.to_yaml()) == SMALL.to_json()
+
+
+def test_keys_of_older_studies_stay():
+    """Found with the code from before there was more than one loss."""
+    older = Candidate.of(
+        {
+            "layers.0.ffn": Option((Step.of("gptq", weights=4, group=128),)),
+            "layers.0.attention": Option((Step.of("skip"),)),
+        },
+        Distillation(80_000, 2e-4, 2.0, "logits"),
+    )
+    assert older.key == "a9475eb6d18c05bf"
+    assert older.with_distillation(Distillation()).key == "193c5c237274be33"
+    assert older.with_runtime("openvino").key == "6ccce794e96913ff"
+
+
+def test_settings_at_their_default_are_left_out():
+    first = {"tokens": 9, "lr": 1e-4, "temperature": 2.0, "loss": "logits"}
+    assert Distillation(tokens=9).to_json() == first
+    assert Distillation.from_json(first) == Distillation(tokens=9)
+    more = Distillation(9, 1e-4, 2.0, "logits+task", 0.5, "linear", "last", 8, 0.25)
+    assert more.to_json() == {
+        **first,
+        "loss": "logits+task",
+        "weight": 0.5,
+        "schedule": "linear",
+        "layers": "last",
+        "top_k": 8,
+        "on_policy": 0.25,
+    }
+    assert more.losses == ("logits", "task")
 
 
 def test_the_order_of_steps_counts():

@@ -1,6 +1,7 @@
-"""Small example models are shared with the tests of the models room."""
+"""Small example models and export tasks are shared with the tests of other rooms."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+for room in ("models", "targets"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))

@@ -14,7 +14,7 @@ from word_examples import CLASSES, CountingGate, Sentences, Words
 from autocomp.core.candidate import Distillation
 from autocomp.core.unit import SiteFormat
 from autocomp.distill.student import trainable_parameters
-from autocomp.distill.trainer import DivergedError, distil, logit_loss
+from autocomp.distill.trainer import DivergedError, distil
 from autocomp.models.modules import QuantEmbedding, QuantLinear
 from autocomp.tasks.protocol import Task
 
@@ -51,22 +51,6 @@ def teacher() -> Words:
         model.embedding.weight.mul_(2)
         model.head.weight.mul_(6)
     return model
-
-
-def test_the_loss_is_the_closed_form_in_float64() -> None:
-    draw = np.random.default_rng(0)
-    student, teacher = draw.normal(size=(2, 7, CLASSES)) * 4
-    tau = 2.5
-
-    def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        powers = np.exp(logits / tau - (logits / tau).max(-1, keepdims=True))
-        return powers / powers.sum(-1, keepdims=True)
-
-    p, q = softmax(teacher), softmax(student)
-    expected = tau**2 * np.mean(np.sum(p * (np.log(p) - np.log(q)), axis=-1))
-    tensors = [torch.tensor(logits, dtype=torch.float32) for logits in (student, teacher)]
-    assert float(logit_loss(tensors[0], tensors[1], tau)) == pytest.approx(expected, rel=1e-5)
-    assert float(logit_loss(tensors[1], tensors[1], tau)) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_student_approaches_the_teacher_and_embeddings_stay(teacher: Words) -> None:

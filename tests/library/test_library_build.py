@@ -411,6 +411,16 @@ def test_needs_are_those_of_missing_items(bert: Setting, tmp_path: Path) -> None
     assert plan().needs == {ffn.name: {"range"}}
 
 
+def test_levels_may_be_shares_and_patterns(bert: Setting, tmp_path: Path) -> None:
+    """Steps whose arguments are of two types cannot be sorted, and need not be."""
+    ffn = bert.unit("layers.0.ffn")
+    rule = Rule(sparsity={"method": "magnitude", "levels": [0.5, "2:4"]})
+    options, stats = {ffn.name: unit_options(ffn, rule)}, {ffn.name: bert.stats[ffn.name]}
+    library = Library(tmp_path / "other")
+    plan = plan_build(bert.path, [ffn], options, stats, bert.fingerprint, library)
+    assert len(build(plan)) == 2
+
+
 def test_a_key_is_what_it_was() -> None:
     """Libraries are shared between versions: a key changes with what it stands for alone."""
     option = Option((Step.of("rtn", weights=8, activations=8, group=0),))

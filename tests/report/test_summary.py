@@ -101,6 +101,13 @@ def test_replaced_attention_is_counted() -> None:
     assert "replaced_units" not in candidate_figures(CANDIDATE)
 
 
+def test_a_loss_beside_the_usual_one_is_named() -> None:
+    figures = {"tokens": 5000, "lr": 1e-3, "temperature": 2.0, "loss": "logits"}
+    assert figures_text(figures) == "5,000 tokens at lr 0.001, temperature 2"
+    figures["loss"] = "logits+hidden"
+    assert figures_text(figures) == "5,000 tokens at lr 0.001, temperature 2, loss logits+hidden"
+
+
 def test_without_units_every_unit_counts_the_same() -> None:
     figures = candidate_figures(CANDIDATE)
     assert figures["mean_bits"] == pytest.approx((4 + 8 + 32 + 32) / 4)

@@ -93,8 +93,54 @@ def test_reads_sparsity_levels_with_and_without_quotes(write):
         ),
         (
             "search: {trials: 5}",
-            "distill: {loss: [logits, hidden]}",
-            "19 distill.loss[1]: expected logits, got 'hidden'",
+            "distill: {loss: [logits, logits+]}",
+            "19 distill.loss[1]: 'logits+' is no sum of losses: write logits, or logits+hidden",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {loss: [logits + task + logits]}",
+            "19 distill.loss[0]: 'logits + task + logits' names a loss twice",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {loss: logits}",
+            "19 distill.loss: expected a list, got 'logits'; write [logits]",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {weight: [0.0]}",
+            "19 distill.weight[0]: must be above 0.0, got 0.0",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {weight: {low: 0, high: 1}}",
+            "19 distill.weight: low (0.0) must be above zero",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {weight: 0.5}",
+            "19 distill.weight: expected a mapping or a list, got 0.5; write [0.5]",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {schedule: [cosin]}",
+            "19 distill.schedule[0]: expected one of cosine, linear, constant, got 'cosin'. "
+            "Did you mean 'cosine'?",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {layers: [first]}",
+            "19 distill.layers[0]: expected one of each, last, got 'first'",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {top_k: [0]}",
+            "19 distill.top_k[0]: must be above 0, got 0",
+        ),
+        (
+            "search: {trials: 5}",
+            "distill: {on_policy: [0, 1.5]}",
+            "19 distill.on_policy[1]: must be at most 1.0, got 1.5",
         ),
         ("{trials: 5}", "{trials: 2.5}", "19 search.trials: expected a whole number, got 2.5"),
         ("{trials: 5}", "{trials: true}", "19 search.trials: expected a whole number, got true"),

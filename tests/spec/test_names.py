@@ -4,7 +4,7 @@ import pytest
 
 from autocomp.core.errors import SpecError
 from autocomp.spec.loader import load_spec
-from autocomp.spec.names import check_names, match_rules
+from autocomp.spec.names import check_losses, check_names, match_rules
 
 UNITS = ["embeddings"] + [f"layers.{i}.{kind}" for i in range(3) for kind in ("attention", "ffn")]
 KNOWN = {
@@ -37,6 +37,35 @@ def test_unknown_names_are_all_reported(write):
 def test_a_default_is_placed_at_its_section(write):
     with pytest.raises(SpecError, match=r":1 target.device: unknown 'cpu'"):
         check_names(load_spec(write()), {"target.device": ("targets", ["gpu"])})
+
+
+LOSSES = ["hidden", "logits", "reverse_kl", "task"]
+
+
+def leads(name):
+    return name in ("logits", "reverse_kl")
+
+
+def test_sums_of_losses_are_read_as_one_whatever_the_order(write):
+    text = "distill: {loss: [logits, reverse_kl + task+hidden]}"
+    loaded = load_spec(write(("search: {trials: 5}", text)))
+    assert loaded.spec.distill.loss == ["logits", "reverse_kl+hidden+task"]
+    check_losses(loaded, LOSSES, leads)
+
+
+def test_unknown_losses_and_sums_that_begin_wrong_are_all_reported(write):
+    text = "distill: {loss: [logits, logits+hiden, task, hidden+logits]}"
+    path = write(("search: {trials: 5}", text))
+    with pytest.raises(SpecError) as caught:
+        check_losses(load_spec(path), LOSSES, leads)
+    assert str(caught.value).splitlines() == [
+        f"{path}:19 distill.loss[1]: unknown 'hiden'. Did you mean 'hidden'? Available, also in "
+        "sums (logits+hidden): hidden, logits, reverse_kl, task. See: autocomp ls losses",
+        f"{path}:19 distill.loss[2]: task begins with task, which leaves open what the student "
+        "answers. A sum begins with one of logits, reverse_kl: logits+task",
+        f"{path}:19 distill.loss[3]: hidden+logits begins with hidden, which leaves open what the "
+        "student answers. A sum begins with one of logits, reverse_kl: logits+hidden",
+    ]
 
 
 def test_the_last_matching_rule_holds(write):

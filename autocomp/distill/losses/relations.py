@@ -1,0 +1,64 @@
+"""Relations between tokens (Wang et al. 2021, MiniLMv2, arXiv:2012.15828)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from autocomp.distill.losses.protocol import Batch, Outputs, Reading
+
+if TYPE_CHECKING:
+    import torch
+
+RELATION_WIDTH = 16
+"""Channels of a relation head: 48 heads for BERT base and 64 for large did best in the paper."""
+
+
+class Relations:
+    """KL divergence of how alike tokens are to each other, in what attention makes of them.
+
+    MiniLMv2 compares softmax(A Aᵀ / √d) for queries, keys and values A, cut into as many heads on
+    both sides whatever heads the models have. A student here may have fewer heads, or another mixer
+    that reads neither queries nor keys; what its attention writes, behind the output projection, it
+    has wherever it has any, and as wide as the teacher's. So A is that. Layers whose attention was
+    skipped have none and are left out.
+
+    The mean is over real tokens, relation heads and layers, in nats.
+    """
+
+    name = "relations"
+    summary = "KL divergence of the relations between tokens in what attention writes."
+    paper = "Wang et al., 2021, MiniLMv2, arXiv:2012.15828"
+    reads: tuple[Reading, ...] = ("attention",)
+    uses = ("layers",)
+    divergence = True
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
+        """See `Loss`."""
+        pairs = batch.pairs(student.attention, teacher.attention)
+        found = [_divergence(own, other, batch.real) for own, other in pairs]
+        return sum(found, student.logits.new_zeros(())) / max(1, len(found))
+
+
+def _divergence(
+    student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor | None
+) -> torch.Tensor:
+    target, guess = _relations(teacher, real), _relations(student, real)
+    divergence = (target.exp() * (target - guess)).sum(-1).mean(1)  # (B, T)
+    return divergence.mean() if real is None else divergence[real].mean()
+
+
+def _relations(states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """States `(B, T, D)` → log-probabilities `(B, R, T, T)`: to which token each is how near."""
+    batch, tokens, channels = states.shape
+    width = math.gcd(channels, RELATION_WIDTH)
+    heads = states.view(batch, tokens, -1, width).transpose(1, 2)  # (B, R, T, width)
+    scores = heads @ heads.mT / math.sqrt(width)
+    if (
+        real is not None
+    ):  # a number that softmax makes nothing of, but no infinity, which is NaN later
+        scores = scores.masked_fill(~real[:, None, None, :], -1e9)
+    return scores.log_softmax(-1)
+
+
+RELATIONS = Relations()

@@ -1,0 +1,63 @@
+"""What a training makes smaller: the sum of losses that its settings name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from autocomp.core.candidate import Distillation
+from autocomp.distill.losses import LOSSES
+from autocomp.distill.losses.protocol import Batch, Outputs, Reading
+from autocomp.distill.outputs import observe
+from autocomp.tasks.protocol import Array, Task
+
+
+class Objective:
+    """The first loss, plus the settings' weight times each of the others.
+
+    Args:
+        known: the teacher's logits of the whole distil split, in its order, if they are at hand;
+            else, and where layers are compared, the teacher runs beside the student.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, task: Task, settings: Distillation, known: Array | None
+    ) -> None:
+        self._teacher, self._task, self._settings = teacher, task, settings
+        self._known = known
+        self._losses = [LOSSES.get(name) for name in settings.losses]
+
+    def __call__(
+        self, student: nn.Module, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, int]:
+        """The loss, a scalar, and the number of classes there are.
+
+        Inputs without `index` were sampled: they have no labels and no known logits.
+        """
+        sampled = "index" not in inputs
+        losses = [loss for loss in self._losses if not (sampled and "labels" in loss.reads)]
+        reads: set[Reading] = {reading for loss in losses for reading in loss.reads}
+        target = self._target(inputs, reads)
+        found = observe(student, self._task, inputs, reads)
+        batch = Batch(inputs, self._task, self._settings)
+        first, *others = (loss(found, target, batch) for loss in losses)
+        total = first + self._settings.weight * sum(others) if others else first
+        return total, target.logits.shape[-1]
+
+    def ignorant(self, classes: int) -> float:
+        """Roughly the loss of a student that knows nothing, in nats."""
+        of_others = self._settings.weight * (len(self._losses) - 1)
+        return (self._settings.temperature**2 + of_others) * math.log(classes)
+
+    @torch.no_grad()
+    def _target(self, inputs: Mapping[str, torch.Tensor], reads: set[Reading]) -> Outputs:
+        known = None
+        if self._known is not None and "index" in inputs:
+            known = torch.from_numpy(self._known[inputs["index"].numpy()])
+            if not reads & {"hidden", "attention"}:
+                return Outputs(known, {}, {})
+        target = observe(self._teacher, self._task, inputs, reads)
+        return target if known is None else Outputs(known, target.hidden, target.attention)
