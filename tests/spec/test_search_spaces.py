@@ -29,6 +29,7 @@ def test_they_are_all_here():
         "llama_cpu",
         "llama_decode_cpu",
         "long_context",
+        "minilm_tenth",
         "quickstart",
         "short_context",
         "tiny",
