@@ -22,4 +22,7 @@ NAMES = (
     "mixer_latency",
     "search_quality_enumerated",
     "search_quality_large",
+    "rivals_minilm",
+    "rivals_llama",
+    "rivals_dinov2",
 )

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import NAMES, mixer_tables
+from benchmarks import NAMES, mixer_tables, rivals_dinov2, rivals_llama, rivals_minilm
 from benchmarks.mixers import CASES as MIXED
 from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
 from benchmarks.results import read
+from benchmarks.rivals_tables import rivals
 from benchmarks.search_quality import tables as search_quality
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -143,6 +144,9 @@ WIDE: dict[str, Callable[[dict[str, float]], list[list[str]]]] = {
     **{f"mixers_{model}": partial(mixer_tables.quality, model) for model in MIXED},
     "search_quality_enumerated": search_quality.enumerated,
     "search_quality_large": search_quality.large,
+    "rivals_minilm": partial(rivals, rivals_minilm.MATCH, "accuracy"),
+    "rivals_llama": partial(rivals, rivals_llama.MATCH, "perplexity"),
+    "rivals_dinov2": partial(rivals, rivals_dinov2.MATCH, "accuracy"),
 }
 """Benchmark → rows of its table, head first, where that is no list of figures."""
 

@@ -83,10 +83,10 @@ def _bits(options: Sequence[Option], weights: int) -> Option | None:
 
 
 def _kept(unit: Unit, option: Option) -> float | None:
-    """The fraction of heads (of key-value groups) or width that an option keeps, dense bits."""
+    """The fraction of query heads or of width that an option keeps, dense bits."""
     if len(option.steps) != 1 or option.steps[0].operator not in _STRUCTURE:
         return None
-    whole = unit.width if option.steps[0].operator == "width" else unit.kv_heads or unit.heads
+    whole = unit.width if option.steps[0].operator == "width" else unit.heads
     return None if not whole else float(option.steps[0]["keep"]) / whole
 
 

@@ -1,0 +1,266 @@
+"""What the search finds at a budget, beside what a person would try there by hand.
+
+The search is the product's, from the spec to the report split. Its rivals are candidates of the
+same space, from the same library, trained on as many tokens, exported and measured alike:
+
+- *uniform*: every layer pruned alike and quantised alike, as a pipeline of a pruner and a quantiser
+  leaves it;
+- *by hand*: some layers kept whole or narrower, the others skipped, everything in 8 bits.
+
+Each rival is trained twice, with the settings of the model the search chose and with those of the
+usual recipe, and its better one (on the search split) is shown. The search does not see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autocomp.core.candidate import Candidate, Distillation, Option
+from autocomp.core.measurement import Measurement
+from autocomp.core.unit import Unit
+from benchmarks.setting import SPACES, ExitOnDemand
+
+CHOSEN, DENSE = "search", "dense"
+DENSE_COST = Measurement("measured", 100.0, 100)
+"""Limits resolved against this are in percent."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A candidate by hand.
+
+    Attributes:
+        layers: that are kept, all where empty; the others are skipped.
+        heads, width: shares kept in them.
+        bits: of their weights.
+        table: bits of the word embeddings.
+    """
+
+    layers: tuple[int, ...] = ()
+    heads: float = 1.0
+    width: float = 1.0
+    bits: int = 8
+    table: int = 8
+
+
+@dataclass(frozen=True)
+class Match:
+    """A spec and its rivals.
+
+    Attributes:
+        usual: distillation settings of the usual recipe; the tokens are the chosen model's.
+    """
+
+    spec: str
+    recipes: Mapping[str, Recipe]
+    usual: Distillation
+
+
+def run_match(match: Match) -> dict[str, float]:
+    """Per model what `_figures` says; and `search_minutes`, `latency_limit` and `size_limit`."""
+    from rich.console import Console
+
+    from autocomp.api.prepare import cache_directory
+    from autocomp.api.search import search
+    from autocomp.report.lines import LineView
+
+    root = cache_directory() / "benchmarks" / "rivals" / match.spec
+    found = search(SPACES / f"{match.spec}.yaml", root / "search", progress=LineView(Console()))
+    chosen = found.pick(best=True)
+    limits = found.spec.budget.limits().resolve(DENSE_COST)
+    figures = {
+        "search_minutes": _minutes(root / "search"),
+        "latency_limit": limits.latency_ms or 100.0,
+        "size_limit": float(limits.size_bytes or 100),
+    }
+    figures |= _figures(CHOSEN, root / "search", chosen.id)
+    for name, trial in _rivals(match, root / "rivals", chosen.candidate).items():
+        figures |= _figures(name, root / "rivals", trial)
+    return figures
+
+
+class Runner:
+    """A worker's trial runner, set up."""
+
+    def __init__(self, context: Any) -> None:
+        from autocomp.trial.runner import CandidateRunner
+
+        self._runner = CandidateRunner()
+        self._runner.setup({"trial": context})
+
+    def run(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """One trial to its end; what is in the ledger is not run again."""
+        return self._runner.run(payload)
+
+
+def _rivals(match: Match, directory: Path, chosen: Candidate) -> dict[str, str]:
+    """Rival → id of its better trial in the study at `directory`, all on the report split."""
+    from autocomp.api import prepare
+    from autocomp.api.finish import open_report_split
+    from autocomp.api.phases import PhaseTimes
+    from autocomp.api.plan import make_plan
+    from autocomp.api.session import Session
+    from autocomp.report.progress import Silent
+    from autocomp.study.directory import Study
+    from autocomp.study.records import TrialRecord
+    from autocomp.workers.actors import ActorPool
+    from autocomp.workers.cluster import start
+
+    plan = make_plan(SPACES / f"{match.spec}.yaml", {})
+    study = Study.create_or_open(directory, plan.spec)
+    teacher = prepare.prepare_teacher(plan, Silent())
+    context = prepare.prepare_context(plan, study, teacher)
+    dense, context = prepare.measure_dense(plan, study, context, Silent())
+    settings = {
+        "chosen": chosen.distillation,
+        "usual": replace(match.usual, tokens=chosen.distillation.tokens),
+    }
+    payloads = [
+        {
+            "id": f"{name}-{kind}",
+            "kind": "uniform",
+            "proposed_by": "baseline",
+            "candidate": candidate_of(recipe, plan.units, plan.options, its).to_json(),
+        }
+        for name, recipe in match.recipes.items()
+        for kind, its in settings.items()
+    ]
+    with ExitStack() as stack:
+        cluster = stack.enter_context(ExitOnDemand(start))
+        items = prepare.prepare_library(plan, teacher, cluster, Silent())
+        context = replace(context, items=items)
+        pool = stack.enter_context(ActorPool(Runner, (context,), cluster().workers))
+        records = [TrialRecord.from_json(its) for its in pool.map("run", payloads, _progress)]
+        complete = [record for record in records if record.state == "complete"]
+        session = Session(plan, study, PhaseTimes(Silent(), study.ledger), cluster, None)
+        open_report_split(session, context, [dense, *complete])
+    found = {DENSE: dense.id}
+    for name in match.recipes:
+        own = [record for record in complete if record.id.startswith(f"{name}-")]
+        if own:
+            found[name] = max(own, key=lambda record: record.quality or 0.0).id
+    return found
+
+
+def candidate_of(
+    recipe: Recipe,
+    units: Sequence[Unit],
+    options: Mapping[str, Sequence[Option]],
+    distillation: Distillation,
+) -> Candidate:
+    """The recipe from options of the space.
+
+    Raises:
+        ValueError: if the space lacks one.
+    """
+    chosen = {unit.name: _option(recipe, unit, options[unit.name]) for unit in units}
+    return Candidate.of(chosen, distillation)
+
+
+def _option(recipe: Recipe, unit: Unit, offered: Sequence[Option]) -> Option:
+    if len(offered) == 1:  # no choice
+        return offered[0]
+    if unit.layer is not None and recipe.layers and unit.layer not in recipe.layers:
+        wanted = _skipped
+    elif unit.kind == "attention":
+        wanted = _kept("heads", recipe.heads, unit.heads, recipe.bits)
+    elif unit.kind == "ffn":
+        wanted = _kept("width", recipe.width, unit.width, recipe.bits)
+    elif unit.kind == "embedding":
+        wanted = _table(recipe.table, any(o.step("vocabulary") for o in offered))
+    else:
+        wanted = _kept("", 1.0, None, 8)
+    found = next((option for option in offered if wanted(option)), None)
+    if found is None:
+        raise ValueError(f"{unit.name} has no option for {recipe}")
+    return found
+
+
+def _skipped(option: Option) -> bool:
+    return option.step("skip") is not None
+
+
+def _kept(structure: str, share: float, whole: int | None, bits: int) -> Callable[[Option], bool]:
+    """Pruned to a share of what there is and quantised, and nothing else."""
+    pruned = share < 1
+    names = {structure, "gptq"} if pruned else {"gptq"}
+
+    def wanted(option: Option) -> bool:
+        if {step.operator for step in option.steps} != names:
+            return False
+        step, quantised = option.step(structure), option.step("gptq")
+        assert quantised is not None
+        return (int(quantised["weights"]), int(quantised["activations"])) == (bits, 8) and (
+            step is None or abs(int(step["keep"]) / (whole or 1) - share) < 0.05
+        )
+
+    return wanted
+
+
+def _table(bits: int, vocabulary: bool) -> Callable[[Option], bool]:
+    names = {"vocabulary", "rtn"} if vocabulary else {"rtn"}
+
+    def wanted(option: Option) -> bool:
+        quantised = option.step("rtn")
+        return (
+            quantised is not None
+            and {step.operator for step in option.steps} == names
+            and int(quantised["weights"]) == bits
+        )
+
+    return wanted
+
+
+def _figures(name: str, directory: Path, id: str) -> dict[str, float]:
+    """A trial's figures in percent of dense and of the teacher."""
+    from autocomp.study.directory import Study
+
+    study = Study.open(directory)
+    records = {record.id: record for record in study.trials()}
+    dense, record = records[DENSE].measured, records[id]
+    assert dense is not None
+    assert record.measured is not None
+    reports = study.ledger.read().of("report")
+    figures = {
+        "latency": 100 * (record.measured.latency_ms or 0) / (dense.latency_ms or 1),
+        "size": 100 * (record.measured.size_bytes or 0) / (dense.size_bytes or 1),
+        "latency_ms": record.measured.latency_ms or 0.0,
+        "size_mb": (record.measured.size_bytes or 0) / 1e6,
+        "quality": float(record.metric["value"]),
+        "report_quality": float(reports[id]["metric"]["value"]),
+    }
+    ratio = report_ratio(study, id)
+    if ratio is not None:
+        figures |= {
+            "report": 100 * ratio.value,
+            "report_low": 100 * ratio.low,
+            "report_high": 100 * ratio.high,
+        }
+    return {f"{name}_{figure}": value for figure, value in figures.items()}
+
+
+def report_ratio(study: Any, id: str) -> Any:
+    """Quality on the report split as a share of the teacher's, with its paired interval."""
+    from autocomp.front.noise import Noise
+    from autocomp.study.per_example import scores_of
+
+    reports = study.ledger.read().of("report")
+    qualities = {name: reports[name]["quality"] for name in (DENSE, id)}
+    noise = Noise.of(qualities, scores_of(study.paths, qualities, "report"))
+    return noise.ratio(id, DENSE)
+
+
+def _minutes(directory: Path) -> float:
+    """Of all phases of a search."""
+    from autocomp.study.directory import Study
+
+    phases = Study.open(directory).ledger.read().of("phase").values()
+    return sum(float(phase["seconds"]) for phase in phases) / 60
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"  {done}/{total} rivals", flush=True)

@@ -1,0 +1,26 @@
+"""`rivals` for MiniLM at a tenth of the latency and 7% of the size: see there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autocomp.core.candidate import Distillation
+from benchmarks.rivals import Match, Recipe, run_match
+
+MATCH = Match(
+    "minilm_tenth",
+    {
+        "uniform, 8 bits": Recipe(heads=0.25, width=0.25),
+        "uniform, 4 bits": Recipe(heads=0.25, width=0.25, bits=4, table=4),
+        "3 layers, FFN/2": Recipe(layers=(0, 2, 5), width=0.5),
+        "3 layers, FFN/4": Recipe(layers=(0, 2, 5), width=0.25),
+        "2 layers, FFN/2": Recipe(layers=(0, 5), width=0.5),
+        "2 layers, FFN/4": Recipe(layers=(0, 5), width=0.25),
+    },
+    usual=Distillation(lr=2e-4, temperature=2.0),
+)
+
+
+def run(options: Any) -> dict[str, float]:
+    """The figures of `run_match`."""
+    return run_match(MATCH)
