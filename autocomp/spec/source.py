@@ -146,9 +146,15 @@ class SpecSource:
                             f"the last is [{len(here) - 1}]"
                         )
                 elif not isinstance(here, dict) or isinstance(part, int):
+                    where = dotted(parts[:depth]) or "the spec"
+                    if isinstance(here, list) and str(part).isdecimal():
+                        raise SpecError(
+                            f"--set {name}: {where} is a list; its entries are written "
+                            f"{where}[{part}]"
+                        )
                     kind = "a list" if isinstance(here, list) else "a mapping"
                     raise SpecError(
-                        f"--set {name}: {dotted(parts[:depth]) or 'the spec'} is "
+                        f"--set {name}: {where} is "
                         f"{kind if isinstance(here, dict | list) else repr(here)}; "
                         f"{dotted((part,))!r} does not exist in it"
                     )
