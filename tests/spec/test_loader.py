@@ -408,7 +408,10 @@ def test_overrides(write):
         ("space[7].match=x", "--set space[7].match: space has 2 entries, the last is [1]"),
         ("version.x=1", "--set version.x: version is 1; 'x' does not exist in it"),
         ("space.match=x", "--set space.match: space is a list; 'match' does not exist in it"),
-        ("space.0.match=x", "--set space.0.match: space is a list; its entries are written space[0]"),
+        (
+            "space.0.match=x",
+            "--set space.0.match: space is a list; its entries are written space[0]",
+        ),
         ("budget[0]=x", "--set budget[0]: budget is a mapping; '[0]' does not exist in it"),
         ("budget={latency: 0 ms}", "--set budget.latency: '0 ms': a latency limit must be above"),
         ("search.trials", "--set search.trials: write it like --set search.trials=3"),
