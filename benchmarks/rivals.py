@@ -22,9 +22,13 @@ from typing import Any
 from autocomp.core.candidate import Candidate, Distillation, Option
 from autocomp.core.measurement import Measurement
 from autocomp.core.unit import Unit
+from autocomp.study.records import TrialRecord
 from benchmarks.setting import SPACES, ExitOnDemand
 
 CHOSEN, DENSE = "search", "dense"
+NEAR = 0.11
+"""Shares this close are meant: widths are rounded to what runtimes like."""
+
 DENSE_COST = Measurement("measured", 100.0, 100)
 """Limits resolved against this are in percent."""
 
@@ -99,6 +103,32 @@ class Runner:
 
 def _rivals(match: Match, directory: Path, chosen: Candidate) -> dict[str, str]:
     """Rival → id of its better trial in the study at `directory`, all on the report split."""
+    settings = {
+        "chosen": chosen.distillation,
+        "usual": replace(match.usual, tokens=chosen.distillation.tokens),
+    }
+    complete = recipe_trials(match.spec, match.recipes, settings, directory, report=True)
+    found = {DENSE: DENSE}
+    for name in match.recipes:
+        own = [record for record in complete if record.id.startswith(f"{name}-")]
+        if own:
+            found[name] = max(own, key=lambda record: record.quality or 0.0).id
+    return found
+
+
+def recipe_trials(
+    spec: str,
+    recipes: Mapping[str, Recipe],
+    settings: Mapping[str, Distillation],
+    directory: Path,
+    *,
+    report: bool = False,
+) -> list[TrialRecord]:
+    """Every recipe under all settings, `{recipe}-{setting}`, in a study of the spec; the complete.
+
+    Args:
+        report: also evaluate them on the report split.
+    """
     from autocomp.api import prepare
     from autocomp.api.finish import open_report_split
     from autocomp.api.phases import PhaseTimes
@@ -106,19 +136,14 @@ def _rivals(match: Match, directory: Path, chosen: Candidate) -> dict[str, str]:
     from autocomp.api.session import Session
     from autocomp.report.progress import Silent
     from autocomp.study.directory import Study
-    from autocomp.study.records import TrialRecord
     from autocomp.workers.actors import ActorPool
     from autocomp.workers.cluster import start
 
-    plan = make_plan(SPACES / f"{match.spec}.yaml", {})
+    plan = make_plan(SPACES / f"{spec}.yaml", {})
     study = Study.create_or_open(directory, plan.spec)
     teacher = prepare.prepare_teacher(plan, Silent())
     context = prepare.prepare_context(plan, study, teacher)
     dense, context = prepare.measure_dense(plan, study, context, Silent())
-    settings = {
-        "chosen": chosen.distillation,
-        "usual": replace(match.usual, tokens=chosen.distillation.tokens),
-    }
     payloads = [
         {
             "id": f"{name}-{kind}",
@@ -126,7 +151,7 @@ def _rivals(match: Match, directory: Path, chosen: Candidate) -> dict[str, str]:
             "proposed_by": "baseline",
             "candidate": candidate_of(recipe, plan.units, plan.options, its).to_json(),
         }
-        for name, recipe in match.recipes.items()
+        for name, recipe in recipes.items()
         for kind, its in settings.items()
     ]
     with ExitStack() as stack:
@@ -136,14 +161,10 @@ def _rivals(match: Match, directory: Path, chosen: Candidate) -> dict[str, str]:
         pool = stack.enter_context(ActorPool(Runner, (context,), cluster().workers))
         records = [TrialRecord.from_json(its) for its in pool.map("run", payloads, _progress)]
         complete = [record for record in records if record.state == "complete"]
-        session = Session(plan, study, PhaseTimes(Silent(), study.ledger), cluster, None)
-        open_report_split(session, context, [dense, *complete])
-    found = {DENSE: dense.id}
-    for name in match.recipes:
-        own = [record for record in complete if record.id.startswith(f"{name}-")]
-        if own:
-            found[name] = max(own, key=lambda record: record.quality or 0.0).id
-    return found
+        if report:
+            session = Session(plan, study, PhaseTimes(Silent(), study.ledger), cluster, None)
+            open_report_split(session, context, [dense, *complete])
+    return complete
 
 
 def candidate_of(
@@ -195,7 +216,7 @@ def _kept(structure: str, share: float, whole: int | None, bits: int) -> Callabl
         step, quantised = option.step(structure), option.step("gptq")
         assert quantised is not None
         return (int(quantised["weights"]), int(quantised["activations"])) == (bits, 8) and (
-            step is None or abs(int(step["keep"]) / (whole or 1) - share) < 0.05
+            step is None or abs(int(step["keep"]) / (whole or 1) - share) < NEAR
         )
 
     return wanted

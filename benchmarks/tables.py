@@ -71,6 +71,15 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
         ("ffn_sparse_gptq_s", "feed-forward: SparseGPT with GPTQ, s", ""),
         ("ffn_three_s", "feed-forward: GPTQ, half the width, both, s", ""),
     ],
+    "pipeline": [
+        ("joint_hypervolume", "joint search: hypervolume", ""),
+        ("joint_minutes", "time of its trials, minutes of a core", ""),
+        ("pipeline_hypervolume", "best quantiser, then best pruner: hypervolume", ""),
+        ("pipeline_minutes", "time of their trials, minutes of a core", ""),
+        ("uniform_hypervolume", "uniform, distilled alike: hypervolume", ""),
+        ("ratio_pipeline", "**joint to pipeline**", "≥ 1.3"),
+        ("ratio_uniform", "**joint to uniform**", ""),
+    ],
     "controller": [
         ("screened", "screened candidates", ""),
         ("trials", "trials", ""),
