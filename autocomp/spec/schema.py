@@ -312,9 +312,10 @@ class SearchSection(Section):
     )
     keep: float = Field(0.5, gt=0, lt=1, description="Share of the trials at a rung that goes on.")
     realise: bool = Field(
-        True,
+        False,
         description="Whether a trial's operators are applied again, unit after unit, on the inputs "
-        "that its compressed model truly gives them, before it is distilled.",
+        "that its compressed model truly gives them, before it is distilled. Pays where trials are "
+        "trained on few tokens or none.",
     )
     seed: int = Field(0, ge=0, description="Of everything random: splits, proposals, training.")
 
