@@ -246,5 +246,34 @@ def test_every_phase_is_told_and_nothing_runs_beside_a_measurement(
     assert turns["working"] > batches, "evaluation gives way after every batch"
 
 
+def test_a_trial_goes_on_from_its_rung_in_another_process_to_the_same_model(
+    runner: CandidateRunner, finished: Path
+) -> None:
+    spec = runner.context.spec
+    search = spec.search.model_copy(update={"rungs": [0.5], "realise": True})
+    context = replace(runner.context, spec=spec.model_copy(update={"search": search}))
+    runner.context = context
+    settings = Distillation(tokens=2000, lr=3e-4, temperature=2.0)
+    candidate = searched(finished).with_distillation(settings)
+    whole = runner.run(payload("whole", candidate))
+    assert whole["state"] == "complete", whole["error"]
+    assert list(whole["seconds"])[:3] == ["stitch", "distil", "rung"]
+
+    running = runner.start(payload("cut", candidate))
+    report = next(running)
+    running.close()  # as far as what is on disk goes, killed
+    assert runner.paths.checkpoint("cut").exists()
+    other = CandidateRunner()
+    other.setup({"trial": context})
+    cut = other.run(payload("cut", candidate))
+    assert cut["state"] == "complete", cut["error"]
+    assert (cut["quality"], cut["teacher_kl"]) == (whole["quality"], whole["teacher_kl"])
+    assert cut["rungs"] == whole["rungs"]
+    assert cut["rungs"][0]["teacher_kl"] == report["teacher_kl"]
+    assert not runner.paths.checkpoint("cut").exists()
+    rungs = [entry["key"] for entry in ledger(runner.paths.root) if entry["kind"] == "rung"]
+    assert rungs == ["whole@0", "cut@0"]
+
+
 def trial_keys(runner: CandidateRunner) -> list[str]:
     return [entry["key"] for entry in ledger(runner.paths.root) if entry["kind"] == "trial"]
