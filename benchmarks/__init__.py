@@ -22,6 +22,7 @@ NAMES = (
     "mixer_latency",
     "search_quality_enumerated",
     "search_quality_large",
+    "rank_flips",
     "pipeline",
     "rivals_minilm",
     "rivals_llama",

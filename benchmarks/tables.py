@@ -71,6 +71,17 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
         ("ffn_sparse_gptq_s", "feed-forward: SparseGPT with GPTQ, s", ""),
         ("ffn_three_s", "feed-forward: GPTQ, half the width, both, s", ""),
     ],
+    "rank_flips": [
+        ("trials", "trials", ""),
+        ("screening_kl", "screening, before training: with the KL at the end", ""),
+        ("rung_12_kl", "an eighth of the tokens", ""),
+        ("rung_25_kl", "a quarter", ""),
+        ("rung_50_kl", "half", ""),
+        ("screening_quality", "screening: with the accuracy at the end", ""),
+        ("rung_12_quality", "an eighth of the tokens", ""),
+        ("rung_25_quality", "a quarter", ""),
+        ("rung_50_quality", "half", ""),
+    ],
     "pipeline": [
         ("joint_hypervolume", "joint search: hypervolume", ""),
         ("joint_minutes", "time of its trials, minutes of a core", ""),

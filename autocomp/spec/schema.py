@@ -310,7 +310,12 @@ class SearchSection(Section):
         description="Shares of a trial's distillation tokens, rising. There a trial is looked at, "
         "and goes on only if it is among the best that came so far.",
     )
-    keep: float = Field(0.5, gt=0, lt=1, description="Share of the trials at a rung that goes on.")
+    keep: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the trials at a rung that goes on; 1 looks at them and stops none.",
+    )
     realise: bool = Field(
         False,
         description="Whether a trial's operators are applied again, unit after unit, on the inputs "

@@ -1,0 +1,78 @@
+"""How early trials can be told apart: rank correlations with how they end.
+
+Trials of the quickstart that are looked at on the way and never stopped. Correlated (Spearman) are
+the screening KL, before any training, and the KL at each rung with the KL and the accuracy of the
+exported model. Accuracies are turned round, so that 1 is always perfect.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.setting import SPACES
+
+SHARES = (0.125, 0.25, 0.5)
+OVERRIDES = {
+    "search.rungs": list(SHARES),
+    "search.keep": 1.0,
+    "search.trials": 16,
+    "distill.tokens": [80_000],
+}
+
+
+def run(options: Any) -> dict[str, float]:
+    """`{screening|rung_12|…}_{kl|quality}`: Spearman with the trials' ends."""
+    from rich.console import Console
+
+    from autocomp.api.prepare import cache_directory
+    from autocomp.api.search import search
+    from autocomp.report.lines import LineView
+
+    root = cache_directory() / "benchmarks" / "rank_flips"
+    search(SPACES / "quickstart.yaml", root, overrides=OVERRIDES, progress=LineView(Console()))
+    return figures(options.study or root)
+
+
+def figures(directory: Path) -> dict[str, float]:
+    """Of a study with rungs that stopped nobody."""
+    from autocomp.study.directory import Study
+
+    study = Study.open(directory)
+    known = study.ledger.read()
+    screened = {payload_key(its): its["kl"] for its in known.of("screen").values()}
+    trials = [
+        trial
+        for trial in study.trials()
+        if trial.state == "complete" and len(trial.rungs) == len(SHARES)
+    ]
+    trials = [trial for trial in trials if screened.get(trial.candidate.stitch_key) is not None]
+    ends = {
+        "kl": [trial.teacher_kl for trial in trials],
+        "quality": [-(trial.quality or 0.0) for trial in trials],
+    }
+    early = {"screening": [screened[trial.candidate.stitch_key] for trial in trials]}
+    for number, share in enumerate(SHARES):
+        early[f"rung_{round(100 * share)}"] = [t.rungs[number]["teacher_kl"] for t in trials]
+    found = {
+        f"{name}_{end}": spearman(values, ends[end])
+        for name, values in early.items()
+        for end in ends
+    }
+    return {"trials": float(len(trials)), **found}
+
+
+def payload_key(payload: dict[str, Any]) -> str:
+    """Under which a screened candidate is known."""
+    from autocomp.core.candidate import Candidate
+
+    return Candidate.from_json(payload["candidate"]).stitch_key
+
+
+def spearman(left: list[Any], right: list[Any]) -> float:
+    """Rank correlation; ties share their mean rank."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(np.array(left, float), np.array(right, float)).statistic)
