@@ -123,11 +123,11 @@ def stages(records: Sequence[TrialRecord]) -> dict[str, int]:
     """
     tried = [record for record in records if record.kind != "dense"]
 
-    def beyond(record: TrialRecord, phase: str) -> bool:
-        return record.state == "complete" or phase in record.seconds
+    def beyond(record: TrialRecord, *phases: str) -> bool:
+        return record.state == "complete" or any(phase in record.seconds for phase in phases)
 
     return {
-        "stitched": sum(beyond(r, "distil") for r in tried),
+        "stitched": sum(beyond(r, "distil", "export") for r in tried),
         "distilled": sum(
             beyond(r, "export") and r.candidate.distillation.tokens > 0 for r in tried
         ),

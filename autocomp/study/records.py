@@ -58,6 +58,7 @@ class TrialRecord:
         """Plain mapping."""
         data = asdict(self)
         data["candidate"] = self.candidate.to_json()
+        data["rungs"] = list(self.rungs)
         return data
 
     @classmethod

@@ -235,17 +235,16 @@ class CandidateRunner:
             with gate.working():
                 task = self._task_of(vocabulary)
         if candidate.distillation.tokens:
-            with phase("distil"):
-                trainer = Trainer(
-                    student,
-                    self.teacher,
-                    task,
-                    candidate.distillation,
-                    batch=context.spec.distill.batch,
-                    seed=context.spec.search.seed,
-                    gate=gate,
-                    teacher_logits=known,
-                )
+            trainer = Trainer(
+                student,
+                self.teacher,
+                task,
+                candidate.distillation,
+                batch=context.spec.distill.batch,
+                seed=context.spec.search.seed,
+                gate=gate,
+                teacher_logits=known,
+            )
             look = partial(self._look, student, task, expected)
             climb = Climb(record, trainer, look, self.ledger, self.paths.checkpoint(record.id))
             record = yield from climb.run(context.spec.search.rungs, phase, seconds, activity)

@@ -10,6 +10,8 @@ from tiny_study import Command
 
 from autocomp.api.opened import Picked, open_study
 from autocomp.core.budget import Budget
+from autocomp.front.choice import Choice
+from autocomp.front.noise import Noise
 
 openvino = pytest.importorskip("openvino", reason="the runtime is an extra")
 pytestmark = pytest.mark.timeout(900)  # a busy host; seconds on an idle one
@@ -43,7 +45,8 @@ def test_a_search_over_both_runtimes_exports_either(command: Command, tmp_path: 
     for runtime in RUNTIMES:
         found = next(t for t in opened.trials() if t.candidate.runtime == runtime and t.artifact)
         out = tmp_path / runtime
-        report = Picked(opened, found, Budget()).export(out)
+        choice = Choice(found, found, (found,), Noise.of({}, {}))
+        report = Picked(opened, choice, Budget()).export(out)
         assert report["max_difference"] == 0
         exported |= {file.suffix for file in out.iterdir() if file.stem == "model"}
         assert f"Target: {runtime} on cpu" in (out / "README.md").read_text()

@@ -16,6 +16,7 @@ from autocomp.api import prepare
 from autocomp.api.plan import make_plan
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Option
+from autocomp.distill.trainer import Trainer
 from autocomp.front import choose, front
 from autocomp.front.view import noise_on_search, study_front
 from autocomp.report.progress import Silent
@@ -60,9 +61,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield Built(root)
 
 
-def wild(student: torch.nn.Module, *_: Any, **__: Any) -> None:
+def wild(trainer: Trainer, *_: Any, **__: Any) -> None:
     """Training that ends in NaN without its loss having said so."""
-    for parameter in student.parameters():
+    for parameter in trainer._student.parameters():
         parameter.data = torch.full_like(parameter, torch.nan)
 
 
@@ -87,7 +88,7 @@ def test_it_fails_with_its_reason_and_the_search_goes_on(
     reason: str,
 ) -> None:
     if spoil == "distil":
-        monkeypatch.setattr(runner_module, "distil", wild)
+        monkeypatch.setattr(Trainer, "advance", wild)
     elif spoil == "run":
         monkeypatch.setattr(runner_module, "check_agreement", lambda *_: None)
         spoilt: Callable[..., Any] = deaf
