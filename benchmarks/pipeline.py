@@ -45,11 +45,11 @@ def run(options: Any) -> dict[str, float]:
     bits = search(
         spec, root / "bits", trials=TRIALS // 2, overrides=BITS_ONLY, progress=_lines()
     ).pick(best=True)
-    structure = {"space": _fixed(joint.spec, bits.candidate)}
+    structure = {"space": _fixed(joint.study.spec, bits.candidate)}
     search(spec, root / "structure", trials=TRIALS // 2, overrides=structure, progress=_lines())
     from autocomp.search.settings import Settings
 
-    middle = Settings(joint.spec.distill).spread(0)
+    middle = Settings(joint.study.spec.distill).spread(0)
     recipe_trials(SPEC, RECIPES, {"middle": middle}, root / "uniform")
     found = {
         "joint": _volume(root / "joint"),
