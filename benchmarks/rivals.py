@@ -74,7 +74,7 @@ def run_match(match: Match) -> dict[str, float]:
 
     root = cache_directory() / "benchmarks" / "rivals" / match.spec
     found = search(SPACES / f"{match.spec}.yaml", root / "search", progress=LineView(Console()))
-    chosen = found.pick(best=True)
+    chosen = found.pick(best=True).record
     limits = found.study.spec.budget.limits().resolve(DENSE_COST)
     figures = {
         "search_minutes": _minutes(root / "search"),
