@@ -49,11 +49,11 @@ def figures(directory: Path) -> dict[str, float]:
         if trial.state == "complete" and len(trial.rungs) == len(SHARES)
     ]
     trials = [trial for trial in trials if screened.get(trial.candidate.stitch_key) is not None]
-    ends = {
+    ends: dict[str, list[Any]] = {
         "kl": [trial.teacher_kl for trial in trials],
         "quality": [-(trial.quality or 0.0) for trial in trials],
     }
-    early = {"screening": [screened[trial.candidate.stitch_key] for trial in trials]}
+    early: dict[str, list[Any]] = {"screening": [screened[trial.candidate.stitch_key] for trial in trials]}
     for number, share in enumerate(SHARES):
         early[f"rung_{round(100 * share)}"] = [t.rungs[number]["teacher_kl"] for t in trials]
     found = {

@@ -185,6 +185,7 @@ def candidate_of(
 def _option(recipe: Recipe, unit: Unit, offered: Sequence[Option]) -> Option:
     if len(offered) == 1:  # no choice
         return offered[0]
+    wanted: Callable[[Option], bool]
     if unit.layer is not None and recipe.layers and unit.layer not in recipe.layers:
         wanted = _skipped
     elif unit.kind == "attention":
