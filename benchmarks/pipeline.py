@@ -42,9 +42,11 @@ def run(options: Any) -> dict[str, float]:
     root = cache_directory() / "benchmarks" / "pipeline"
     spec = SPACES / f"{SPEC}.yaml"
     joint = search(spec, root / "joint", trials=TRIALS, progress=_lines())
-    bits = search(
-        spec, root / "bits", trials=TRIALS // 2, overrides=BITS_ONLY, progress=_lines()
-    ).pick(best=True).record
+    bits = (
+        search(spec, root / "bits", trials=TRIALS // 2, overrides=BITS_ONLY, progress=_lines())
+        .pick(best=True)
+        .record
+    )
     structure = {"space": _fixed(joint.study.spec, bits.candidate)}
     search(spec, root / "structure", trials=TRIALS // 2, overrides=structure, progress=_lines())
     from autocomp.search.settings import Settings

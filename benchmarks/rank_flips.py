@@ -53,7 +53,9 @@ def figures(directory: Path) -> dict[str, float]:
         "kl": [trial.teacher_kl for trial in trials],
         "quality": [-(trial.quality or 0.0) for trial in trials],
     }
-    early: dict[str, list[Any]] = {"screening": [screened[trial.candidate.stitch_key] for trial in trials]}
+    early: dict[str, list[Any]] = {
+        "screening": [screened[trial.candidate.stitch_key] for trial in trials]
+    }
     for number, share in enumerate(SHARES):
         early[f"rung_{round(100 * share)}"] = [t.rungs[number]["teacher_kl"] for t in trials]
     found = {
