@@ -42,6 +42,7 @@ class Recipe:
         heads, width: shares kept in them.
         bits: of their weights.
         table: bits of the word embeddings.
+        embeddings: what else is done to them: `vocabulary`, `rank` (half of it), or nothing.
     """
 
     layers: tuple[int, ...] = ()
@@ -49,6 +50,7 @@ class Recipe:
     width: float = 1.0
     bits: int = 8
     table: int = 8
+    embeddings: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _option(recipe: Recipe, unit: Unit, offered: Sequence[Option]) -> Option:
     elif unit.kind == "ffn":
         wanted = _kept("width", recipe.width, unit.width, recipe.bits)
     elif unit.kind == "embedding":
-        wanted = _table(recipe.table, any(o.step("vocabulary") for o in offered))
+        wanted = _table(recipe.table, recipe.embeddings)
     else:
         wanted = _kept("", 1.0, None, 8)
     found = next((option for option in offered if wanted(option)), None)
@@ -223,8 +225,8 @@ def _kept(structure: str, share: float, whole: int | None, bits: int) -> Callabl
     return wanted
 
 
-def _table(bits: int, vocabulary: bool) -> Callable[[Option], bool]:
-    names = {"vocabulary", "rtn"} if vocabulary else {"rtn"}
+def _table(bits: int, operator: str) -> Callable[[Option], bool]:
+    names = {operator, "rtn"} if operator else {"rtn"}
 
     def wanted(option: Option) -> bool:
         quantised = option.step("rtn")

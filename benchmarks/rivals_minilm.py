@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from autocomp.core.candidate import Distillation
@@ -10,12 +11,19 @@ from benchmarks.rivals import Match, Recipe, run_match
 MATCH = Match(
     "minilm_tenth",
     {
-        "uniform, 8 bits": Recipe(heads=0.25, width=0.25),
-        "uniform, 4 bits": Recipe(heads=0.25, width=0.25, bits=4, table=4),
-        "3 layers, FFN/2": Recipe(layers=(0, 2, 5), width=0.5),
-        "3 layers, FFN/4": Recipe(layers=(0, 2, 5), width=0.25),
-        "2 layers, FFN/2": Recipe(layers=(0, 5), width=0.5),
-        "2 layers, FFN/4": Recipe(layers=(0, 5), width=0.25),
+        f"{name}{label}": replace(recipe, embeddings=embeddings, table=table)
+        for label, embeddings, table in (
+            ("", "vocabulary", 8),
+            (", embeddings of half rank in 4 bits", "rank", 4),
+        )
+        for name, recipe in {
+            "uniform, 8 bits": Recipe(heads=0.25, width=0.25),
+            "uniform, 4 bits": Recipe(heads=0.25, width=0.25, bits=4),
+            "3 layers, FFN/2": Recipe(layers=(0, 2, 5), width=0.5),
+            "3 layers, FFN/4": Recipe(layers=(0, 2, 5), width=0.25),
+            "2 layers, FFN/2": Recipe(layers=(0, 5), width=0.5),
+            "2 layers, FFN/4": Recipe(layers=(0, 5), width=0.25),
+        }.items()
     },
     usual=Distillation(lr=2e-4, temperature=2.0),
 )
