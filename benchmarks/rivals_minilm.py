@@ -11,9 +11,9 @@ from benchmarks.rivals import Match, Recipe, run_match
 MATCH = Match(
     "minilm_tenth",
     {
-        f"{name}{label}": replace(recipe, embeddings=embeddings, table=table)
+        f"{name}{label}": replace(recipe, embeddings=embeddings, table=table or recipe.bits)
         for label, embeddings, table in (
-            ("", "vocabulary", 8),
+            ("", "vocabulary", 0),
             (", embeddings of half rank in 4 bits", "rank", 4),
         )
         for name, recipe in {
