@@ -13,7 +13,7 @@ MATCH = Match(
         "uniform, 8 bits": Recipe(heads=0.5, width=0.5),
         "uniform, 4 bits": Recipe(heads=0.5, width=0.5, bits=4),
         "8 layers, 8 bits": Recipe(layers=(0, 1, 2, 4, 6, 8, 10, 11)),
-        "8 layers, FFN/2": Recipe(layers=(0, 1, 2, 4, 6, 8, 10, 11), width=0.5),
+        "8 layers, half the width": Recipe(layers=(0, 1, 2, 4, 6, 8, 10, 11), width=0.5),
         "6 layers, 8 bits": Recipe(layers=(0, 2, 4, 6, 8, 11)),
     },
     usual=Distillation(lr=2e-4, temperature=2.0),

@@ -13,7 +13,7 @@ MATCH = Match(
         "uniform, 8 bits": Recipe(heads=0.5, width=0.5, table=4),
         "uniform, 4 bits": Recipe(heads=0.5, width=0.5, bits=4, table=4),
         "4 layers, 4 bits": Recipe(layers=(0, 1, 3, 5), bits=4, table=4),
-        "4 layers, FFN/2": Recipe(layers=(0, 1, 3, 5), width=0.5, bits=4, table=4),
+        "4 layers, half the width": Recipe(layers=(0, 1, 3, 5), width=0.5, bits=4, table=4),
         "3 layers, 4 bits": Recipe(layers=(0, 2, 5), bits=4, table=4),
     },
     usual=Distillation(lr=3e-4, temperature=1.0),

@@ -19,10 +19,10 @@ MATCH = Match(
         for name, recipe in {
             "uniform, 8 bits": Recipe(heads=0.25, width=0.25),
             "uniform, 4 bits": Recipe(heads=0.25, width=0.25, bits=4),
-            "3 layers, FFN/2": Recipe(layers=(0, 2, 5), width=0.5),
-            "3 layers, FFN/4": Recipe(layers=(0, 2, 5), width=0.25),
-            "2 layers, FFN/2": Recipe(layers=(0, 5), width=0.5),
-            "2 layers, FFN/4": Recipe(layers=(0, 5), width=0.25),
+            "3 layers, half the width": Recipe(layers=(0, 2, 5), width=0.5),
+            "3 layers, a quarter of it": Recipe(layers=(0, 2, 5), width=0.25),
+            "2 layers, half the width": Recipe(layers=(0, 5), width=0.5),
+            "2 layers, a quarter of it": Recipe(layers=(0, 5), width=0.25),
         }.items()
     },
     usual=Distillation(lr=2e-4, temperature=2.0),
