@@ -24,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
-from benchmarks.setting import prepared
+from benchmarks.setting import lines, prepared
 
 SKIP = "skip"
 TEXT = ("hedgehog", "elu", "retention", "mamba2", "rwkv6", "window", "convolution")
@@ -110,7 +110,7 @@ def run_model(model: str) -> dict[str, float]:
     structure = {"replace": list(case.mixers), "skip": True}
     rules = [{"match": f"layers.{n}.attention", "structure": structure} for n in case.layers]
     overrides = {**case.overrides, "space": rules}
-    with prepared(case.spec, overrides=overrides, progress=_lines()) as setting:
+    with prepared(case.spec, overrides=overrides, progress=lines()) as setting:
         context = setting.context
         cells = [
             Cell(name, tuple(f"layers.{layer}.attention" for layer in case.layers[:count]))
@@ -277,11 +277,3 @@ def _cache() -> Path:
     path = cache_directory() / "benchmarks" / "mixers"
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _lines() -> Any:
-    from rich.console import Console
-
-    from autocomp.report.lines import LineView
-
-    return LineView(Console())

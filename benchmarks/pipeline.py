@@ -18,7 +18,7 @@ from typing import Any
 
 from autocomp.core.candidate import Candidate
 from benchmarks.rivals import DENSE, Recipe, recipe_trials
-from benchmarks.setting import SPACES
+from benchmarks.setting import SPACES, lines
 
 SPEC = "quickstart"
 TRIALS = 12
@@ -38,19 +38,18 @@ def run(options: Any) -> dict[str, float]:
     """`{joint|pipeline|uniform}_hypervolume`, `_minutes`, and their ratios."""
     from autocomp.api.prepare import cache_directory
     from autocomp.api.search import search
+    from autocomp.search.settings import Settings
 
     root = cache_directory() / "benchmarks" / "pipeline"
     spec = SPACES / f"{SPEC}.yaml"
-    joint = search(spec, root / "joint", trials=TRIALS, progress=_lines())
+    joint = search(spec, root / "joint", trials=TRIALS, progress=lines())
     bits = (
-        search(spec, root / "bits", trials=TRIALS // 2, overrides=BITS_ONLY, progress=_lines())
+        search(spec, root / "bits", trials=TRIALS // 2, overrides=BITS_ONLY, progress=lines())
         .pick(best=True)
         .record
     )
     structure = {"space": _fixed(joint.study.spec, bits.candidate)}
-    search(spec, root / "structure", trials=TRIALS // 2, overrides=structure, progress=_lines())
-    from autocomp.search.settings import Settings
-
+    search(spec, root / "structure", trials=TRIALS // 2, overrides=structure, progress=lines())
     middle = Settings(joint.study.spec.distill).spread(0)
     recipe_trials(SPEC, RECIPES, {"middle": middle}, root / "uniform")
     found = {
@@ -112,11 +111,3 @@ def _minutes(directory: Path) -> float:
 
     trials = [t for t in Study.open(directory).trials() if t.kind == "search"]
     return sum(sum(trial.seconds.values()) for trial in trials) / 60
-
-
-def _lines() -> Any:
-    from rich.console import Console
-
-    from autocomp.report.lines import LineView
-
-    return LineView(Console())

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.setting import SPACES
+from autocomp.search.screening import Screened
+from benchmarks.setting import SPACES, lines
 
 SHARES = (0.125, 0.25, 0.5)
 OVERRIDES = {
@@ -25,15 +26,12 @@ OVERRIDES = {
 
 def run(options: Any) -> dict[str, float]:
     """`{screening|rung_12|…}_{kl|quality}`: Spearman with the trials' ends."""
-    from rich.console import Console
-
     from autocomp.api.prepare import cache_directory
     from autocomp.api.search import search
-    from autocomp.report.lines import LineView
 
     root = cache_directory() / "benchmarks" / "rank_flips"
-    search(SPACES / "quickstart.yaml", root, overrides=OVERRIDES, progress=LineView(Console()))
-    return figures(options.study or root)
+    search(SPACES / "quickstart.yaml", root, overrides=OVERRIDES, progress=lines())
+    return figures(root)
 
 
 def figures(directory: Path) -> dict[str, float]:
@@ -42,7 +40,7 @@ def figures(directory: Path) -> dict[str, float]:
 
     study = Study.open(directory)
     known = study.ledger.read()
-    screened = {payload_key(its): its["kl"] for its in known.of("screen").values()}
+    screened = {item.key: item.kl for item in map(Screened.from_json, known.of("screen").values())}
     trials = [
         trial
         for trial in study.trials()
@@ -64,13 +62,6 @@ def figures(directory: Path) -> dict[str, float]:
         for end in ends
     }
     return {"trials": float(len(trials)), **found}
-
-
-def payload_key(payload: dict[str, Any]) -> str:
-    """Under which a screened candidate is known."""
-    from autocomp.core.candidate import Candidate
-
-    return Candidate.from_json(payload["candidate"]).stitch_key
 
 
 def spearman(left: list[Any], right: list[Any]) -> float:

@@ -23,7 +23,7 @@ from autocomp.core.candidate import Candidate, Distillation, Option
 from autocomp.core.measurement import Measurement
 from autocomp.core.unit import Unit
 from autocomp.study.records import TrialRecord
-from benchmarks.setting import SPACES, ExitOnDemand
+from benchmarks.setting import SPACES, ExitOnDemand, lines
 
 CHOSEN, DENSE = "search", "dense"
 NEAR = 0.11
@@ -68,14 +68,11 @@ class Match:
 
 def run_match(match: Match) -> dict[str, float]:
     """Per model what `_figures` says; and `search_minutes`, `latency_limit` and `size_limit`."""
-    from rich.console import Console
-
     from autocomp.api.prepare import cache_directory
     from autocomp.api.search import search
-    from autocomp.report.lines import LineView
 
     root = cache_directory() / "benchmarks" / "rivals" / match.spec
-    found = search(SPACES / f"{match.spec}.yaml", root / "search", progress=LineView(Console()))
+    found = search(SPACES / f"{match.spec}.yaml", root / "search", progress=lines())
     chosen = found.pick(best=True).record
     limits = found.study.spec.budget.limits().resolve(DENSE_COST)
     figures = {

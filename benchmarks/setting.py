@@ -92,6 +92,15 @@ class ExitOnDemand:
             self._entered.__exit__(*error)
 
 
+def lines() -> Any:
+    """Progress as lines, for a search or its preparation."""
+    from rich.console import Console
+
+    from autocomp.report.lines import LineView
+
+    return LineView(Console())
+
+
 def cpu_seconds() -> float:
     """Processor time of this process: what single-threaded work costs, whatever else runs here."""
     return time.process_time()

@@ -14,7 +14,7 @@ from autocomp.search.proposal import Proposal
 from autocomp.search.proposer import TrialProposer
 from autocomp.search.rungs import Rungs
 from autocomp.study.directory import Study, append_trial
-from autocomp.study.records import RungRecord, TrialRecord
+from autocomp.study.records import RungRecord, TrialRecord, TrialState
 from autocomp.workers.protocol import Failure
 
 _OUT_OF_MEMORY = "most often memory ran out: take fewer workers"
@@ -68,18 +68,13 @@ class Dispatcher:
         if self._rungs is None or self._rungs.survives(seen):
             return True
         entries = self._study.ledger.read().of("rung").values()
-        record = TrialRecord(
-            id=key,
-            kind=seen.kind,
-            proposed_by=seen.proposed_by,
-            state="pruned",
-            candidate=seen.candidate,
-            estimated=seen.estimated,
+        record = self._ended(
+            seen,
+            "pruned",
             seconds=seen.seconds,
             rungs=tuple(RungRecord.from_json(its).seen for its in entries if its["id"] == key),
             error=f"stopped after {seen.tokens:,} tokens: others were better there",
         )
-        append_trial(self._study.ledger, record)
         self._study.paths.checkpoint(key).unlink(missing_ok=True)
         self._told(record)
         return False
@@ -89,20 +84,29 @@ class Dispatcher:
         if result is None:
             assert failure is not None
             proposal = next(p for p in self._proposer.in_flight if p.id == key)
-            record = TrialRecord(
-                id=key,
-                kind=proposal.kind,
-                proposed_by=proposal.proposed_by,
-                state="failed",
-                candidate=proposal.candidate,
-                estimated=proposal.estimated,
+            record = self._ended(
+                proposal,
+                "failed",
                 error=f"{failure.cause}; {_OUT_OF_MEMORY}" if failure.died else failure.cause,
                 by_machine=failure.died,
             )
-            append_trial(self._study.ledger, record)
         else:
             record = TrialRecord.from_json(result)
         self._told(record)
+
+    def _ended(self, trial: Proposal | RungRecord, state: TrialState, **more: Any) -> TrialRecord:
+        """The record of a trial that no worker writes; it is in the ledger."""
+        record = TrialRecord(
+            id=trial.id,
+            kind=trial.kind,
+            proposed_by=trial.proposed_by,
+            state=state,
+            candidate=trial.candidate,
+            estimated=trial.estimated,
+            **more,
+        )
+        append_trial(self._study.ledger, record)
+        return record
 
     def _told(self, record: TrialRecord) -> None:
         self._proposer.tell(record.id, record)

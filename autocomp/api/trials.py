@@ -29,8 +29,9 @@ def run_trials(
     space, tables, budget = session.plan.space, measured.tables, measured.budget
     seen = [RungRecord.from_json(entry) for entry in study.ledger.read().of("rung").values()]
     failed = study.failed_by_machine()
-    finished = [record for record in study.trials() if record not in failed]
-    again: list[TrialRecord | RungRecord] = [*failed, *_begun(seen, study.trials())]
+    known = study.trials()
+    finished = [record for record in known if record not in failed]
+    again: list[TrialRecord | RungRecord] = [*failed, *_begun(seen, known)]
     for record in finished:
         if record.kind != "dense":
             progress.trial_finished(record)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,29 +77,29 @@ def unit_by_unit(
         ModelError: if activations are not finite, or a unit takes no part in the forward pass.
     """
     plan = by_block([unit for unit in units if needs.get(unit.name)], len(blocks_of(model)))
-    masks = [real_mask(model_inputs(batch)) for batch in batches]
+    masks = [real_mask(batch) for batch in batches]
     directory.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         scratch = Path(tempfile.mkdtemp(dir=directory, prefix=".sequence."))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        sides = [
+        compressed_side, dense_side = (
             stack.enter_context(_side(its, batches, scratch / name, working))
             for name, its in (("compressed", model), ("dense", dense))
-        ]
+        )
         for number in range(len(blocks_of(model)) + 1):
             for unit in plan.get(number, ()):
                 accumulator = site_accumulator(model, [unit], needs)
-                crossed = _Crossed(unit)
+                crossed: dict[str, Tensor] = {}
                 for index, mask in enumerate(masks):
-                    with torch.no_grad(), working(), accumulator.watching(mask):
-                        with crossed.watching(model, 0):
-                            sides[0].run(index, number)
-                        with crossed.watching(dense, 1):
-                            sides[1].run(index, number)
-                        crossed.add(mask)
+                    with torch.no_grad(), working():
+                        with accumulator.watching(mask), _site_inputs(model, unit) as inputs:
+                            compressed_side.run(index, number)
+                        with _site_inputs(dense, unit) as wanted:
+                            dense_side.run(index, number)
+                        _add_products(crossed, wanted, inputs, mask)
                 names = [site.name for site in unit.sites]
-                yield Seen(unit, accumulator.stats(names), crossed.sums)
-            for side in sides:
+                yield Seen(unit, accumulator.stats(names), crossed)
+            for side in (compressed_side, dense_side):
                 side.advance(number, working)
 
 
@@ -146,43 +146,39 @@ def _side(
         yield side
 
 
-@dataclass
-class _Crossed:
-    """Sums Σ x x̂ᵀ over the sites of a unit; those with one input share theirs."""
+@contextmanager
+def _site_inputs(model: nn.Module, unit: Unit) -> Iterator[dict[str, Tensor]]:
+    """Within it, what each site of a unit is called with is kept under its name."""
+    kept: dict[str, Tensor] = {}
 
-    unit: Unit
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    _inputs: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept[name] = args[0] if args else kwargs["input"]
 
-    @contextmanager
-    def watching(self, model: nn.Module, side: int) -> Iterator[None]:
-        """Keep what the sites of `model` are called with: of side 0, compressed, or 1, dense."""
+        return hook
 
-        def keep(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._inputs[side][name] = args[0] if args else kwargs["input"]
+    handles = [
+        model.get_submodule(site.name).register_forward_pre_hook(keep(site.name), with_kwargs=True)
+        for site in unit.sites
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
 
-            return hook
 
-        handles = [
-            model.get_submodule(site.name).register_forward_pre_hook(
-                keep(site.name), with_kwargs=True
-            )
-            for site in self.unit.sites
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def add(self, mask: Tensor | None) -> None:
-        """Take in what was kept of one batch."""
-        products: dict[int, Tensor] = {}
-        compressed, dense = self._inputs
-        for name, x in compressed.items():
-            if id(x) not in products:
-                rows = real_rows(dense[name], mask).float()
-                products[id(x)] = rows.t() @ real_rows(x, mask).float()
-            product = products[id(x)]
-            self.sums[name] = self.sums[name] + product if name in self.sums else product
+def _add_products(
+    sums: dict[str, Tensor],
+    dense: Mapping[str, Tensor],
+    compressed: Mapping[str, Tensor],
+    mask: Tensor | None,
+) -> None:
+    """Add one batch's x x̂ᵀ to the sum of each site; sites with one input share the product."""
+    products: dict[int, Tensor] = {}
+    for name, x in compressed.items():
+        if id(x) not in products:
+            rows = real_rows(dense[name], mask).float()
+            products[id(x)] = rows.t() @ real_rows(x, mask).float()
+        product = products[id(x)]
+        sums[name] = sums[name] + product if name in sums else product

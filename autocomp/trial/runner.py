@@ -82,6 +82,15 @@ def teacher_side(
     teacher runs on each batch again. Each batch holds `gate` shared, if there is one.
     """
     encoded = task.splits[split]
+    run = torch_run(model, task, gate)
+    one = run({name: array[:1] for name, array in encoded.inputs.items()})
+    if one.nbytes * len(encoded) > STORED_LOGITS_BYTES:
+        return run
+    return teacher_logits(model, task, split, cache, gate=gate, progress=progress)
+
+
+def torch_run(model: nn.Module, task: Task, gate: Gate | None) -> Run:
+    """A model in torch, to be evaluated as artifacts are; a batch holds `gate`, if there is one."""
 
     @torch.inference_mode()
     def run(inputs: dict[str, Array]) -> Array:
@@ -90,10 +99,7 @@ def teacher_side(
             logits: Array = task.logits(model, feeds).float().numpy()
         return logits
 
-    one = run({name: array[:1] for name, array in encoded.inputs.items()})
-    if one.nbytes * len(encoded) > STORED_LOGITS_BYTES:
-        return run
-    return teacher_logits(model, task, split, cache, gate=gate, progress=progress)
+    return run
 
 
 class CandidateRunner:
@@ -311,15 +317,8 @@ class CandidateRunner:
 
     def _look(self, student: nn.Module, task: Task, expected: Array | Run) -> Evaluation:
         """The student as it is, on the search split."""
-
-        @torch.inference_mode()
-        def run(inputs: dict[str, Array]) -> Array:
-            feeds = {name: torch.from_numpy(array) for name, array in inputs.items()}
-            with self.gate.working():
-                logits: Array = task.logits(student, feeds).float().numpy()
-            return logits
-
         student.eval()
+        run = torch_run(student, task, self.gate)
         return task.evaluate(run, "search", batch=LOOKED_AT, teacher=expected)
 
     def _task_of(self, vocabulary: Vocabulary | None) -> Task:

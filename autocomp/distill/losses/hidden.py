@@ -33,17 +33,12 @@ class Hidden:
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
         """See `Loss`."""
-        pairs = batch.pairs(student.hidden, teacher.hidden)
-        errors = [_relative_error(own, other, batch.real) for own, other in pairs]
-        return sum(errors, student.logits.new_zeros(())) / max(1, len(errors))
+        return batch.mean_over_layers("hidden", student, teacher, _relative_error)
 
 
-def _relative_error(
-    student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor | None
-) -> torch.Tensor:
+def _relative_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     square = teacher.square().mean(-1).clamp_min(_LEAST)
-    error = (student - teacher).square().mean(-1) / square
-    return error.mean() if real is None else error[real].mean()
+    return (student - teacher).square().mean(-1) / square
 
 
 HIDDEN = Hidden()

@@ -7,7 +7,7 @@ is led by a divergence of the outputs; the others are added with the weight of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -56,6 +56,25 @@ class Batch:
         """Real tokens, bool `(B, T)`; `None` where all are."""
         mask = self.inputs.get("attention_mask")
         return None if mask is None else mask.bool()
+
+    def mean_over_layers(
+        self,
+        of: Literal["hidden", "attention"],
+        student: Outputs,
+        teacher: Outputs,
+        compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The mean over layers and real tokens of what `compare` says of both sides; 0 if none.
+
+        Args:
+            compare: student's and teacher's side of a layer, `(B, T, D)` each → `(B, T)`.
+        """
+        real = self.real
+        found = [
+            compare(*sides) for sides in self.pairs(getattr(student, of), getattr(teacher, of))
+        ]
+        means = [each.mean() if real is None else each[real].mean() for each in found]
+        return sum(means, student.logits.new_zeros(())) / max(1, len(means))
 
     def pairs(
         self, student: Mapping[int, torch.Tensor], teacher: Mapping[int, torch.Tensor]

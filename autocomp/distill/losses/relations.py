@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from autocomp.distill.losses.protocol import Batch, Outputs, Reading
@@ -35,17 +36,15 @@ class Relations:
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
         """See `Loss`."""
-        pairs = batch.pairs(student.attention, teacher.attention)
-        found = [_divergence(own, other, batch.real) for own, other in pairs]
-        return sum(found, student.logits.new_zeros(())) / max(1, len(found))
+        compare = partial(_divergence, real=batch.real)
+        return batch.mean_over_layers("attention", student, teacher, compare)
 
 
 def _divergence(
     student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor | None
 ) -> torch.Tensor:
     target, guess = _relations(teacher, real), _relations(student, real)
-    divergence = (target.exp() * (target - guess)).sum(-1).mean(1)  # (B, T)
-    return divergence.mean() if real is None else divergence[real].mean()
+    return (target.exp() * (target - guess)).sum(-1).mean(1)
 
 
 def _relations(states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -54,9 +53,7 @@ def _relations(states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     width = math.gcd(channels, RELATION_WIDTH)
     heads = states.view(batch, tokens, -1, width).transpose(1, 2)  # (B, R, T, width)
     scores = heads @ heads.mT / math.sqrt(width)
-    if (
-        real is not None
-    ):  # a number that softmax makes nothing of, but no infinity, which is NaN later
+    if real is not None:  # softmax makes nothing of this number, and NaN of an infinity
         scores = scores.masked_fill(~real[:, None, None, :], -1e9)
     return scores.log_softmax(-1)
 
