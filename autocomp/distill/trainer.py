@@ -137,9 +137,9 @@ class Trainer:
         Raises:
             StorageError: if the disk is full or refuses.
         """
-        write_checkpoint(
-            path, self._parameters, self._optimiser, self._losses, self._training, self._about()
-        )
+        parts = (self._parameters, self._optimiser, self._losses, self._training, self._about())
+        with self._gate.working():
+            write_checkpoint(path, *parts)
 
     def load(self, path: Path) -> None:
         """Go on where the saved training stood, to the same parameters bit for bit.
@@ -147,9 +147,9 @@ class Trainer:
         Raises:
             CheckpointError: if the file is missing, damaged, of other settings or another student.
         """
-        self._losses, self._training = read_checkpoint(
-            path, self._parameters, self._optimiser, self._about()
-        )
+        parts = (self._parameters, self._optimiser, self._about())
+        with self._gate.working():
+            self._losses, self._training = read_checkpoint(path, *parts)
 
     def _about(self) -> dict[str, Any]:
         return {"settings": self._settings.to_json(), "batch": self._batch, "seed": self._seed}
