@@ -19,7 +19,7 @@ class Objective:
     """The first loss, plus the settings' weight times each of the others.
 
     Args:
-        known: the teacher's logits of the whole distil split, in its order, if they are at hand;
+        known: the teacher's logits of the whole transfer set, in its order, if they are at hand;
             else, and where layers are compared, the teacher runs beside the student.
     """
 

@@ -69,7 +69,7 @@ class Trainer:
         settings: with `tokens` above zero.
         batch: examples per step.
         seed: of the order of the examples.
-        teacher_logits: those of the whole distil split, in its order, if they are at hand; else
+        teacher_logits: those of the whole transfer set, in its order, if they are at hand; else
             the teacher runs beside the student.
     """
 
@@ -155,9 +155,11 @@ class Trainer:
         return {"settings": self._settings.to_json(), "batch": self._batch, "seed": self._seed}
 
     def _pass(self, wanted: int, progress: Progress | None) -> None:
-        """The rest of a pass over the distil split, or until enough tokens were seen."""
+        """The rest of a pass over the transfer set, or until enough tokens were seen."""
         at = self._training
-        batches = self._task.batches("distil", self._batch, seed=self._seed + at.epoch, index=True)
+        batches = self._task.batches(
+            "transfer", self._batch, seed=self._seed + at.epoch, index=True
+        )
         for inputs in islice(batches, at.position, None):
             self._step(inputs)
             seen = self._training.tokens

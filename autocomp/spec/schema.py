@@ -52,18 +52,34 @@ class ModelSection(Section):
     )
 
 
+Format = Literal["auto", "hub", "csv", "jsonl", "parquet", "npz", "text", "text-folders"]
+
+
+class TransferSection(Section):
+    """Texts without labels, which distillation learns from beside the distil split."""
+
+    examples: int = Field(gt=0, description="How many of them.")
+    source: str | None = Field(
+        None,
+        description="As task.data.source. By default what task.data.lines leaves out of the distil "
+        "split's own texts, line by line.",
+    )
+    format: Format = Field("auto", description="As task.data.format.")
+    subset: str | None = Field(None, description="Hub dataset configuration.")
+    split: str = Field("train", description="Hub dataset split to read.")
+    text: str = Field("text", description="Column (or npz array) with the text.")
+
+
 class DataSection(Section):
     """Where the examples come from and how they are split."""
 
     source: str = Field(
         description="A hub dataset id, a local file or directory, or package:NAME/path."
     )
-    format: Literal["auto", "hub", "csv", "jsonl", "parquet", "npz", "text", "text-folders"] = (
-        Field(
-            "auto",
-            description="auto goes by the file's ending. text-folders: a folder per label, a text "
-            "file per example. text: running text for language modelling.",
-        )
+    format: Format = Field(
+        "auto",
+        description="auto goes by the file's ending. text-folders: a folder per label, a text "
+        "file per example. text: running text for language modelling.",
     )
     subset: str | None = Field(None, description="Hub dataset configuration.")
     split: str = Field("train", description="Hub dataset split to read.")
@@ -80,6 +96,19 @@ class DataSection(Section):
     distil: int = Field(1000, gt=0, description="Examples for teacher fitting and distillation.")
     search: int = Field(300, gt=0, description="Examples the search is steered by.")
     report: int = Field(500, gt=0, description="Examples the chosen are looked at on, at the end.")
+    transfer: TransferSection | None = Field(
+        None,
+        description="Further texts, without labels, for distillation alone (text-classification).",
+    )
+
+    @model_validator(mode="after")
+    def _transfer_has_a_source(self) -> DataSection:
+        if self.transfer is not None and self.transfer.source is None and self.lines is None:
+            raise ValueError(
+                "transfer: without lines every text is read whole, so nothing is left of it to "
+                "learn from. Name a source of texts: transfer: {source: …, examples: …}"
+            )
+        return self
 
 
 class TeacherSection(Section):
@@ -101,6 +130,15 @@ class TaskSection(Section):
     name: str = Field(description=f"One of {', '.join(TASKS)}, or a registered task.")
     data: DataSection
     teacher: TeacherSection = TeacherSection()
+
+    @model_validator(mode="after")
+    def _transfer_is_text(self) -> TaskSection:
+        if self.data.transfer is not None and self.name in TASKS[1:]:
+            raise ValueError(
+                f"data.transfer: texts without labels are for text-classification; {self.name} "
+                f"learns from more of its own data: raise data.distil instead"
+            )
+        return self
 
 
 class WorkloadSection(Section):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from autocomp.core.registry import Registry
 from autocomp.spec.schema import Spec
-from autocomp.tasks.protocol import SPLITS, Encoded, Evaluation, Quality, Run, Split, Task
+from autocomp.tasks.protocol import DRAWN, Encoded, Evaluation, Quality, Run, Split, Task
 
 __all__ = [
-    "SPLITS",
+    "DRAWN",
     "TASKS",
     "Encoded",
     "Evaluation",

@@ -13,7 +13,16 @@ from autocomp.core.errors import InternalError, UserError
 from autocomp.core.hashing import content_key
 from autocomp.models.layouts import LAYOUTS, ConfigKeys, first_position
 from autocomp.tasks.divergence import kl_per_example
-from autocomp.tasks.protocol import SPLITS, Array, Encoded, Evaluation, Quality, Run, Split
+from autocomp.tasks.protocol import (
+    NO_LABEL,
+    SPLITS,
+    Array,
+    Encoded,
+    Evaluation,
+    Quality,
+    Run,
+    Split,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -202,7 +211,8 @@ class Classification(EncodedTask):
         """Cross-entropy of `(B, C)` logits, nats."""
         from torch.nn import functional as F
 
-        return F.cross_entropy(logits.float(), labels)
+        total = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
+        return total / (labels != NO_LABEL).sum().clamp(min=1)
 
 
 def index_batches(

@@ -29,6 +29,7 @@ class Examples:
         label_names: sorted, or in the order the source declares.
         digests: SHA-256 of each example's full content.
         origin: how messages name the data.
+        further: of each text the lines that `data.lines` leaves out; empty for images.
     """
 
     contents: Sequence[Any]
@@ -36,6 +37,7 @@ class Examples:
     label_names: tuple[str, ...]
     digests: tuple[str, ...] = field(repr=False)
     origin: str
+    further: Sequence[Sequence[str]] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,8 +72,13 @@ def load_examples(data: DataSection, content: Literal["text", "image"]) -> Examp
         digests = tuple(_image_digests(records))
     kept = _first_of_each(digests) if data.unique else list(range(len(digests)))
     contents: Sequence[Any] = pick(records.contents, kept)
-    if content == "text":
-        contents = [_first_lines(text, data.lines) for text in contents]
+    further: Sequence[Sequence[str]] = ()
+    if content == "text" and data.lines is not None:
+        lines = [_lines(text) for text in contents]
+        contents = ["\n".join(its[: data.lines]) for its in lines]
+        further = [its[data.lines :] for its in lines]
+    elif content == "text":
+        contents = [text.strip() for text in contents]
     dropped = len(digests) - len(kept)
     return Examples(
         contents=contents,
@@ -79,6 +86,7 @@ def load_examples(data: DataSection, content: Literal["text", "image"]) -> Examp
         label_names=names,
         digests=tuple(digests[i] for i in kept),
         origin=f"{data.source} ({dropped} duplicates dropped)" if dropped else data.source,
+        further=further,
     )
 
 
@@ -134,6 +142,7 @@ def align_labels(examples: Examples, id2label: Mapping[str, str] | None) -> Exam
         label_names=names,
         digests=examples.digests,
         origin=examples.origin,
+        further=examples.further,
     )
 
 
@@ -192,11 +201,9 @@ def _check_text(records: Records) -> None:
             raise DataError(f"{records.locate(i)}: empty text. Remove the example")
 
 
-def _first_lines(text: str, lines: int | None) -> str:
-    """The first `lines` lines that are not blank."""
-    if lines is None:
-        return text.strip()
-    return "\n".join([line.strip() for line in text.splitlines() if line.strip()][:lines])
+def _lines(text: str) -> list[str]:
+    """Lines that are not blank."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _image_digests(records: Records) -> list[str]:

@@ -145,6 +145,7 @@ class ImageClassification(Classification):
             )
             for name, chosen in indices.items()
         }
+        self._raw["transfer"] = self._raw["distil"]
         super().__init__(LazySplits(self._encode), names, len(names), batch)
 
     @classmethod
@@ -206,6 +207,8 @@ class ImageClassification(Classification):
         return {"pixel_values": tiled(self.splits["calibrate"].inputs["pixel_values"], batch)}
 
     def _encode(self, split: Split) -> Encoded:
+        if split == "transfer":
+            return self.splits["distil"]
         images, labels, _ = self._raw[split]
         size = self.preprocessing.size
         pixels = np.empty((len(images), 3, size, size), dtype=np.float32)

@@ -8,6 +8,7 @@ from typing import Literal
 from autocomp.spec.schema import Spec
 from autocomp.tasks.data import load_corpus, load_examples, split_sizes
 from autocomp.tasks.splits import split_indices
+from autocomp.tasks.transfer import transfer_texts
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def inspect_data(spec: Spec) -> DataSummary:
     if content is None:
         return DataSummary(len(load_corpus(data)), ())
     examples = load_examples(data, content)
-    split_indices(
+    indices = split_indices(
         len(examples),
         split_sizes(data),
         seed=spec.search.seed,
@@ -59,6 +60,7 @@ def inspect_data(spec: Spec) -> DataSummary:
         label_names=examples.label_names,
         origin=examples.origin,
     )
+    transfer_texts(data, examples, indices["distil"], spec.search.seed)
     return DataSummary(len(examples), examples.label_names)
 
 

@@ -69,6 +69,7 @@ class LanguageModeling(EncodedTask):
             name: Encoded({"input_ids": chunks[chosen]}, chunks[chosen])
             for name, chosen in indices.items()
         }
+        splits["transfer"] = splits["distil"]
         return cls(splits, (), None, workload.batch)
 
     def logits(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

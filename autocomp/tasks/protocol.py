@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
@@ -24,8 +25,17 @@ if TYPE_CHECKING:
     from autocomp.spec.schema import TaskSection, WorkloadSection
 
 Array = npt.NDArray[Any]
-Split = Literal["calibrate", "distil", "search", "report"]
-SPLITS: tuple[Split, ...] = ("calibrate", "distil", "search", "report")
+Split = Literal["calibrate", "distil", "search", "report", "transfer"]
+DRAWN: tuple[Split, ...] = ("calibrate", "distil", "search", "report")
+"""Splits the labelled data is divided into: disjoint."""
+
+SPLITS: tuple[Split, ...] = (*DRAWN, "transfer")
+"""All there are. The transfer set (Hinton, Vinyals & Dean, 2015) is what students are distilled on:
+the distil split, and after it what texts there are without labels."""
+
+NO_LABEL = -100
+"""The label of an example without one, which losses leave out (torch's own convention)."""
+
 Run = Callable[[dict[str, Array]], Array]
 """An artifact on its runtime: named inputs of fixed shape to logits."""
 
@@ -38,7 +48,8 @@ class Encoded:
         inputs: input name → array, first axis the examples. Text: `input_ids`, `attention_mask`
             int64 `(N, T)`, padded on the right. Images: `pixel_values` float32 `(N, 3, S, S)`.
             Language modelling: `input_ids` int64 `(N, T)`, no padding.
-        labels: int64 `(N,)`; for language modelling `(N, T)`, equal to `input_ids`.
+        labels: int64 `(N,)`, `NO_LABEL` where there is none; for language modelling `(N, T)`, equal
+            to `input_ids`.
     """
 
     inputs: Mapping[str, Array]
@@ -46,6 +57,13 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def followed_by(self, other: Encoded) -> Encoded:
+        """These examples and then the other ones."""
+        inputs = {
+            name: np.concatenate([array, other.inputs[name]]) for name, array in self.inputs.items()
+        }
+        return Encoded(inputs, np.concatenate([self.labels, other.labels]))
 
 
 @dataclass(frozen=True)
@@ -158,7 +176,7 @@ class Task(Protocol):
         ...
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats, a scalar."""
+        """Mean cross-entropy in nats of what has a label, a scalar; 0 if nothing has."""
         ...
 
     def aggregate(self, per_example: Array) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocomp.core.errors import DataError
-from autocomp.tasks.protocol import SPLITS, Split
+from autocomp.tasks.protocol import DRAWN, Split
 
 Indices = npt.NDArray[np.int64]
 _DRAWN_IN_ORDER: tuple[Split, ...] = ("report", "search", "calibrate")
@@ -52,9 +52,9 @@ def split_indices(
     Raises:
         DataError: if there are too few examples, or a label would occur only in evaluation splits.
     """
-    asked = sum(sizes[name] for name in SPLITS)
+    asked = sum(sizes[name] for name in DRAWN)
     if asked > count:
-        parts = " + ".join(f"{name} {sizes[name]}" for name in SPLITS)
+        parts = " + ".join(f"{name} {sizes[name]}" for name in DRAWN)
         raise DataError(
             f"{origin} has {count} {unit}, but task.data asks for {parts} = {asked}. "
             f"Lower these sizes or give more data"
@@ -74,7 +74,7 @@ def split_indices(
         _leave_none_empty(shares)
     splits["distil"] = _draw(pools, shares, generator)
     _check_labels(splits, labels, label_names, origin)
-    return {name: splits[name] for name in SPLITS}
+    return {name: splits[name] for name in DRAWN}
 
 
 def _draw(pools: list[Indices], shares: Sequence[int], generator: np.random.Generator) -> Indices:

@@ -12,8 +12,9 @@ from autocomp.models.sources import read_config
 from autocomp.spec.schema import TaskSection, WorkloadSection
 from autocomp.tasks.base import Classification, check_sequence, tiled
 from autocomp.tasks.data import align_labels, load_examples, split_sizes
-from autocomp.tasks.protocol import Array, Encoded, Split
+from autocomp.tasks.protocol import NO_LABEL, Array, Encoded, Split
 from autocomp.tasks.splits import split_indices
+from autocomp.tasks.transfer import transfer_texts
 
 if TYPE_CHECKING:
     import torch
@@ -63,13 +64,22 @@ class TextClassification(Classification):
             from autocomp.models.load import load_tokenizer
 
             tokenizer = load_tokenizer(model_path)
-        splits: dict[Split, Encoded] = {}
-        for name, chosen in indices.items():
-            texts = [examples.contents[i] for i in chosen]
+        unlabelled = transfer_texts(section.data, examples, indices["distil"], seed)
+
+        def encoded(texts: Sequence[str], labels: Array) -> Encoded:
             inputs = encode_texts(tokenizer, texts, workload.sequence)
             if original is not None:
                 inputs["input_ids"] = original(inputs["input_ids"])
-            splits[name] = Encoded(inputs, examples.labels[chosen])
+            return Encoded(inputs, labels)
+
+        splits: dict[Split, Encoded] = {
+            name: encoded([examples.contents[i] for i in chosen], examples.labels[chosen])
+            for name, chosen in indices.items()
+        }
+        splits["transfer"] = splits["distil"]
+        if unlabelled:
+            extra = encoded(unlabelled, np.full(len(unlabelled), NO_LABEL))
+            splits["transfer"] = splits["distil"].followed_by(extra)
         return cls(splits, examples.label_names, len(examples.label_names), workload.batch)
 
     def lengths(self, encoded: Encoded) -> Array:

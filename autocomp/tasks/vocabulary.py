@@ -16,7 +16,7 @@ from autocomp.models.vocabulary import Vocabulary, chosen_vocabulary
 from autocomp.spec.schema import Spec
 from autocomp.tasks.protocol import Array, Split, Task
 
-COUNTED: tuple[Split, ...] = ("calibrate", "distil")
+COUNTED: tuple[Split, ...] = ("calibrate", "transfer")
 """Splits whose tokens are looked at: neither that the search is steered by nor the report's."""
 
 KEPT_FROM = 2
@@ -26,7 +26,7 @@ out as often as what the model reads in use, and neither takes a pruned vocabula
 
 
 def token_counts(task: Task, rows: int) -> Array:
-    """How often each token occurs in the calibrate and distil splits, int64 `(rows,)`.
+    """How often each token occurs in the calibrate split and the transfer set, int64 `(rows,)`.
 
     Padding, which attention does not see, counts once.
     """
@@ -34,7 +34,7 @@ def token_counts(task: Task, rows: int) -> Array:
 
 
 def example_counts(task: Task, rows: int) -> Array:
-    """How many examples of the calibrate and distil splits hold each token, int64 `(rows,)`.
+    """How many examples of calibrate and the transfer set hold each token, int64 `(rows,)`.
 
     Padding, which attention does not see, counts as often as it takes to be kept.
     """

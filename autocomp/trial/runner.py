@@ -331,14 +331,14 @@ class CandidateRunner:
         return self._retokenised[1]
 
     def _distil_logits(self, candidate: Candidate, progress: Progress) -> Array | None:
-        """The teacher's logits on the distil split where they are small: one row per example."""
+        """The teacher's logits on the transfer set where they are small: one row per example."""
         if self.task.num_labels is None or candidate.distillation.tokens == 0:
             return None
         return teacher_logits(
             self.teacher,
             self.task,
-            "distil",
-            self.paths.work / "teacher-distil.npy",
+            "transfer",
+            self.paths.work / "teacher-transfer.npy",
             gate=self.gate,
             progress=progress,
         )

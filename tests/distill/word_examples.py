@@ -41,7 +41,7 @@ class Sentences:
     def batches(
         self, split: str, batch: int, *, seed: int | None = None, index: bool = False
     ) -> Iterator[dict[str, torch.Tensor]]:
-        assert split == "distil"
+        assert split == "transfer"
         self.seeds.append(seed)
         order = torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(seed or 0))
         for rows in order.split(batch):

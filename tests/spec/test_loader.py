@@ -72,7 +72,13 @@ def test_reads_sparsity_levels_with_and_without_quotes(write):
             "lable: topic",
             "7 task.data.lable: unknown key. Did you mean 'label'? Allowed: source, "
             "format, subset, split, text, image, label, lines, unique, calibrate, distil, search, "
-            "report",
+            "report, transfer",
+        ),
+        (
+            "label: topic",
+            "transfer: {examples: 10}",
+            "5 task.data: transfer: without lines every text is read whole, so nothing is left of "
+            "it to learn from. Name a source of texts: transfer: {source: …, examples: …}",
         ),
         (
             "method: [gptq, rtn]",

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from autocomp.core.errors import DataError
 from autocomp.models.load import load_model
-from autocomp.tasks import SPLITS, make_task
+from autocomp.tasks import DRAWN, make_task
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_chunks_are_disjoint_pieces_of_the_text(task, llama_path, corpus_txt):
     stream = [tokenizer.convert_tokens_to_ids(word) for word in corpus_txt.read_text().split()]
     positions = {tuple(stream[i : i + 10]): i for i in range(0, len(stream) - 9, 10)}
     starts = []
-    for name in SPLITS:
+    for name in DRAWN:
         encoded = task.splits[name]
         assert encoded.inputs["input_ids"].shape == encoded.labels.shape == (len(encoded), 10)
         assert np.array_equal(encoded.labels, encoded.inputs["input_ids"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autocomp.core.errors import DataError
-from autocomp.tasks.protocol import SPLITS
+from autocomp.tasks.protocol import DRAWN
 from autocomp.tasks.splits import apportion, split_indices
 
 
@@ -41,19 +41,19 @@ def test_splits_are_disjoint_of_the_asked_size_and_cover_every_label(counts, see
         "calibrate": cuts[2] - cuts[1],
     }
     splits = split_indices(total, sizes, seed=seed, labels=labels)
-    everything = np.concatenate([splits[name] for name in SPLITS])
+    everything = np.concatenate([splits[name] for name in DRAWN])
     assert len(np.unique(everything)) == len(everything) == sum(sizes.values())
-    assert all(len(splits[name]) == sizes[name] for name in SPLITS)
+    assert all(len(splits[name]) == sizes[name] for name in DRAWN)
     assert set(labels[splits["distil"]]) == set(range(len(counts)))
     again = split_indices(total, sizes, seed=seed, labels=labels)
-    assert all(np.array_equal(splits[name], again[name]) for name in SPLITS)
+    assert all(np.array_equal(splits[name], again[name]) for name in DRAWN)
 
 
 def test_labels_are_in_proportion_and_order_is_mixed():
     labels = np.repeat([0, 1, 2], [600, 300, 100])
     sizes = {"calibrate": 50, "distil": 400, "search": 200, "report": 350}
     splits = split_indices(1000, sizes, seed=1, labels=labels)
-    for name in SPLITS:
+    for name in DRAWN:
         counts = np.bincount(labels[splits[name]], minlength=3)
         assert np.abs(counts - sizes[name] * np.array([0.6, 0.3, 0.1])).max() <= 2
         assert (np.diff(labels[splits[name]]) < 0).any()

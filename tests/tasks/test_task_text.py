@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from autocomp.core.errors import DataError, InternalError, UserError
 from autocomp.models.load import load_model
-from autocomp.tasks import SPLITS, TASKS, Encoded, make_task
+from autocomp.tasks import DRAWN, TASKS, Encoded, make_task
 from autocomp.tasks.base import check_sequence
 from autocomp.tasks.fitting import classification_head
 from autocomp.tasks.text_classification import TextClassification
@@ -46,7 +46,7 @@ def test_encoding_equals_the_tokenizer_one_by_one(bert_path, text_csv, spec_of, 
         tuple(tokenizer(line.rpartition(",")[0], truncation=True, max_length=10)["input_ids"][:10])
         for line in text_csv.read_text().splitlines()[1:]
     }
-    assert {name: len(task.splits[name]) for name in SPLITS} == {
+    assert {name: len(task.splits[name]) for name in DRAWN} == {
         "calibrate": 20,
         "distil": 60,
         "search": 20,
@@ -77,9 +77,9 @@ def named(task, encoded):
 def test_same_spec_same_task_in_every_process(bert_path, text_csv, spec_of, task):
     spec = spec_of("text-classification", text_csv)
     again, other = make_task(spec, bert_path), pickle.loads(pickle.dumps(task))
-    for name in SPLITS:
+    for name in DRAWN:
         assert task.fingerprint(name) == again.fingerprint(name) == other.fingerprint(name)
-    assert len({task.fingerprint(name) for name in SPLITS}) == 4
+    assert len({task.fingerprint(name) for name in DRAWN}) == 4
     seeded = make_task(spec_of("text-classification", text_csv, seed=1), bert_path)
     assert seeded.fingerprint("search") != task.fingerprint("search")
 
@@ -242,11 +242,11 @@ def test_the_head_that_is_fitted_gives_the_logits(kind, path):
 
 
 def test_token_counts_are_those_of_real_tokens() -> None:
-    """Of calibrate and distil alone; padding counts once, so that its row is kept."""
+    """Of calibrate and the transfer set alone; padding counts once, so that its row is kept."""
     ids, mask = np.array([[5, 6, 5, 0], [6, 0, 0, 0]]), np.array([[1, 1, 1, 0], [1, 0, 0, 0]])
     seen = Encoded({"input_ids": ids, "attention_mask": mask}, np.zeros(2, np.int64))
     other = Encoded({"input_ids": ids + 1, "attention_mask": mask}, np.zeros(2, np.int64))
-    splits = {"calibrate": seen, "distil": seen, "search": other, "report": other}
+    splits = {"calibrate": seen, "transfer": seen, "search": other, "report": other}
     task = TextClassification(splits, ("a", "b"), 2, 1)
     assert token_counts(task, 9).tolist() == [1, 0, 0, 0, 0, 4, 4, 0, 0]
     assert example_counts(task, 9).tolist() == [2, 0, 0, 0, 0, 2, 4, 0, 0]
