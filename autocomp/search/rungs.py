@@ -5,7 +5,9 @@ Asynchronous successive halving (Li et al., 2020, arXiv:1810.05934) over several
 rung goes on if it is among the best share of all that came there, itself included, and the first
 always does. What is best: within the budget before what exceeds it; then by non-dominated rank;
 within a rank by crowding distance (Deb et al., 2002), without which nearly every trial of three
-objectives would stay, being dominated by none.
+objectives would stay, being dominated by none. Under a budget crowding has every second place of a
+rank and quality the others: trials that fill the budget crowd each other, and would be stopped for
+what is small, poor and alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from autocomp.core.budget import Budget
 from autocomp.core.measurement import Measurement
@@ -40,7 +43,8 @@ class Rungs:
     """
 
     def __init__(self, keep: float, budget: Budget, objectives: Sequence[Objective]) -> None:
-        self._keep, self._budget = keep, budget
+        self._keep, self._budget = keep, replace(budget, quality=None)
+        self._limited = self._budget != Budget()
         self._fields = [FIELDS[name] for name in objectives if name != "quality"]
         self._seen: dict[int, dict[str, _Point]] = {}
 
@@ -52,7 +56,8 @@ class Rungs:
         there = self._seen.setdefault(report.rung, {})
         there[report.id] = self._point(report)
         kept = max(1, math.floor(self._keep * len(there) + 1e-9))
-        return list(there).index(report.id) in ranking(list(there.values()))[:kept]
+        order = ranking(list(there.values()), by_quality=self._limited)
+        return list(there).index(report.id) in order[:kept]
 
     def _point(self, report: RungRecord) -> _Point:
         divergence = report.teacher_kl
@@ -61,23 +66,32 @@ class Rungs:
         cost = report.estimated or Measurement("estimated", None, None)
         known = {field: getattr(cost, field) for field in self._fields}
         costs = [math.inf if value is None else value for value in known.values()]
-        limits = replace(self._budget, quality=None)
-        return _Point(max([0.0, *limits.excess(cost).values()]), (divergence, *costs))
+        return _Point(max([0.0, *self._budget.excess(cost).values()]), (divergence, *costs))
 
 
-def ranking(points: Sequence[_Point]) -> list[int]:
-    """Positions, best first; among equals the earlier."""
+def ranking(points: Sequence[_Point], *, by_quality: bool) -> list[int]:
+    """Positions, best first; among equals the earlier.
+
+    Args:
+        by_quality: whether every second place within a rank, from the first, goes to the lowest
+            divergence.
+    """
     ranks = _ranks([point.costs for point in points])
-    apart = [0.0] * len(points)
-    for rank in set(ranks):
-        members = [index for index, its in enumerate(ranks) if its == rank]
+    tiers: dict[tuple[float, int], list[int]] = {}
+    for index, point in enumerate(points):
+        tiers.setdefault((point.excess, ranks[index]), []).append(index)
+    order: list[int] = []
+    for _, members in sorted(tiers.items()):
         distances = crowding([points[index].costs for index in members])
-        for index, distance in zip(members, distances, strict=True):
-            apart[index] = distance
-    return sorted(
-        range(len(points)),
-        key=lambda index: (points[index].excess, ranks[index], -apart[index], index),
-    )
+        apart = [index for _, index in sorted(zip([-d for d in distances], members, strict=True))]
+        best = sorted(members, key=lambda index: (points[index].costs[0], index))
+        order += _alternating(best, apart) if by_quality else apart
+    return order
+
+
+def _alternating(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Of two orders of the same, one of each in turn, none twice."""
+    return list(dict.fromkeys(chain.from_iterable(zip(first, second, strict=True))))
 
 
 def _ranks(costs: Sequence[tuple[float, ...]]) -> list[int]:

@@ -13,7 +13,7 @@ from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Option
 from autocomp.core.measurement import Measurement
 from autocomp.front.pick import OBJECTIVES
-from autocomp.search.rungs import Rungs
+from autocomp.search.rungs import Rungs, _Point, ranking
 from autocomp.study.records import RungRecord
 
 
@@ -120,3 +120,27 @@ def test_the_ends_of_a_front_go_on_before_its_crowd() -> None:
         rungs.survives(seen(f"{index}", kl, latency))
     assert rungs.survives(seen("end", 0.05, 6.0))
     assert not rungs.survives(seen("crowd", 0.305, 2.95))
+
+
+def test_under_a_budget_the_best_do_not_stop_each_other() -> None:
+    """Six of the same cost crowd each other; two of the ends are worse by far."""
+    limits = Budget(latency_ms=6.0)
+    ends = [("small", 2.0, 1.0), ("smaller", 2.5, 0.5), ("smallest", 3.0, 0.1)]
+    crowd = [(f"crowd {n}", 0.3 - 0.01 * n, 5.0 + 0.01 * n) for n in range(5)]
+
+    def going_on(budget: Budget) -> bool:
+        rungs = new(budget=budget)
+        for name, kl, latency in [*ends, ("best", 0.1, 5.9), *crowd[:3], crowd[4]]:
+            rungs.survives(seen(name, kl, latency))
+        return rungs.survives(seen("newcomer", 0.2, 5.2))
+
+    assert going_on(limits)
+    assert not going_on(Budget())
+
+
+def test_a_rank_is_filled_by_quality_and_crowding_in_turn() -> None:
+    kls, latencies = [0.5, 0.4, 0.3, 0.2, 0.1], [1.0, 2.0, 3.9, 4.0, 5.0]
+    points = [_Point(0.0, pair) for pair in zip(kls, latencies, strict=True)]
+    # the ends are apart from all; then the second, whose neighbours are farthest away
+    assert ranking(points, by_quality=False) == [0, 4, 1, 2, 3]
+    assert ranking(points, by_quality=True) == [4, 0, 3, 2, 1]
