@@ -40,8 +40,13 @@ def quality(model: str, figures: Figures) -> list[list[str]]:
             _cell(figures, f"{name}_error_percent", ".1f"),
         ]
         for figure, form in columns:
-            keys = [f"{name}_{count}_{figure}" for count in case.counts]
-            cells.append(" / ".join(_cell(figures, key, form) for key in keys))
+            found = [
+                "diverged"
+                if figure.startswith("kd_") and f"{name}_{count}_kd_diverged" in figures
+                else _cell(figures, f"{name}_{count}_{figure}", form)
+                for count in case.counts
+            ]
+            cells.append(" / ".join(found))
         rows.append(["no attention" if name == SKIP else name, *cells])
     return rows
 

@@ -66,7 +66,7 @@ CASES = {
         TWO_WAY,
         layers=(3, 5, 1),
         counts=(1, 2, 3),
-        tokens=10_000,
+        tokens=40_960,
         lr=2e-4,
         overrides={
             "task.data.lines": None,  # whole articles
@@ -89,7 +89,7 @@ CASES = {
         IMAGES,
         layers=(7, 3, 11, 5, 1, 9),
         counts=(1, 2, 3, 6),
-        tokens=10_000,
+        tokens=20_480,
         lr=1e-4,
         overrides={"target.workload.image": 112, "task.data.search": 200},
     ),
@@ -166,7 +166,7 @@ class Evaluator:
         """One cell's figures, computed unless they are known; those of the original beside them."""
         from autocomp.core.files import write_text_atomic
         from autocomp.core.hashing import content_key
-        from autocomp.distill.trainer import distil
+        from autocomp.distill.trainer import DivergedError, distil
         from autocomp.library.stitch import stitch
 
         context = self._context
@@ -181,16 +181,20 @@ class Evaluator:
         student = stitch(self._teacher, context.units, self._library, context.items, candidate)
         found = {f"local_{figure}": value for figure, value in self._compare(student).items()}
         student = copy.deepcopy(student)
-        distil(
-            student,
-            self._teacher,
-            self._task,
-            self._settings,
-            batch=context.spec.distill.batch,
-            seed=0,
-            gate=context.gate,
-        )
-        found |= {f"kd_{figure}": value for figure, value in self._compare(student).items()}
+        try:
+            distil(
+                student,
+                self._teacher,
+                self._task,
+                self._settings,
+                batch=context.spec.distill.batch,
+                seed=0,
+                gate=context.gate,
+            )
+        except DivergedError:
+            found["kd_diverged"] = 1.0
+        else:
+            found |= {f"kd_{figure}": value for figure, value in self._compare(student).items()}
         found["dense_quality"] = self._compare(self._teacher)["quality"]
         write_text_atomic(path, json.dumps(found))
         return found
