@@ -18,10 +18,12 @@ class DataSummary:
     Attributes:
         examples: labelled examples after deduplication, or documents of running text.
         label_names: in the order of the logits; empty for language modelling.
+        transfer: texts without labels that distillation learns from as well.
     """
 
     examples: int
     label_names: tuple[str, ...]
+    transfer: int = 0
 
     @property
     def num_labels(self) -> int | None:
@@ -29,10 +31,11 @@ class DataSummary:
         return len(self.label_names) or None
 
     def describe(self) -> str:
-        """`2127 examples, 5 labels`."""
+        """`2127 examples, 5 labels`, and `5000 texts without labels` if there are some."""
         if not self.label_names:
             return f"{self.examples} documents"
-        return f"{self.examples} examples, {len(self.label_names)} labels"
+        more = f", {self.transfer} texts without labels" if self.transfer else ""
+        return f"{self.examples} examples, {len(self.label_names)} labels{more}"
 
 
 _CONTENT: dict[str, Literal["text", "image"]] = {
@@ -60,8 +63,8 @@ def inspect_data(spec: Spec) -> DataSummary:
         label_names=examples.label_names,
         origin=examples.origin,
     )
-    transfer_texts(data, examples, indices["distil"], spec.search.seed)
-    return DataSummary(len(examples), examples.label_names)
+    further = transfer_texts(data, examples, indices["distil"], spec.search.seed)
+    return DataSummary(len(examples), examples.label_names, len(further))
 
 
 def sample_texts(spec: Spec, count: int = 32) -> list[str]:

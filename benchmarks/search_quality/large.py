@@ -1,7 +1,7 @@
 """Regret at equal evaluations, where every linear layer of a model has its own number of bits.
 
-MiniLM on headlines and a small Llama on text: dense, 8, 4 or 2 bits for each linear layer in the
-blocks, limits on their bytes. Nobody knows the optimum: regret is against the best that any run
+MiniLM on headlines, a small Llama on text, DINOv2 on pictures: dense, 8, 4 or 2 bits for each
+linear layer in the blocks, limits on their bytes. Nobody knows the optimum: regret is against the best that any run
 found. Every method evaluates the same way, by exchanging layers in a resident model.
 """
 
@@ -32,14 +32,18 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """A model: its spec, the tokens of an example and how many examples."""
+    """A model: its spec, the shape of an example as the workload says it, how many examples."""
 
     spec: str
-    sequence: int
+    shape: Mapping[str, int]
     examples: int
 
 
-CASES = {"minilm": Case("quickstart", 32, 8), "llama": Case("llama_cpu", 64, 2)}
+CASES = {
+    "minilm": Case("quickstart", {"target.workload.sequence": 32}, 8),
+    "llama": Case("llama_cpu", {"target.workload.sequence": 64}, 2),
+    "dinov2": Case("vit_cpu", {"target.workload.image": 56}, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,7 @@ def _searched(case: Case) -> dict[str, float]:
     from autocomp.workers.cluster import start
 
     rules = [{"match": "layers.*", "bits": BITS}]
-    overrides = {"space": rules, "target.workload.sequence": case.sequence}
-    with prepared(case.spec, overrides=overrides) as setting:
+    with prepared(case.spec, overrides={"space": rules, **case.shape}) as setting:
         problem, context = linear_problem(setting), setting.context
         items = sorted(key for key in context.items.values() if key)
         task = setting.teacher.task.fingerprint("distil")

@@ -47,6 +47,7 @@ def test_further_lines_of_the_distil_split_and_of_nothing_else(articles, spec_of
     heads = {name: {row[1:3] for row in rows_of(task.splits[name])} for name in task.splits}
     assert heads["transfer"] == heads["distil"]
     assert not heads["transfer"] & (heads["search"] | heads["report"] | heads["calibrate"])
+    assert inspect_data(spec).describe() == "140 examples, 2 labels, 150 texts without labels"
     again = make_task(spec, bert_path)
     assert again.fingerprint("transfer") == task.fingerprint("transfer")
     plain = make_task(spec_of("text-classification", articles, lines=1), bert_path)
