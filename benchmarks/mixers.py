@@ -80,7 +80,7 @@ CASES = {
         TEXT,
         layers=(3, 5, 1),
         counts=(1, 2, 3),
-        tokens=32_768,
+        tokens=131_072,
         lr=3e-4,
         overrides={"target.workload.sequence": 256, "task.data.search": 60},
     ),
