@@ -23,7 +23,7 @@ from benchmarks.search_quality.enumerate import Truth, enumerated
 from benchmarks.search_quality.kept import directory, kept
 from benchmarks.search_quality.lines import progress
 from benchmarks.search_quality.measures import evaluations_until, igd_plus, middle, pareto
-from benchmarks.search_quality.methods import FRONT_METHODS, METHODS, STOCK, run, run_front
+from benchmarks.search_quality.methods import FRONT_METHODS, METHODS, OURS, STOCK, run, run_front
 from benchmarks.search_quality.problem import METRICS, AdditiveCosts, Recorder
 from benchmarks.setting import prepared
 
@@ -141,7 +141,7 @@ class Searcher:
         key = content_key([*astuple(wanted), *self._sizes, version("optuna")])
         find = self._near if wanted.metric else self._distance
         path = self._directory / f"{key}.json"
-        return kept(path, lambda: find(wanted), anew=wanted.method == "ours")
+        return kept(path, lambda: find(wanted), anew=wanted.method in OURS)
 
     def _near(self, wanted: Run) -> dict[str, float]:
         truth = self._truth
@@ -196,7 +196,7 @@ def near_figures(
                 medians[method] = min(mid, MOST)
                 name = f"{metric}_{at}_{method}"
                 found |= {f"{name}_low": low, f"{name}_median": mid, f"{name}_high": high}
-            ours = medians.pop("ours")
+            ours, *_ = [medians.pop(method) for method in OURS]
             shares.append(100 * ours / size)
             ratios.append(min(medians[method] for method in STOCK) / ours)
             others.append(min(medians.values()) / ours)

@@ -1,8 +1,9 @@
 """Regret at equal evaluations, where every linear layer of a model has its own number of bits.
 
 MiniLM on headlines, a small Llama on text, DINOv2 on pictures: dense, 8, 4 or 2 bits for each
-linear layer in the blocks, limits on their bytes. Nobody knows the optimum: regret is against the best that any run
-found. Every method evaluates the same way, by exchanging layers in a resident model.
+linear layer in the blocks, limits on their bytes. Nobody knows the optimum: regret is against the
+best that any run found. Every method evaluates the same way, by exchanging layers in a resident
+model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.search_quality.kept import directory, kept
 from benchmarks.search_quality.linears import LinearScreener, linear_problem
 from benchmarks.search_quality.lines import progress
 from benchmarks.search_quality.measures import best_after
-from benchmarks.search_quality.methods import METHODS, run
+from benchmarks.search_quality.methods import METHODS, OURS, run
 from benchmarks.search_quality.problem import Problem, Recorder
 from benchmarks.setting import prepared
 
@@ -115,7 +116,7 @@ class Searcher:
 
         limits = limits_of(self._problem)
         most = max(EVALUATIONS)
-        if wanted.method == "ours":
+        if wanted.method in OURS:
             most += scores_of(self._problem)
         key = content_key([wanted.method, wanted.seed, limits, most, version("optuna")])
         path = self._directory / f"{key}.json"
@@ -136,7 +137,7 @@ class Searcher:
                 found[name] = [best_after(history, count) for count in range(1, most + 1)]
             return found
 
-        return kept(path, find, anew=wanted.method == "ours")
+        return kept(path, find, anew=wanted.method in OURS)
 
 
 def regrets(results: Mapping[Run, Best], scores: int) -> dict[str, float]:

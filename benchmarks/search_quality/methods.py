@@ -4,7 +4,7 @@ A method proposes until the recorder ends the run. Ours is the product's own cod
 scores, each an evaluation, then `search.screening.screen`. *Stock* samplers know of the limits what
 Optuna lets them know: how far each evaluated candidate exceeded them (`trial.set_constraint`). The
 others are given our repair, without scores: what they propose is within the limits and mostly fills
-them, which takes much of the difficulty away.
+them, which takes much of the difficulty away. Ours is also run with one of its parts taken out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import optuna
@@ -24,12 +25,18 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autocomp.core.candidate import Candidate
+from autocomp.search import screening
 from autocomp.search.costs import TOLERANCE, Limits
-from autocomp.search.evolution import distributions, from_params, to_params
+from autocomp.search.evolution import (
+    SwapRepairSampler,
+    distributions,
+    from_params,
+    to_params,
+)
 from autocomp.search.repair import Repair
 from autocomp.search.scores import Scores, replace_one
 from autocomp.search.screening import Screened, screen
-from autocomp.search.space import Vector
+from autocomp.search.space import Space, Vector
 from benchmarks.search_quality.problem import Evaluated, Problem, Recorder, StopError
 
 Method = Callable[[Problem, Recorder, int], None]
@@ -43,6 +50,30 @@ def ours(problem: Problem, evaluate: Recorder, seed: int) -> None:
     """Replace-one scores, then MILP seeds and swap-and-repair evolution."""
     scores = scored(problem, evaluate)
     _screened(problem, evaluate, seed, scores, problem.space.size)
+
+
+def without_surrogate(problem: Problem, evaluate: Recorder, seed: int) -> None:
+    """Ours, every child proposed as it comes."""
+
+    def sampler(*args: Any, learn: Any, **settings: Any) -> SwapRepairSampler:
+        return SwapRepairSampler(*args, **settings)
+
+    with patch.object(screening, "SwapRepairSampler", sampler):
+        ours(problem, evaluate, seed)
+
+
+def without_milp(problem: Problem, evaluate: Recorder, seed: int) -> None:
+    """Ours, begun with random budget-tight candidates alone."""
+    rng = np.random.default_rng(seed)
+
+    def sampler(
+        space: Space, repair: Repair, starts: Sequence[Vector], **settings: Any
+    ) -> SwapRepairSampler:
+        drawn = [repair.random(rng) for _ in starts]
+        return SwapRepairSampler(space, repair, [one for one in drawn if one], **settings)
+
+    with patch.object(screening, "SwapRepairSampler", sampler):
+        ours(problem, evaluate, seed)
 
 
 def random(problem: Problem, evaluate: Recorder, seed: int) -> None:
@@ -83,6 +114,8 @@ def nsga2_repair(problem: Problem, evaluate: Recorder, seed: int) -> None:
 
 METHODS: dict[str, tuple[str, Method]] = {
     "ours": ("ours", ours),
+    "no_surrogate": ("ours without surrogate", without_surrogate),
+    "no_milp": ("ours without MILP", without_milp),
     "random": ("random", random),
     "tpe": ("TPE, constraints", tpe),
     "nsga2": ("NSGA-II, constraints", nsga2),
@@ -90,6 +123,8 @@ METHODS: dict[str, tuple[str, Method]] = {
     "tpe_repair": ("TPE with our repair", tpe_repair),
     "nsga2_repair": ("NSGA-II with our repair", nsga2_repair),
 }
+OURS = ("ours", "no_surrogate", "no_milp")
+"""Run anew every time, since the code they run changes."""
 STOCK = ("random", "tpe", "nsga2")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks.search_quality.enumerated import FRONT_EVALUATIONS, SPREAD
 from benchmarks.search_quality.large import CASES, EVALUATIONS, LIMITS
-from benchmarks.search_quality.methods import METHODS, STOCK
+from benchmarks.search_quality.methods import METHODS, OURS, STOCK
 from benchmarks.search_quality.problem import METRICS
 
 Figures = dict[str, float]
@@ -27,7 +27,7 @@ def enumerated(figures: Figures) -> list[list[str]]:
             meet = f"{figures[f'{name}_fits_percent']:.2g}%"
             label = f"{_LABELS[metric]} ≤ {limit}, which {meet} meet"
             cells = [_evaluations(figures, f"{name}_{method}") for method in METHODS]
-            others = [method for method in METHODS if method != "ours"]
+            others = [method for method in METHODS if method not in OURS]
             share = _ratio(figures[f"{name}_share_percent"])
             least = _at_least(figures, name, STOCK) + _ratio(figures[f"{name}_ratio"])
             repaired = _at_least(figures, name, others) + _ratio(figures[f"{name}_ratio_repaired"])
