@@ -67,8 +67,9 @@ CASES = {
         layers=(3, 5, 1),
         counts=(1, 2, 3),
         tokens=40_960,
-        lr=2e-4,
+        lr=1e-4,
         overrides={
+            "distill.batch": 4,
             "task.data.lines": None,  # whole articles
             "task.data.search": 200,
             "task.teacher": {"fit": "head"},
@@ -80,7 +81,7 @@ CASES = {
         TEXT,
         layers=(3, 5, 1),
         counts=(1, 2, 3),
-        tokens=131_072,
+        tokens=65_536,
         lr=3e-4,
         overrides={"target.workload.sequence": 256, "task.data.search": 60},
     ),
@@ -91,7 +92,7 @@ CASES = {
         counts=(1, 2, 3, 6),
         tokens=20_480,
         lr=1e-4,
-        overrides={"target.workload.image": 112, "task.data.search": 200},
+        overrides={"target.workload.image": 112, "task.data.search": 200, "distill.batch": 8},
     ),
 }
 
@@ -173,7 +174,8 @@ class Evaluator:
         candidate = _candidate(cell, context.units)
         items = [context.items.get((unit, candidate[unit].key), SKIP) for unit in cell.units]
         about = [context.teacher_path.name, self._task.fingerprint("search")]
-        key = content_key([items, list(cell.units), about, self._settings.to_json()])
+        settings = [self._settings.to_json(), context.spec.distill.batch]
+        key = content_key([items, list(cell.units), about, settings])
         path = self._cache / f"{key}.json"
         if path.exists():
             known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
