@@ -44,7 +44,6 @@ class Rungs:
 
     def __init__(self, keep: float, budget: Budget, objectives: Sequence[Objective]) -> None:
         self._keep, self._budget = keep, replace(budget, quality=None)
-        self._limited = self._budget != Budget()
         self._fields = [FIELDS[name] for name in objectives if name != "quality"]
         self._seen: dict[int, dict[str, _Point]] = {}
 
@@ -56,7 +55,7 @@ class Rungs:
         there = self._seen.setdefault(report.rung, {})
         there[report.id] = self._point(report)
         kept = max(1, math.floor(self._keep * len(there) + 1e-9))
-        order = ranking(list(there.values()), by_quality=self._limited)
+        order = ranking(list(there.values()), by_quality=self._budget != Budget())
         return list(there).index(report.id) in order[:kept]
 
     def _point(self, report: RungRecord) -> _Point:

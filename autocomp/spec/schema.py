@@ -18,8 +18,8 @@ from autocomp.core.hashing import content_key
 from autocomp.core.quantities import Dimension, parse_limit
 from autocomp.spec.section import Section
 from autocomp.spec.space import RuleSection
+from autocomp.spec.task import TaskSection
 
-TASKS = ("text-classification", "image-classification", "language-modeling")
 AUTO = "auto"
 """As `target.runtime`: every installed runtime of the device."""
 
@@ -50,95 +50,6 @@ class ModelSection(Section):
         description="Run Python code that comes with the model (auto_map "
         "in its config.json), here and in every worker; its layout must be a known one.",
     )
-
-
-Format = Literal["auto", "hub", "csv", "jsonl", "parquet", "npz", "text", "text-folders"]
-
-
-class TransferSection(Section):
-    """Texts without labels, which distillation learns from beside the distil split."""
-
-    examples: int = Field(gt=0, description="How many of them.")
-    source: str | None = Field(
-        None,
-        description="As task.data.source. By default what task.data.lines leaves out of the distil "
-        "split's own texts, line by line.",
-    )
-    format: Format = Field("auto", description="As task.data.format.")
-    subset: str | None = Field(None, description="Hub dataset configuration.")
-    split: str = Field("train", description="Hub dataset split to read.")
-    text: str = Field("text", description="Column (or npz array) with the text.")
-
-
-class DataSection(Section):
-    """Where the examples come from and how they are split."""
-
-    source: str = Field(
-        description="A hub dataset id, a local file or directory, or package:NAME/path."
-    )
-    format: Format = Field(
-        "auto",
-        description="auto goes by the file's ending. text-folders: a folder per label, a text "
-        "file per example. text: running text for language modelling.",
-    )
-    subset: str | None = Field(None, description="Hub dataset configuration.")
-    split: str = Field("train", description="Hub dataset split to read.")
-    text: str = Field("text", description="Column (or npz array) with the text.")
-    image: str = Field("image", description="Column (or npz array) with the image.")
-    label: str = Field("label", description="Column (or npz array) with the label.")
-    lines: int | None = Field(
-        None, gt=0, description="Keep only this many first lines of a text (1: the headline)."
-    )
-    unique: bool = Field(
-        True, description="Drop examples whose full text or image was seen before."
-    )
-    calibrate: int = Field(128, gt=0, description="Examples for activation statistics.")
-    distil: int = Field(1000, gt=0, description="Examples for teacher fitting and distillation.")
-    search: int = Field(300, gt=0, description="Examples the search is steered by.")
-    report: int = Field(500, gt=0, description="Examples the chosen are looked at on, at the end.")
-    transfer: TransferSection | None = Field(
-        None,
-        description="Further texts, without labels, for distillation alone (text-classification).",
-    )
-
-    @model_validator(mode="after")
-    def _transfer_has_a_source(self) -> DataSection:
-        if self.transfer is not None and self.transfer.source is None and self.lines is None:
-            raise ValueError(
-                "transfer: without lines every text is read whole, so nothing is left of it to "
-                "learn from. Name a source of texts: transfer: {source: …, examples: …}"
-            )
-        return self
-
-
-class TeacherSection(Section):
-    """How the teacher is made from the source model."""
-
-    fit: Literal["none", "head", "full"] = Field(
-        "none",
-        description="none: the model is the teacher. head: fit a new head on the distil split. "
-        "full: fit head and encoder.",
-    )
-    epochs: int = Field(4, gt=0, description="Passes over the distil split.")
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate (AdamW).")
-    batch: int = Field(32, gt=0, description="Examples per step.")
-
-
-class TaskSection(Section):
-    """What the model is for."""
-
-    name: str = Field(description=f"One of {', '.join(TASKS)}, or a registered task.")
-    data: DataSection
-    teacher: TeacherSection = TeacherSection()
-
-    @model_validator(mode="after")
-    def _transfer_is_text(self) -> TaskSection:
-        if self.data.transfer is not None and self.name in TASKS[1:]:
-            raise ValueError(
-                f"data.transfer: texts without labels are for text-classification; {self.name} "
-                f"learns from more of its own data: raise data.distil instead"
-            )
-        return self
 
 
 class WorkloadSection(Section):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocomp.core.errors import DataError, did_you_mean
-from autocomp.spec.schema import DataSection
+from autocomp.spec.task import DataSection
 from autocomp.tasks.protocol import Split
 from autocomp.tasks.readers import EncodedImages, Records, read_records
 

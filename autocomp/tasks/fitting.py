@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autocomp.core.errors import ModelError, UserError
-from autocomp.spec.schema import TeacherSection
+from autocomp.spec.task import TeacherSection
 from autocomp.tasks.protocol import Task
 
 _WARM_UP = 0.1

@@ -13,7 +13,8 @@ import numpy as np
 from autocomp.core.errors import DataError, ModelError
 from autocomp.core.hashing import content_key
 from autocomp.models.sources import read_config
-from autocomp.spec.schema import TaskSection, WorkloadSection
+from autocomp.spec.schema import WorkloadSection
+from autocomp.spec.task import TaskSection
 from autocomp.tasks.base import Classification, LazySplits, tiled
 from autocomp.tasks.data import Examples, align_labels, load_examples, pick, split_sizes
 from autocomp.tasks.protocol import Array, Encoded, Split

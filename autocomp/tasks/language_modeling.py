@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.models.sources import read_config
-from autocomp.spec.schema import TaskSection, WorkloadSection
+from autocomp.spec.schema import WorkloadSection
+from autocomp.spec.task import TaskSection
 from autocomp.tasks.base import EncodedTask, check_sequence, tiled
 from autocomp.tasks.data import load_corpus, split_sizes
 from autocomp.tasks.divergence import log_softmax

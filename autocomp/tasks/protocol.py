@@ -22,7 +22,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-    from autocomp.spec.schema import TaskSection, WorkloadSection
+    from autocomp.spec.schema import WorkloadSection
+    from autocomp.spec.task import TaskSection
 
 Array = npt.NDArray[Any]
 Split = Literal["calibrate", "distil", "search", "report", "transfer"]

@@ -18,7 +18,7 @@ import numpy as np
 
 from autocomp.core.errors import DataError, ModelError, did_you_mean
 from autocomp.models.sources import resolve_package_path
-from autocomp.spec.schema import DataSection
+from autocomp.spec.task import DataSection
 
 _BY_ENDING = {
     ".csv": "csv",

@@ -31,7 +31,8 @@ from autocomp.core.hashing import content_key, file_digest
 from autocomp.models.conversion import save_model
 from autocomp.models.load import load_model, quiet
 from autocomp.models.sources import code_files, read_config, read_tensor_shapes, weight_files
-from autocomp.spec.schema import Spec, TeacherSection
+from autocomp.spec.schema import Spec
+from autocomp.spec.task import TeacherSection
 from autocomp.tasks.fitting import fit_full, fit_head
 from autocomp.tasks.protocol import Array, Split, Task
 

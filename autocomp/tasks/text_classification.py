@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.models.sources import read_config
-from autocomp.spec.schema import TaskSection, WorkloadSection
+from autocomp.spec.schema import WorkloadSection
+from autocomp.spec.task import TaskSection
 from autocomp.tasks.base import Classification, check_sequence, tiled
 from autocomp.tasks.data import align_labels, load_examples, split_sizes
 from autocomp.tasks.protocol import NO_LABEL, Array, Encoded, Split

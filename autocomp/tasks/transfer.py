@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocomp.core.errors import DataError
-from autocomp.spec.schema import DataSection, TransferSection
+from autocomp.spec.task import DataSection, TransferSection
 from autocomp.tasks.data import Examples
 from autocomp.tasks.readers import read_records
 from autocomp.tasks.splits import Indices

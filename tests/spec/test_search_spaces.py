@@ -10,7 +10,7 @@ import yaml
 from autocomp.core.errors import SpecError
 from autocomp.spec.json_schema import render
 from autocomp.spec.loader import load_spec
-from autocomp.spec.schema import TASKS
+from autocomp.spec.task import TASKS
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 SPECS = sorted(SPACES.glob("*.yaml"))

