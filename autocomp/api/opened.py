@@ -85,8 +85,9 @@ class OpenStudy:
     ) -> Picked:
         """The measured trial to take within a budget; without limits, within the study's own.
 
-        That is the simplest one whose quality the examples do not tell apart from the best's, and
-        which costs no more (`front.choice`); with `best` the one of highest quality.
+        Of the best and those whose quality the examples do not tell apart from it, that is the one
+        closest to the teacher, or a simpler one as close which costs no more (`front.choice`); with
+        `best` the one of highest quality.
 
         Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%"); `quality` is a
         floor in (0, 1]: an accuracy, or of a language model 1 / perplexity.

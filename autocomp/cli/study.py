@@ -56,7 +56,7 @@ def front(
     "--quality", type=float, help="Lower limit: an accuracy (0.9), or 1 / perplexity (0.02)."
 )
 @click.option(
-    "--best", is_flag=True, help="Take the highest quality, not the simplest within noise of it."
+    "--best", is_flag=True, help="Take the highest quality, not what is as good within its noise."
 )
 @click.option(
     "--export",
@@ -84,7 +84,8 @@ def pick(
 ) -> None:
     """Choose a trial of STUDY within a budget; without limits, within the study's own.
 
-    The best, or a simpler one that costs no more and that the examples do not tell from the best.
+    Of the best and those that the examples do not tell from it, the one closest to the teacher, or
+    a simpler one as close that costs no more.
     Answers from what was measured; runs no new trial.
     """
     from autocomp import api

@@ -1,22 +1,25 @@
-"""Which of the trials that meet a budget is taken: the simplest that is as good as the best.
+"""Which of the trials that meet a budget is taken: the closest, and the simplest as good as it.
 
-The trial of highest quality is the best of many noisy figures, so part of its lead is luck. Another
-one is taken in its place where nothing speaks against it but that luck:
+The trial of highest quality is the best of many noisy figures, so part of its lead is luck. It and
+the trials whose difference to it has 0 in its paired 95% interval are the finalists, and among
+these the metric says little more. Two things do:
 
-1. it does fewer distinct things: the options of its units, told apart as they are printed, counted
-   without those that leave a unit dense;
-2. its quality is lower by no more than one standard error of their paired difference (Breiman et
-   al., 1984), the 95% interval of that difference holds 0, and it is lower by no more than half a
-   percent: on few examples a standard error is a lot;
-3. it costs no more: no measured cost is above the best's by more than 5%, which measuring again may
-   say too.
+- how far a model diverges from its teacher, which every example tells to many digits, where a
+  metric says right or wrong. The *closest* is the finalist of least divergence. In what the budget
+  does not limit it costs no more than the best, to 5%, which measuring again may say too;
+- simplicity. In place of the closest another one is taken that does fewer distinct things (the
+  options of its units, told apart as they are printed, without those that leave a unit dense), if
+  its quality is lower by no more than one standard error of their paired difference (Breiman et
+  al., 1984), whose 95% interval holds 0, and by no more than half a percent: on few examples a
+  standard error is a lot; if it diverges no further, to a tenth; and if it costs no more, to 5%.
 
-Of those the one with the fewest distinct options is taken, then the one of highest quality. Where
-there are no per-example scores it is the best, as it is when that is asked for.
+Of those the one with the fewest distinct options is taken, then the closest. Where there are no
+per-example scores it is the best, as it is when that is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +34,7 @@ STANDARD_ERRORS = 1.0
 LARGEST_DROP = 0.005
 """Of the best's quality."""
 COST_TOLERANCE = 0.05
+KL_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,23 @@ class Choice:
     Attributes:
         record: the trial taken.
         best: the feasible trial of highest quality.
+        closest: the finalist that diverges least from the teacher.
         finalists: the best, then in order of quality the feasible trials that the examples do not
             tell apart from it: the 95% interval of the difference holds 0.
     """
 
     record: TrialRecord
     best: TrialRecord
+    closest: TrialRecord
     finalists: tuple[TrialRecord, ...]
     noise: Noise = field(repr=False)
 
     def to_json(self) -> dict[str, Any] | None:
-        """`chosen`, `best`, `examples` (how many), `finalists`; `None` without per-example scores.
+        """`chosen`, `best`, `closest`, `examples` (how many), `finalists`.
 
         A finalist has `id`, `quality` and its interval, `difference` and `ratio` to the best with
-        theirs (null for the best), `distinct_options`.
+        theirs (null for the best), `teacher_kl`, `distinct_options`. `None` without per-example
+        scores.
         """
         examples = self.noise.examples(self.best.id)
         if examples is None:
@@ -61,6 +68,7 @@ class Choice:
         return {
             "chosen": self.record.id,
             "best": self.best.id,
+            "closest": self.closest.id,
             "examples": examples,
             "finalists": [self._finalist(record) for record in self.finalists],
         }
@@ -72,6 +80,8 @@ class Choice:
             found = None if record is self.best else figure(record.id, self.best.id)
             row[name] = None if found is None else found.value
             row.update(bounds(name, found))
+        kl = _divergence(record)
+        row["teacher_kl"] = kl if math.isfinite(kl) else None
         return {**row, "distinct_options": distinct_options(record.candidate)}
 
 
@@ -97,7 +107,7 @@ def choose(
 
     Args:
         noise: of their qualities on the search split.
-        plain: take the best, whatever is as good and simpler.
+        plain: take the best, whatever is as good and closer or simpler.
 
     Raises:
         NothingFitsError: as `pick`.
@@ -110,15 +120,25 @@ def choose(
         if record is not best and feasible(record, budget) and _as_good(record, best, noise)
     ]
     finalists = [best, *sorted(finalists, key=preference)]
+    closest = min(
+        (each for each in finalists if each is best or _costs_no_more(each, best, budget)),
+        key=lambda record: (_divergence(record), *preference(record)),
+    )
     taken = best
     if not plain:
-        simpler = [record for record in finalists if _stands_in(record, best, noise)]
-        taken = min([best, *simpler], key=_simplicity)
-    return Choice(taken, best, tuple(finalists), noise)
+        simpler = [record for record in finalists if _stands_in(record, closest, noise)]
+        taken = min([closest, *simpler], key=_simplicity)
+    return Choice(taken, best, closest, tuple(finalists), noise)
 
 
 def _simplicity(record: TrialRecord) -> tuple[Any, ...]:
-    return (distinct_options(record.candidate), *preference(record))
+    return (distinct_options(record.candidate), _divergence(record), *preference(record))
+
+
+def _divergence(record: TrialRecord) -> float:
+    """KL(teacher ‖ artifact) in nats, infinite where it is not known."""
+    kl = record.teacher_kl
+    return kl if kl is not None and math.isfinite(kl) else math.inf
 
 
 def _as_good(record: TrialRecord, best: TrialRecord, noise: Noise) -> bool:
@@ -126,20 +146,29 @@ def _as_good(record: TrialRecord, best: TrialRecord, noise: Noise) -> bool:
     return difference is not None and difference.holds(0.0)
 
 
-def _stands_in(record: TrialRecord, best: TrialRecord, noise: Noise) -> bool:
-    """Whether a finalist may be taken in place of the best."""
-    difference = noise.difference(record.id, best.id)
-    if difference is None or distinct_options(record.candidate) >= distinct_options(best.candidate):
+def _stands_in(record: TrialRecord, closest: TrialRecord, noise: Noise) -> bool:
+    """Whether a finalist may be taken in place of the closest."""
+    difference = noise.difference(record.id, closest.id)
+    options = distinct_options(closest.candidate)
+    if difference is None or distinct_options(record.candidate) >= options:
         return False
-    quality = best.quality or 0.0
-    drop = min(STANDARD_ERRORS * difference.standard_error, LARGEST_DROP * quality)
-    return -difference.value <= drop + 1e-12 and _costs_no_more(record, best)
+    drop = min(STANDARD_ERRORS * difference.standard_error, LARGEST_DROP * (closest.quality or 0.0))
+    return (
+        difference.holds(0.0)
+        and -difference.value <= drop + 1e-12
+        and _divergence(record) <= (1 + KL_TOLERANCE) * _divergence(closest)
+        and _costs_no_more(record, closest, Budget())
+    )
 
 
-def _costs_no_more(record: TrialRecord, best: TrialRecord) -> bool:
-    for name in FIELDS:
-        its, reference = objective(record, name), objective(best, name)
-        if reference is not None and (its is None or its > (1 + COST_TOLERANCE) * reference):
+def _costs_no_more(record: TrialRecord, other: TrialRecord, budget: Budget) -> bool:
+    """In what the budget does not limit."""
+    for name, field_name in FIELDS.items():
+        its, reference = objective(record, name), objective(other, name)
+        free = getattr(budget, field_name) is not None
+        if free or reference is None:
+            continue
+        if its is None or its > (1 + COST_TOLERANCE) * reference:
             return False
     return True
 

@@ -53,12 +53,15 @@ def _signed(value: float) -> str:
 def selection_line(selection: Mapping[str, Any], scale: Scale) -> str:
     """Why the trial that is chosen was: `a is within noise of b (…) and simpler: …`."""
     rows = {row["id"]: row for row in selection["finalists"]}
-    chosen, best = rows[selection["chosen"]], rows[selection["best"]]
+    chosen, best, closest = (rows[selection[name]] for name in ("chosen", "best", "closest"))
     if chosen is not best:
-        return (
-            f"{chosen['id']} is within noise of {best['id']} ({gap_text(scale, chosen)}) and "
-            f"simpler: {_options(chosen)} instead of {best['distinct_options']}"
-        )
+        within = f"{chosen['id']} is within noise of {best['id']} ({gap_text(scale, chosen)}) and "
+        if chosen is closest:
+            less = f"{_nats(chosen)} nats instead of {_nats(best)}"
+            return f"{within}diverges less from the teacher: {less}"
+        than = "" if closest is best else f" than {closest['id']}, which diverges least"
+        options = f"{_options(chosen)} instead of {closest['distinct_options']}"
+        return f"{within}simpler{than}: {options}"
     others = len(rows) - 1
     if not others:
         return f"{best['id']} is better than all others that fit, beyond the noise of the examples"
@@ -66,6 +69,10 @@ def selection_line(selection: Mapping[str, Any], scale: Scale) -> str:
         f"{best['id']} is the best that fits; {others} other{'' if others == 1 else 's'} within "
         f"noise of it on {selection['examples']:,} examples"
     )
+
+
+def _nats(row: Mapping[str, Any]) -> str:
+    return "–" if row["teacher_kl"] is None else f"{row['teacher_kl']:.3g}"
 
 
 def _options(row: Mapping[str, Any]) -> str:
@@ -81,6 +88,7 @@ def finalists_table(selection: Mapping[str, Any], scale: Scale) -> Table:
     table.add_column(scale.name, justify="right", no_wrap=True)
     table.add_column("95% interval", no_wrap=True)
     table.add_column("to the best", no_wrap=True)
+    table.add_column("KL", justify="right", no_wrap=True)
     table.add_column("options", justify="right", no_wrap=True)
     for row in _shown(selection):
         chosen = row["id"] == selection["chosen"]
@@ -91,6 +99,7 @@ def finalists_table(selection: Mapping[str, Any], scale: Scale) -> Table:
             f"{figure:.4g}" if scale.reciprocal else format_quality(figure),
             interval_text(scale, row["quality_low"], row["quality_high"]),
             gap_text(scale, row).replace(" 95% interval", "").removeprefix(f"{scale.name} "),
+            _nats(row),
             str(row["distinct_options"]),
             style="bold green" if chosen else "",
         )

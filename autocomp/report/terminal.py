@@ -206,9 +206,10 @@ def next_steps(view: Mapping[str, Any]) -> list[Text]:
     """What to do next, as a command to paste."""
     study = str(view["study"])
     if view.get("chosen") is not None:
-        selection = view.get("selection")
-        simpler = selection is not None and selection["best"] != view["chosen"]
-        what = "simplest within noise of the best" if simpler else "best"
+        what = "best"
+        if (selection := view.get("selection")) and selection["best"] != view["chosen"]:
+            closest = selection["closest"] == view["chosen"]
+            what = f"{'closest to the teacher' if closest else 'simplest'} within noise of the best"
         return [
             Text(f"{view['chosen']} is the {what} that meets the budget. Export it:", style="dim"),
             Text(f"  autocomp pick {study} --export out/", style="bold"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autocomp.core.errors import InfeasibleError
 from autocomp.search.costs import Costs, Limits
@@ -20,7 +20,6 @@ from autocomp.search.surrogate import Surrogate
 
 logger = logging.getLogger(__name__)
 
-_CONSIDERED = 200
 _FEW = 4
 _REPAIRED = 20
 _SOLVED = 6
@@ -48,7 +47,7 @@ class Architectures:
         self._surrogate = Surrogate(self._weights, list(self._kl.items())[-_LEARNT_FROM:])
 
     def origin(self, vector: Vector) -> str:
-        """`milp`, `evolution`, `surrogate` or `random`."""
+        """`milp`, `evolution`, `surrogate`, `random` or `regular`."""
         return self._origin.get(vector, "evolution")
 
     def fitting(
@@ -70,20 +69,32 @@ class Architectures:
         shares: Sequence[float],
         tried: AbstractSet[Vector],
         rng: np.random.Generator,
+        rank: Callable[[Sequence[Vector]], NDArray[np.float64]] | None = None,
     ) -> list[Vector]:
-        """Untried vectors under each share of the limits: the best few, new ones where few fit."""
+        """Untried vectors under each share of the limits: the best few, new ones where few fit.
+
+        `rank`: what the best are lowest in, the screening KL if it is not given.
+        """
         found: dict[Vector, None] = {}
         for share in shares:
             tight = {metric: limit * share for metric, limit in limits.items()}
             if len(self._untried(costs, tight, tried)) < _FEW:
                 self._make(costs, tight, rng)
-            best = sorted(self._untried(costs, tight, tried), key=self.rank)[:_FEW]
-            found.update(dict.fromkeys(best))
+            best = sorted(self._untried(costs, tight, tried), key=self.rank)
+            if rank is not None:
+                best = [best[i] for i in np.argsort(rank(best), kind="stable")]
+            found.update(dict.fromkeys(best[:_FEW]))
         return list(found)
 
-    def kl(self, vector: Vector) -> float | None:
-        """Screening KL in nats (the estimate of it, for a vector that was made here)."""
-        return self._kl.get(vector)
+    def kl(self, vector: Vector) -> float:
+        """Screening KL in nats; the surrogate's estimate of it, where it was not screened."""
+        if vector not in self._kl:
+            return float(self._surrogate.predict([vector])[0])
+        return self._kl[vector]
+
+    def regular(self, pool: Iterable[Vector]) -> list[Vector]:
+        """Those of a pool that are regular shapes."""
+        return [vector for vector in pool if self.origin(vector) == "regular"]
 
     def rank(self, vector: Vector) -> tuple[float, Vector]:
         """What vectors are sorted by: screening KL, then the vector itself."""
@@ -111,35 +122,18 @@ class Architectures:
                     return vector
         return None
 
-    def of_highest_utility(
-        self,
-        pool: Sequence[Vector],
-        tried: AbstractSet[Vector],
-        measured: Sequence[tuple[Vector, float]],
-    ) -> Vector:
-        """Rank in screening, less what was learnt from trials nearby.
-
-        The utility of a vector is minus its rank in [0, 1), minus half of how far each trial below
-        the median quality fell (in units of the spread), minus 0.3 for what was tried or is
-        pending; the last two fade as exp(−Hamming distance / reach).
-
-        Args:
-            pool: not empty, best first.
-            tried: asked or finished.
-            measured: vector and quality of finished trials, not empty.
-        """
-        reach = max(1.0, len(self._space.free) / 6)
-        qualities = np.array([quality for _, quality in measured])
-        middle, spread = float(np.median(qualities)), float(np.ptp(qualities)) or 1.0
-        bad = [(vector, (middle - q) / spread) for vector, q in measured if q < middle]
-
-        def utility(item: tuple[int, Vector]) -> float:
-            rank, vector = item
-            learnt = sum(miss * math.exp(-hamming(vector, v) / reach) for v, miss in bad)
-            nearest = min((hamming(vector, other) for other in tried), default=len(vector))
-            return -rank / len(pool) - 0.5 * learnt - 0.3 * math.exp(-nearest / reach)
-
-        return max(enumerate(pool[:_CONSIDERED]), key=utility)[1]
+    def neighbours(self, vectors: Iterable[Vector], costs: Costs, limits: Limits) -> list[Vector]:
+        """What differs from one of these in one unit and is within the limits."""
+        found: dict[Vector, None] = {}
+        for vector in vectors:
+            for unit in self._space.free:
+                for option in range(self._space.levels[unit]):
+                    other = (*vector[:unit], option, *vector[unit + 1 :])
+                    if other != vector and self._solvable(unit, option):
+                        found[other] = None
+        fitting = [vector for vector in found if costs.fits(vector, limits)]
+        self._estimate([(v, "evolution") for v in fitting])
+        return fitting
 
     def _add(self, vector: Vector, kl: float, origin: str) -> None:
         if vector not in self._kl:
@@ -150,10 +144,7 @@ class Architectures:
         return [v for v in self._kl if v not in tried and costs.fits(v, limits)]
 
     def _make(self, costs: Costs, limits: Limits, rng: np.random.Generator) -> None:
-        """Bring the best of the pool within the limits, and solve anew under them.
-
-        The KL of what was never screened is what the surrogate expects.
-        """
+        """Bring the best of the pool within the limits, and solve anew under them."""
         repair = Repair(self._weights, costs, limits)
         best = sorted(self._kl, key=lambda vector: self._kl[vector])[:_REPAIRED]
         made = [(repair.fit(vector, rng), "evolution") for vector in best]
@@ -162,6 +153,15 @@ class Architectures:
             made = [(vector, "milp") for vector in solved] + made
         except InfeasibleError as error:
             logger.debug("%s", error)
-        for vector, origin in made:
-            if vector is not None:
-                self._add(vector, float(self._surrogate.predict([vector])[0]), origin)
+        self._estimate([(vector, origin) for vector, origin in made if vector is not None])
+
+    def _estimate(self, made: Sequence[tuple[Vector, str]]) -> None:
+        """Take vectors that were never screened, with the KL the surrogate expects."""
+        new = [(vector, origin) for vector, origin in made if vector not in self._kl]
+        expected = self._surrogate.predict([vector for vector, _ in new])
+        for (vector, origin), kl in zip(new, expected, strict=True):
+            self._add(vector, float(kl), origin)
+
+    def _solvable(self, unit: int, option: int) -> bool:
+        """Whether the option did not break the model where it was scored."""
+        return bool(np.isfinite(self._weights[unit][option]))

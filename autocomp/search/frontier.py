@@ -1,18 +1,19 @@
 """Proposals for the front: which candidate is expected to add the most hypervolume.
 
-A trial's quality is expected to fall with the logarithm of its screening KL; the line through the
-trials measured so far says how far (what distillation wins back is in it). Candidates are looked
-for at shares of the limits, since screening itself fills them.
+A trial's quality is expected to fall with the logarithm of the KL it is expected to have after
+training (`search.gain`); the line through the trials measured so far says how far. Candidates are
+looked for at shares of the limits, since screening itself fills them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autocomp.core.candidate import Runtime
 from autocomp.front.dominance import hypervolume
@@ -22,14 +23,16 @@ from autocomp.search.costs import SHARES, Costs, Limits
 from autocomp.search.space import Space, Vector
 from autocomp.study.records import TrialRecord
 
-_LEAST_KL = 1e-6
+Expected = Callable[[Sequence[Vector]], NDArray[np.float64]]
+"""Vectors → ln of the KL in nats that is expected of each after training, `(N,)`."""
+
 _DISTINCT = 1.05
 """Trials whose KLs differ by less than this factor tell no slope."""
 
 
 @dataclass(frozen=True)
 class QualityModel:
-    """`quality = level − slope · log(KL)`, `slope ≥ 0`, never above the best seen."""
+    """`quality = level − slope · ln KL`, `slope ≥ 0`, never above the best seen."""
 
     level: float
     slope: float
@@ -37,8 +40,8 @@ class QualityModel:
 
     @classmethod
     def fit(cls, measured: Sequence[tuple[float, float]]) -> QualityModel:
-        """Least squares over (KL, quality) of trials, not empty."""
-        kl = np.log([max(value, _LEAST_KL) for value, _ in measured])
+        """Least squares over (ln KL, quality) of trials, not empty."""
+        kl = np.array([value for value, _ in measured], dtype=np.float64)
         quality = np.array([value for _, value in measured], dtype=np.float64)
         slope = 0.0
         if np.ptp(kl) > math.log(_DISTINCT):
@@ -46,9 +49,9 @@ class QualityModel:
         level = float(np.mean(quality + slope * kl))
         return cls(level, slope, float(quality.max()))
 
-    def predict(self, kl: float) -> float:
+    def predict(self, log_kl: float) -> float:
         """Expected quality after distillation."""
-        return min(self.best, self.level - self.slope * math.log(max(kl, _LEAST_KL)))
+        return min(self.best, self.level - self.slope * log_kl)
 
 
 class Frontier:
@@ -56,7 +59,7 @@ class Frontier:
 
     Args:
         space: the space.
-        architectures: the pool, with screening KLs.
+        architectures: the pool.
         objectives: what the front trades against each other.
     """
 
@@ -73,6 +76,7 @@ class Frontier:
         limits: Mapping[Runtime, Limits],
         tried: AbstractSet[Vector],
         rng: np.random.Generator,
+        expected: Expected,
     ) -> tuple[Runtime, Vector] | None:
         """The runtime and vector of most expected gain in hypervolume; `None` if there is none.
 
@@ -80,16 +84,12 @@ class Frontier:
         """
         ranked = [record for record in records if rankable(record, self._objectives)]
         dense = next((record for record in ranked if record.kind == "dense"), None)
-        learnt = [
-            (kl, record.quality or 0.0)
-            for record in ranked
-            if record.kind == "search"
-            and record.candidate in self._space
-            and (kl := self._architectures.kl(self._space.encode(record.candidate))) is not None
-        ]
+        learnt = [r for r in ranked if r.kind == "search" and r.candidate in self._space]
         if dense is None or not learnt:
             return None
-        model = QualityModel.fit(learnt)
+        logs = expected([self._space.encode(record.candidate) for record in learnt])
+        qualities = [record.quality or 0.0 for record in learnt]
+        model = QualityModel.fit(list(zip(logs.tolist(), qualities, strict=True)))
         scales = [
             1.0 if name == "quality" else objective(dense, name) or 1.0 for name in self._objectives
         ]
@@ -102,18 +102,20 @@ class Frontier:
         best: tuple[float, Runtime, Vector] | None = None
         before = hypervolume(measured, reference, senses(self._objectives))
         for runtime, its in costs.items():
-            for vector in self._architectures.below(its, limits[runtime], SHARES, tried, rng):
-                point = [self._expected(name, model, its, vector) / scale for name, scale in scaled]
+            vectors = self._architectures.below(its, limits[runtime], SHARES, tried, rng, expected)
+            for vector, log_kl in zip(vectors, expected(vectors).tolist(), strict=True):
+                quality = model.predict(log_kl)
+                point = [_figure(name, quality, its, vector) / scale for name, scale in scaled]
                 after = hypervolume([*measured, point], reference, senses(self._objectives))
                 if after > before and (best is None or after > best[0]):
                     best = after, runtime, vector
         return None if best is None else best[1:]
 
-    def _expected(
-        self, name: Objective, model: QualityModel, costs: Costs, vector: Vector
-    ) -> float:
-        if name == "quality":
-            return model.predict(self._architectures.kl(vector) or 0.0)
-        if FIELDS[name] not in costs.terms:
-            return math.nan  # adds nothing
-        return costs.total(FIELDS[name], vector)
+
+def _figure(name: Objective, quality: float, costs: Costs, vector: Vector) -> float:
+    """What is expected of a vector in one objective."""
+    if name == "quality":
+        return quality
+    if FIELDS[name] not in costs.terms:
+        return math.nan  # adds nothing
+    return costs.total(FIELDS[name], vector)

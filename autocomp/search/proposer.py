@@ -6,15 +6,18 @@ study, a projection that is rebuilt from the ledger's records when a search resu
 
 How it chooses, in order:
 1. baselines, as given;
-2. until three feasible trials are measured: the best of the screened at the whole limits and, in
-   turn, at shares of them (insurance against an optimistic estimate, and points for the front),
-   each a tenth of the units or more away from all earlier ones; settings are spread. Runtimes take
-   turns, beginning with the one on which the best of the screened fits: insurance against an
-   estimate that flatters one of them;
-3. then, in turn: the best architecture under settings near its own, on its runtime; the
-   architecture of highest utility — its rank in screening, lowered near trials that turned out
-   worse than the median, and near what was tried or is pending — on the runtime where it leaves
-   most of the budget; and what is expected to add most to the front (`frontier`).
+2. until a quarter of the trials (three at least) were looked at and three feasible ones are
+   measured, in turn: the best of the screened, at the whole limits and at shares of them (insurance
+   against an optimistic estimate, and points for the front), each a tenth of the units or more away
+   from all earlier ones; and the regular shape least like anything tried, since screening does not
+   tell what distillation makes of it. Settings are spread. Runtimes take turns, beginning with the
+   one on which the best of the screened fits: insurance against an estimate that flatters one;
+3. then, in turn: the best architecture under settings near its own, on its runtime; the one of
+   which the least divergence may be hoped for after training (`gain`), on the runtime where it
+   leaves most of the budget; and what is expected to add most to the front (`frontier`).
+
+What is best is what diverges least from the teacher: on few examples that tells more of a model
+than its metric.
 
 An architecture is tried on one runtime: what it computes is the same on another, what it costs
 there the table knows.
@@ -30,26 +33,23 @@ import math
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import TrialState, create_trial
 
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Runtime
 from autocomp.core.errors import InternalError
-from autocomp.core.measurement import Measurement
-from autocomp.front.pick import OBJECTIVES, Objective, feasible, objective, rankable
+from autocomp.front.pick import OBJECTIVES, Objective, feasible, rankable
 from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
 from autocomp.search.costs import Costs, Limits, Predictor, Predictors
-from autocomp.search.evolution import ORIGIN, distributions, to_params
 from autocomp.search.frontier import Frontier
+from autocomp.search.gain import Gain, Shapes, Trained
+from autocomp.search.projection import Projection
 from autocomp.search.proposal import Proposal, trial_id
 from autocomp.search.scores import Scores
-from autocomp.search.screening import Screened, new_study
+from autocomp.search.screening import Screened
 from autocomp.search.settings import Settings
 from autocomp.search.space import Space, Vector
 from autocomp.study.records import RungRecord, TrialKind, TrialRecord
@@ -58,6 +58,9 @@ logger = logging.getLogger(__name__)
 
 _SLACK = (1.0, 0.75, 1.0, 0.5)
 _ADAPT_AFTER = 3
+_AROUND = 3
+"""Best architectures whose neighbours are considered."""
+_TURN = ("best", "gain", "front", "gain")
 _LARGEST_MARGIN = 0.4
 
 
@@ -95,33 +98,41 @@ class TrialProposer:
         margin: float = 0.01,
         objectives: Sequence[Objective] = OBJECTIVES,
     ) -> None:
-        self._space, self._budget, self._objectives = space, budget, tuple(objectives)
+        self._space, self._budget = space, budget
         self._least_margin = margin
         self._architectures = Architectures(space, screened, scores)
-        self._frontier = Frontier(space, self._architectures, self._objectives)
+        self._frontier = Frontier(space, self._architectures, objectives)
+        self._shapes = Shapes(space)
         self._settings = Settings(space.distill)
         self._rng = np.random.default_rng([seed, len(finished)])
         self._trials = trials
         self._lock = threading.Lock()
-        directions = ["maximize" if name == "quality" else "minimize" for name in self._objectives]
-        self.study = new_study(optuna.samplers.RandomSampler(seed), directions)  # type: ignore[arg-type]
+        self._projection = Projection(
+            space, self._settings, list(predictors), budget, objectives, seed
+        )
         self._records: dict[str, TrialRecord] = {}
-        self._pending: dict[str, tuple[Proposal, optuna.Trial | None]] = {}
-        self._failed: set[str] = set()
+        self._pending: dict[str, Proposal] = {}
         self._predictors: dict[Runtime, Predictor] = {}
         self._costs: dict[Runtime, Costs] = {}
         for runtime, predictor in predictors.items():
             self.correct(predictor, runtime)
         for record in finished:
-            self._replay(record)
+            if record.id not in self._records:
+                self._records[record.id] = record
+                self._projection.end(record)
         self._baselines = deque(b for b in baselines if b[0] not in self._records)
         self._again = deque(record for record in again if record.kind == "search")
+
+    @property
+    def study(self) -> optuna.Study:
+        """The trials as Optuna shows them."""
+        return self._projection.study
 
     @property
     def in_flight(self) -> list[Proposal]:
         """Asked and not yet told."""
         with self._lock:
-            return [proposal for proposal, _ in self._pending.values()]
+            return list(self._pending.values())
 
     def correct(self, predictor: Predictor, runtime: Runtime = None) -> None:
         """Take a refitted cost model of a runtime; later proposals are within its prediction."""
@@ -182,91 +193,24 @@ class TrialProposer:
         with self._lock:
             if id not in self._pending:
                 raise InternalError(f"trial {id!r} was not asked, or was told before")
-            proposal, trial = self._pending.pop(id)
+            proposal = self._pending.pop(id)
             if isinstance(outcome, str):
                 outcome = TrialRecord(
                     id, proposal.kind, proposal.proposed_by, "failed", proposal.candidate,
                     error=outcome,
                 )  # fmt: skip
             self._records[id] = outcome
-            if trial is None:
-                self._project(outcome)
-                return
-            for name, value in self._constraints(outcome).items():
-                trial.set_constraint(name, value)
-            values = self._values(outcome)
-            if values is not None:
-                self.study.tell(trial, values)
-            else:
-                trial.set_user_attr("error", outcome.error or "a figure is missing or not finite")
-                trial.set_user_attr("rungs", list(outcome.rungs))
-                pruned = outcome.state == "pruned"
-                self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
-
-    # -- the Optuna study, a projection of the records
+            self._projection.end(outcome)
 
     def _begin(self, id: str, kind: TrialKind, candidate: Candidate, origin: str) -> Proposal:
         estimated = None
         if self._offered(candidate):
             estimated = self._predictors[candidate.runtime].predict(candidate.by_unit)
         proposal = Proposal(id, kind, candidate, origin, estimated)
-        trial = None
         if kind == "search":
-            params, dimensions = self._dimensions(candidate)
-            self.study.enqueue_trial(params, user_attrs={"id": id, ORIGIN: origin})
-            trial = self.study.ask(fixed_distributions=dimensions)
-        self._pending[id] = (proposal, trial)
+            self._projection.begin(id, candidate, origin)
+        self._pending[id] = proposal
         return proposal
-
-    def _dimensions(
-        self, candidate: Candidate
-    ) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-        """Parameters and distributions; none for what lies outside the space."""
-        settings = candidate.distillation
-        if not self._offered(candidate) or not self._settings.holds(settings):
-            return {}, {}
-        params: dict[str, Any] = {
-            **to_params(self._space, self._space.encode(candidate)),
-            **self._settings.to_params(settings),
-        }
-        dimensions = {**distributions(self._space), **self._settings.distributions(settings)}
-        if candidate.runtime is not None:
-            params["runtime"] = candidate.runtime
-            dimensions["runtime"] = CategoricalDistribution(list(self._costs))
-        return params, dimensions
-
-    def _replay(self, record: TrialRecord) -> None:
-        if record.id not in self._records:
-            self._records[record.id] = record
-            self._project(record)
-
-    def _project(self, record: TrialRecord) -> None:
-        """Add a record to the study as a finished trial."""
-        values = self._values(record)
-        params, dimensions = self._dimensions(record.candidate)
-        pruned = record.state == "pruned"
-        unfinished = TrialState.PRUNED if pruned else TrialState.FAIL
-        self.study.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if values is not None else unfinished,
-                values=values,
-                params=params,
-                distributions=dimensions,
-                user_attrs={"id": record.id, ORIGIN: record.proposed_by},
-                constraints=self._constraints(record),
-            )
-        )
-
-    def _values(self, record: TrialRecord) -> list[float] | None:
-        if not rankable(record, self._objectives):
-            return None
-        return [float(objective(record, name) or 0.0) for name in self._objectives]
-
-    def _constraints(self, record: TrialRecord) -> dict[str, float]:
-        """Relative overshoot per limit, the same keys for every trial; unmeasured is infinite."""
-        cost = record.measured or Measurement("measured", None, None)
-        excess = self._budget.excess(cost, record.quality)
-        return {name: math.inf if math.isnan(value) else value for name, value in excess.items()}
 
     # -- choosing
 
@@ -280,7 +224,7 @@ class TrialProposer:
     def _candidates(self) -> list[tuple[Candidate, TrialKind]]:
         """Finished, then pending ones."""
         finished = [(record.candidate, record.kind) for record in self._records.values()]
-        return finished + [(p.candidate, p.kind) for p, _ in self._pending.values()]
+        return finished + [(p.candidate, p.kind) for p in self._pending.values()]
 
     def _choose(self) -> tuple[Candidate, str] | None:
         tried = self._tried()
@@ -293,18 +237,20 @@ class TrialProposer:
             runtime: self._architectures.fitting(costs, limits[runtime], vectors, self._rng)
             for runtime, costs in self._costs.items()
         }
-        good = [r for r in self._records.values() if r.kind == "search" and self._good(r)]
-        best = max(good, key=lambda record: record.quality or 0.0) if good else None
+        searched = [record for record in self._records.values() if record.kind == "search"]
+        trained = [t for r in searched if (t := Trained.of(r, self._space)) is not None]
+        good = _best([record for record in searched if self._good(record)])
+        best = good[0] if good else None
         index = self._asked()
-        if best is None or len(good) < _ADAPT_AFTER:
-            slack = _SLACK[index // len(pools) % len(_SLACK)]
-            for runtime in self._turns(pools):
-                vector = self._architectures.finalist(
-                    pools[runtime], vectors, self._costs[runtime], limits[runtime], slack
-                )
-                if vector is not None:
-                    return self._named(runtime, vector, self._settings.spread(index), tried)
-        elif index % 3 == 0 and self._fits(best.candidate, limits):
+        seen = max(len(trained), len(good))
+        if best is None or len(good) < _ADAPT_AFTER or seen < self._trials // 4:
+            begun = self._insurance(index, pools, limits, vectors, tried)
+            if begun is not None:
+                return begun
+        if best is None:
+            return self._repeat(tried, limits, index)
+        turn = _TURN[index % len(_TURN)]
+        if turn == "best" and self._fits(best.candidate, limits):
             again = self._named(
                 best.candidate.runtime,
                 self._space.encode(best.candidate),
@@ -313,26 +259,87 @@ class TrialProposer:
             )
             if again is not None:
                 return again
-        if best is not None and index % 3 == 2:
+        settings = self._near(best.candidate.distillation, index)
+        gain = self._gain(trained)
+        if turn == "front":
             added = self._frontier.most_gain(
-                list(self._records.values()), self._costs, limits, vectors, self._rng
+                list(self._records.values()),
+                self._costs,
+                limits,
+                vectors,
+                self._rng,
+                lambda vectors: gain.predict(vectors, settings)[0],
             )
-            if added is not None:
-                settings = self._near(best.candidate.distillation, index)
-                named = self._named(*added, settings, tried)
-                if named is not None:
-                    return named[0], "front"
-        pool = sorted({v for its in pools.values() for v in its}, key=self._architectures.rank)
-        if best is not None and pool:
-            measured = [
-                (self._space.encode(record.candidate), record.quality or 0.0)
-                for record in self._records.values()
-                if record.kind == "search" and rankable(record) and record.candidate in self._space
-            ]
-            vector = self._architectures.of_highest_utility(pool, vectors, measured)
-            settings = self._near(best.candidate.distillation, index)
-            return self._named(self._roomiest(vector, limits), vector, settings, tried)
-        return self._repeat(tried, limits, index)
+            named = None if added is None else self._named(*added, settings, tried)
+            if named is not None:
+                return named[0], "front"
+        vector = self._hoped_for(pools, limits, vectors, gain, good[:_AROUND], settings)
+        if vector is None:
+            return self._repeat(tried, limits, index)
+        named = self._named(self._roomiest(vector, limits), vector, settings, tried)
+        return named if named is None else (named[0], "gain" if trained else named[1])
+
+    def _insurance(
+        self,
+        index: int,
+        pools: Mapping[Runtime, Sequence[Vector]],
+        limits: Mapping[Runtime, Limits],
+        vectors: set[Vector],
+        tried: dict[str, Candidate],
+    ) -> tuple[Candidate, str] | None:
+        """Without knowing better: the best of the screened, or a regular shape."""
+        regular = {its: self._architectures.regular(pool) for its, pool in pools.items()}
+        turn, odd = index // len(pools), 0
+        if any(regular.values()):
+            turn, odd = divmod(turn, 2)
+        settings = self._settings.spread(index)
+        for runtime in self._turns(pools):
+            vector = self._unlike(regular[runtime], vectors) if odd and regular[runtime] else None
+            if vector is None:
+                slack = _SLACK[turn % len(_SLACK)]
+                vector = self._architectures.finalist(
+                    pools[runtime], vectors, self._costs[runtime], limits[runtime], slack
+                )
+            if vector is not None:
+                return self._named(runtime, vector, settings, tried)
+        return None
+
+    def _unlike(self, vectors: Sequence[Vector], others: set[Vector]) -> Vector:
+        """The one whose shape is furthest from the nearest of others; the first without others."""
+        if not others:
+            return vectors[0]
+        here, there = self._shapes.points(vectors), self._shapes.points(sorted(others))
+        apart = ((here[:, None] - there[None]) ** 2).sum(axis=-1).min(axis=1)
+        return vectors[int(apart.argmax())]
+
+    def _gain(self, trained: Sequence[Trained]) -> Gain:
+        pending = [
+            (self._space.encode(p.candidate), p.candidate.distillation)
+            for p in self._pending.values()
+            if p.kind == "search" and p.candidate in self._space
+        ]
+        return Gain(self._shapes, self._architectures.kl, trained, pending if trained else ())
+
+    def _hoped_for(
+        self,
+        pools: Mapping[Runtime, Sequence[Vector]],
+        limits: Mapping[Runtime, Limits],
+        vectors: set[Vector],
+        gain: Gain,
+        best: Sequence[TrialRecord],
+        settings: Distillation,
+    ) -> Vector | None:
+        """Of what is untried and fits: least mean less one standard deviation of ln KL (LCB)."""
+        pool = {v for its in pools.values() for v in its}
+        around = [self._space.encode(record.candidate) for record in best]
+        for runtime, costs in self._costs.items():
+            near = self._architectures.neighbours(around, costs, limits[runtime])
+            pool.update(vector for vector in near if vector not in vectors)
+        if not pool:
+            return None
+        ordered = sorted(pool, key=self._architectures.rank)
+        mean, deviation = gain.predict(ordered, settings)
+        return ordered[int(np.argmin(mean - deviation))]
 
     def _turns(self, pools: Mapping[Runtime, Sequence[Vector]]) -> list[Runtime]:
         """The runtimes on which anything fits: the least proposed first, then by their best."""
@@ -397,3 +404,10 @@ class TrialProposer:
                     return named
         logger.info("no candidate is left to propose within the predicted budget")
         return None
+
+
+def _best(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Least divergence from the teacher first; by quality where one of them has none."""
+    if any(r.teacher_kl is None or not math.isfinite(r.teacher_kl) for r in records):
+        return sorted(records, key=lambda record: -(record.quality or 0.0))
+    return sorted(records, key=lambda record: record.teacher_kl or 0.0)

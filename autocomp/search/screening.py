@@ -31,12 +31,16 @@ from autocomp.search.evolution import (
 )
 from autocomp.search.milp import Weights
 from autocomp.search.milp import seeds as milp_seeds
+from autocomp.search.regular import regular_shapes
 from autocomp.search.repair import Repair
 from autocomp.search.scores import Scores
 from autocomp.search.space import Space, Vector
 from autocomp.search.surrogate import Surrogate
 
 logger = logging.getLogger(__name__)
+
+_REGULAR = 10
+"""One in so many of the candidates screened is a regular shape, where there are any."""
 
 Direction = Literal["minimize", "maximize"]
 
@@ -47,7 +51,7 @@ class Screened:
 
     Attributes:
         kl: mean KL(teacher ‖ stitched) in nats, or `None` if it was not finite.
-        proposed_by: `milp`, `evolution`, `surrogate` or `random`.
+        proposed_by: `milp`, `evolution`, `surrogate`, `random` or `regular`.
         estimated: predicted cost.
     """
 
@@ -203,11 +207,12 @@ def screen_on_each(
     """`screen` for each runtime in turn, an equal share of `n` proposed within its costs.
 
     What was screened for one runtime counts for all: its divergence is known to the next, which
-    goes on from the best of it. With one runtime this is `screen`.
+    goes on from the best of it. The last tenth of each share are regular shapes (`regular`), which
+    nothing but these would propose; where there are fewer, or none, `screen` has their places.
 
     Args:
         predictors: a cost model for each runtime, each able to meet the budget.
-        settings: as for `screen`.
+        settings: as for `screen`, `scores` among them.
 
     Raises:
         InfeasibleError: if nothing meets the limits on one of the runtimes.
@@ -217,19 +222,59 @@ def screen_on_each(
     for done, (runtime, predictor) in enumerate(predictors.items()):
         own = sum(item.candidate.runtime == runtime for item in results)
         share = max(own, left // (len(predictors) - done))
-        results = screen(
-            space,
-            predictor,
-            evaluate,
-            budget,
-            len(results) - own + share,
-            seed,
-            results,
-            runtime=runtime,
-            **settings,
-        )
+        target = len(results) - own + share
+        shapes = _regular(space, predictor, budget, runtime, settings)[: share // _REGULAR]
+        for held in (len({c.stitch_key for c in shapes} - {r.key for r in results}), 0):
+            results = screen(
+                space,
+                predictor,
+                evaluate,
+                budget,
+                target - held,
+                seed,
+                results,
+                runtime=runtime,
+                **settings,
+            )
+            fresh = [shape for shape in shapes if shape.stitch_key not in {r.key for r in results}]
+            if fresh and len(results) < target:
+                results += _screened_regular(fresh, predictor, evaluate, settings.get("on_batch"))
         left -= sum(item.candidate.runtime == runtime for item in results)
     return results
+
+
+def _regular(
+    space: Space,
+    predictor: Predictor,
+    budget: Budget,
+    runtime: Runtime,
+    settings: Mapping[str, Any],
+) -> list[Candidate]:
+    """Regular shapes within what `screen` is given."""
+    costs = Costs(space, predictor)
+    limits = costs.limits(budget, settings.get("margin", 0.0))
+    vectors = regular_shapes(space, costs, limits, settings["scores"].arrays(space))
+    return [space.decode(vector, runtime=runtime) for vector in vectors]
+
+
+def _screened_regular(
+    candidates: list[Candidate],
+    predictor: Predictor,
+    evaluate: Callable[[list[Candidate]], Sequence[float]],
+    on_batch: Callable[[list[Screened]], None] | None,
+) -> list[Screened]:
+    fresh = [
+        Screened(
+            candidate,
+            float(value) if math.isfinite(value) else None,
+            "regular",
+            predictor.predict(candidate.by_unit),
+        )
+        for candidate, value in zip(candidates, evaluate(candidates), strict=True)
+    ]
+    if on_batch is not None:
+        on_batch(fresh)
+    return fresh
 
 
 def _seeds_below(weights: Weights, costs: Costs, limits: Limits, seed: int) -> list[Vector]:

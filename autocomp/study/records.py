@@ -22,8 +22,9 @@ class TrialRecord:
             Baselines on further runtimes add the runtime's name: `dense-openvino`.
         kind: dense reference, uniform baseline or proposal of the search.
         proposed_by: `baseline`; how the search came upon the architecture: `milp`, `evolution`,
-            `random`, or `surrogate` where the model of screening KL chose among children; `front`
-            where it was expected to add most to the front.
+            `random`, `surrogate` where the model of screening KL chose among children, `regular`
+            for a regular shape; `gain` where it was expected to diverge least after training,
+            `front` where it was expected to add most to the front.
         quality: task metric of the exported artifact on the search split, higher is better.
         teacher_kl: mean KL(teacher ‖ artifact) on the search split, nats.
         metric: the metric's own name and value (`{"name": "perplexity", "value": 87.1}`).

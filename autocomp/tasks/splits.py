@@ -16,7 +16,18 @@ from autocomp.core.errors import DataError
 from autocomp.tasks.protocol import DRAWN, Split
 
 Indices = npt.NDArray[np.int64]
+_UNCOUNTED = 8
+"""One in so many of the distil split."""
 _DRAWN_IN_ORDER: tuple[Split, ...] = ("report", "search", "calibrate")
+
+
+def uncounted(distil: int) -> int:
+    """How many of a distil split's examples, its first, a pruned vocabulary is not counted in.
+
+    Candidates are screened on those. Were their words counted, or the further lines of their texts,
+    which name the same people and places, then a pruned vocabulary would look better than it is.
+    """
+    return distil // _UNCOUNTED
 
 
 def apportion(seats: int, weights: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ from autocomp.core.errors import DataError
 from autocomp.spec.task import DataSection, TransferSection
 from autocomp.tasks.data import Examples
 from autocomp.tasks.readers import read_records
-from autocomp.tasks.splits import Indices
+from autocomp.tasks.splits import Indices, uncounted
 
 
 def transfer_texts(
@@ -24,7 +24,8 @@ def transfer_texts(
     """As many different texts as `data.transfer` asks for, in a seeded order; none if it does not.
 
     Without a source of its own these are further lines of the distil split's texts, so nothing of
-    a text that the search or the report looks at. No text equals an example of any split.
+    a text that the search or the report looks at, nor of those candidates are screened on
+    (`splits.uncounted`). No text equals an example of any split.
 
     Args:
         distil: positions of the distil split in `examples`.
@@ -36,8 +37,9 @@ def transfer_texts(
     if wanted is None:
         return ()
     if wanted.source is None:
+        lending = distil[uncounted(len(distil)) :]
         origin = f"the distil split of {examples.origin}, beyond task.data.lines: {data.lines},"
-        found = [line for i in distil for line in examples.further[i]]
+        found = [line for i in lending for line in examples.further[i]]
     else:
         origin, found = wanted.source, _texts_of(data, wanted)
     known = set(examples.contents)

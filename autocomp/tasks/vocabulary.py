@@ -15,26 +15,28 @@ from autocomp.models.tokenizer_files import FileTokenizer, read_tokenizer, requi
 from autocomp.models.vocabulary import Vocabulary, chosen_vocabulary
 from autocomp.spec.schema import Spec
 from autocomp.tasks.protocol import Array, Split, Task
+from autocomp.tasks.splits import uncounted
 
 COUNTED: tuple[Split, ...] = ("calibrate", "transfer")
 """Splits whose tokens are looked at: neither that the search is steered by nor the report's."""
 
 KEPT_FROM = 2
 """Examples a token must occur in to be kept. New texts hold about as many unseen tokens as these
-hold tokens seen once (Good, 1953): without those, what screening and distillation read is spelt
-out as often as what the model reads in use, and neither takes a pruned vocabulary for free."""
+hold tokens seen once (Good, 1953): without those, distillation reads spelt out words too, and a
+student learns to read them."""
 
 
 def token_counts(task: Task, rows: int) -> Array:
     """How often each token occurs in the calibrate split and the transfer set, int64 `(rows,)`.
 
-    Padding, which attention does not see, counts once.
+    What candidates are screened on is left out (`splits.uncounted`), so that it reads as new texts
+    do. Padding, which attention does not see, counts once.
     """
     return _counted(task, rows, lambda ids, real: ids[real], padding=1)
 
 
 def example_counts(task: Task, rows: int) -> Array:
-    """How many examples of calibrate and the transfer set hold each token, int64 `(rows,)`.
+    """How many examples of the same splits hold each token, int64 `(rows,)`.
 
     Padding, which attention does not see, counts as often as it takes to be kept.
     """
@@ -53,8 +55,10 @@ def _counted(
     counts = np.zeros(rows, np.int64)
     for split in COUNTED:
         inputs = task.splits[split].inputs
-        ids = inputs["input_ids"]
-        real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
+        skipped = uncounted(len(task.splits["distil"])) if split == "transfer" else 0
+        ids = inputs["input_ids"][skipped:]
+        real = inputs.get("attention_mask", np.ones_like(inputs["input_ids"])).astype(bool)
+        real = real[skipped:]
         counts += np.bincount(counted(ids, real), minlength=rows)
         counts[ids[~real]] = np.maximum(counts[ids[~real]], padding)
     return counts

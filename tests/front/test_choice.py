@@ -25,11 +25,18 @@ def candidate(options: int) -> Candidate:
     return Candidate.of({**units, "head": Option()})
 
 
-def trial(id: str, wrong: int, options: int, latency: float = 4.0, size: int = 30) -> TrialRecord:
+def trial(
+    id: str,
+    wrong: int,
+    options: int,
+    latency: float = 4.0,
+    size: int = 30,
+    kl: float | None = None,
+) -> TrialRecord:
     """A trial with so many wrong answers of `COUNT`."""
     return TrialRecord(
         id, "search", "milp", "complete", candidate(options), quality=1 - wrong / COUNT,
-        measured=Measurement("measured", latency, size, 100),
+        teacher_kl=kl, measured=Measurement("measured", latency, size, 100),
     )  # fmt: skip
 
 
@@ -132,6 +139,35 @@ def test_memory_is_a_cost_too() -> None:
     best = replace(BEST, measured=Measurement("measured", 4.0, 30))
     trials = [best, simple]
     assert choose(trials, Budget(), noise(*trials, shifts={"simple": 20})).record is simple
+
+
+def closest(*others: TrialRecord, budget: Budget | None = None) -> str:
+    """What is taken among others and a best trial of 0.1 nats that does 11 things."""
+    trials = [trial("best", 100, 11, kl=0.1), *others]
+    shifts = {other.id: 20 for other in others}
+    return choose(trials, budget or Budget(), noise(*trials, shifts=shifts)).record.id
+
+
+def test_among_those_within_noise_the_closest_to_the_teacher_is_taken() -> None:
+    near = trial("near", 110, 12, kl=0.05)
+    assert closest(near) == "near", "neither better nor simpler"
+    assert closest(near, trial("nearer", 112, 12, kl=0.04)) == "nearer"
+    assert closest(trial("worse", 200, 12, kl=0.01)) == "best", "the examples tell it apart"
+    assert closest(trial("unknown", 100, 12, kl=None)) == "best"
+    assert closest(trial("nan", 100, 12, kl=float("nan"))) == "best"
+
+
+def test_a_simpler_one_diverges_no_further_than_the_closest() -> None:
+    near = trial("near", 103, 12, kl=0.05)
+    assert closest(near, trial("simple", 103, 3, kl=0.054)) == "simple"
+    assert closest(near, trial("simple", 103, 3, kl=0.06)) == "near"
+
+
+def test_the_closest_may_use_what_the_budget_allows_and_nothing_else() -> None:
+    near = trial("near", 103, 12, latency=5.0, kl=0.05)
+    assert closest(near) == "best"
+    assert closest(near, budget=Budget(latency_ms=6.0)) == "near"
+    assert closest(replace(near, measured=Measurement("measured", 5.0, 40))) == "best"
 
 
 def test_the_budget_comes_first() -> None:

@@ -57,6 +57,7 @@ def trials(count: int, kind: str) -> tuple[list[TrialRecord], dict[str, np.ndarr
                 index,
                 id=name,
                 quality=quality,
+                teacher_kl=0.05,
                 metric=metric,
                 candidate=options(9 - index if index < 3 else 11),
                 measured=Measurement("measured", 1.0, 9_000_000, 90_000_000),
@@ -96,6 +97,23 @@ def test_the_reason_is_one_line() -> None:
         f"+{high:.1f}) and simpler: 7 distinct options instead of 9"
     )
     assert "\n" not in line
+
+
+def test_the_closest_to_the_teacher_is_said_to_be() -> None:
+    data = view()
+    best, other, simplest = (row["id"] for row in data["selection"]["finalists"])
+    row_of(data, other)["teacher_kl"] = 0.0312
+    data["selection"] |= {"chosen": other, "closest": other}
+    line = selection_line(data["selection"], Scale())
+    assert line.startswith(f"{other} is within noise of {best} (−0.2 points, 95% interval ")
+    assert line.endswith(") and diverges less from the teacher: 0.0312 nats instead of 0.05")
+    data["selection"]["chosen"] = data["chosen"] = simplest
+    line = selection_line(data["selection"], Scale())
+    expected = f") and simpler than {other}, which diverges least: 7 distinct options instead of 8"
+    assert line.endswith(expected)
+    data["selection"]["chosen"] = data["chosen"] = other
+    text = " ".join(printed(data).split())
+    assert f"{other} is the closest to the teacher within noise of the best that meets" in text
 
 
 def test_points_and_percent_of_a_perplexity() -> None:

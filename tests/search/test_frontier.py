@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from autocomp.search.costs import SHARES, Costs
 from autocomp.search.frontier import Frontier, QualityModel
 from autocomp.search.proposer import TrialProposer
 from autocomp.search.screening import screen
+from autocomp.search.space import Vector
 from autocomp.study.records import TrialRecord
 
 BUDGET = Budget(latency_ms=3.0, size_bytes=150e3)
@@ -25,10 +27,10 @@ BUDGET = Budget(latency_ms=3.0, size_bytes=150e3)
 def test_quality_falls_with_the_logarithm_of_the_divergence() -> None:
     kl = [0.1, 0.2, 0.4, 0.8]
     exact = [0.9 - 0.05 * math.log(value) for value in kl]
-    model = QualityModel.fit(list(zip(kl, exact, strict=True)))
+    model = QualityModel.fit(list(zip(np.log(kl), exact, strict=True)))
     assert model.slope == pytest.approx(0.05)
-    assert model.predict(1.6) == pytest.approx(0.9 - 0.05 * math.log(1.6))
-    assert model.predict(0.001) == max(exact), "nothing is expected above the best seen"
+    assert model.predict(math.log(1.6)) == pytest.approx(0.9 - 0.05 * math.log(1.6))
+    assert model.predict(math.log(0.001)) == max(exact), "nothing is expected above the best seen"
 
 
 @pytest.mark.parametrize(
@@ -37,9 +39,9 @@ def test_quality_falls_with_the_logarithm_of_the_divergence() -> None:
 def test_without_a_falling_trend_all_are_expected_alike(
     measured: list[tuple[float, float]],
 ) -> None:
-    model = QualityModel.fit(measured)
-    assert model.predict(0.01) == pytest.approx(model.predict(5.0))
-    assert model.predict(1.0) == pytest.approx(np.mean([quality for _, quality in measured]))
+    model = QualityModel.fit([(math.log(kl), quality) for kl, quality in measured])
+    assert model.predict(-4.0) == pytest.approx(model.predict(2.0))
+    assert model.predict(0.0) == pytest.approx(np.mean([quality for _, quality in measured]))
 
 
 def _setup() -> tuple:
@@ -70,11 +72,19 @@ def test_it_takes_what_adds_most_by_brute_force() -> None:
     limits = {None: costs.limits(BUDGET)}
     objectives = ("quality", "latency", "size")
     frontier = Frontier(p.space, architectures, objectives)
-    chosen = frontier.most_gain(records, {None: costs}, limits, tried, np.random.default_rng(0))
+
+    def expected(vectors: Sequence[Vector]) -> np.ndarray:
+        """Otherwise ordered than the screening KL is."""
+        return np.array([math.log(architectures.kl(v)) - 0.3 * v.count(2) for v in vectors])
+
+    chosen = frontier.most_gain(
+        records, {None: costs}, limits, tried, np.random.default_rng(0), expected
+    )
     assert chosen is not None
-    pool = architectures.below(costs, limits[None], SHARES, tried, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    pool = architectures.below(costs, limits[None], SHARES, tried, rng, expected)
     model = QualityModel.fit(
-        [(architectures.kl(p.space.encode(r.candidate)), r.quality) for r in records[1:]]
+        [(expected([p.space.encode(r.candidate)])[0], r.quality) for r in records[1:]]
     )
     dense = records[0].measured
 
@@ -87,7 +97,7 @@ def test_it_takes_what_adds_most_by_brute_force() -> None:
             [
                 *points,
                 point(
-                    model.predict(architectures.kl(vector)),
+                    model.predict(expected([vector])[0]),
                     costs.total("latency_ms", vector),
                     costs.total("size_bytes", vector),
                 ),
@@ -107,7 +117,10 @@ def test_nothing_is_chosen_before_dense_and_a_trial_are_measured() -> None:
     for known in ([], records[:1], records[1:]):
         limits = {None: costs.limits(BUDGET)}
         rng = np.random.default_rng(0)
-        assert frontier.most_gain(known, {None: costs}, limits, set(), rng) is None
+        assert (
+            frontier.most_gain(known, {None: costs}, limits, set(), rng, lambda v: np.zeros(len(v)))
+            is None
+        )
 
 
 def test_a_search_proposes_for_the_front_and_says_so() -> None:

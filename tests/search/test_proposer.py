@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from optuna.trial import TrialState
@@ -21,7 +23,6 @@ from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Option, Step
 from autocomp.core.errors import InternalError
 from autocomp.core.measurement import Measurement
-from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import baselines
 from autocomp.search.proposal import Proposal
 from autocomp.search.proposer import TrialProposer
@@ -92,7 +93,7 @@ def test_proposals_are_distinct_within_the_budget_and_as_many_as_asked(
         assert (proposal.estimated.size_bytes or 0) <= 0.99 * 150e3
         assert proposal.candidate.distillation.tokens in (40000, 80000)
         assert 1e-4 <= proposal.candidate.distillation.lr <= 6e-4
-        assert proposal.proposed_by in ("milp", "evolution", "surrogate", "random")
+        assert proposal.proposed_by in ("milp", "evolution", "surrogate", "random", "gain", "front")
     fitting = [i for i in found if i.estimated and (i.estimated.latency_ms or 9) <= 2.97]
     best = min(
         (i for i in fitting if i.estimated and (i.estimated.size_bytes or 9e9) <= 148.5e3),
@@ -153,28 +154,39 @@ def test_what_the_machine_failed_is_proposed_again_first_and_once(
     assert len({x.id for x in [*earlier[:3], *resumed]}) == 7
 
 
-def test_it_turns_away_from_what_is_bad_and_from_what_is_pending() -> None:
-    p = problem(seed=1)
-    near, far, bad, good = (1, 1, 1, 1, 1, 1, 0), (2,) * 7, (1,) * 7, (3,) * 7
-    pool = [
-        Screened(p.space.decode(vector), kl, "milp") for vector, kl in ((near, 0.1), (far, 0.2))
-    ]
-    architectures = Architectures(p.space, pool, p.scores)
+def test_it_learns_what_training_makes_of_a_shape() -> None:
+    """Screening says that level 1 is better than level 3 everywhere; after training it is not."""
+    p = problem(seed=1, distill=DISTIL)
+    vectors = list(itertools.product((1, 3), repeat=7))
+    screened = [Screened(p.space.decode(v), 0.1 + 0.01 * v.count(3), "milp") for v in vectors]
+    proposer = TrialProposer(
+        p.space, screened, {None: p.predictor}, Budget(), scores=p.scores, trials=24, seed=0
+    )
+    narrow: list[int] = []
+    origins: list[str] = []
+    while (proposal := proposer.ask()) is not None:
+        vector = p.space.encode(proposal.candidate)
+        narrow.append(vector.count(3))
+        origins.append(proposal.proposed_by)
+        kl = 0.5 - 0.05 * vector.count(3)
+        proposer.tell(proposal.id, _record(p, proposal, quality=1 - kl, teacher_kl=kl))
+    assert narrow[0] == 0
+    assert max(narrow[6:]) == 7
+    assert set(origins[:6]) == {"milp"}
+    assert set(origins[6:]) == {"gain", "milp"}, "milp: the best again, trained otherwise"
 
-    def chosen(bad_quality: float, tried: set[tuple[int, ...]]) -> tuple[int, ...]:
-        measured = [(bad, bad_quality), (good, 0.9), (good, 0.9)]
-        return architectures.of_highest_utility(crowded, tried, measured)
 
-    crowded = [
-        near,
-        far,
-        *[(4, 4, 4, 4, 4, 4, level) for level in range(5)],
-        *[(4, 4, 4, 4, 4, level, 4) for level in range(4)],
-    ]
-
-    assert chosen(0.9, {good}) == near, "by rank in screening"
-    assert chosen(0.1, {good}) == far, "its neighbour was bad"
-    assert architectures.of_highest_utility(crowded, {bad}, [(good, 0.9)]) == far, "it is pending"
+def test_regular_shapes_have_every_second_of_the_first_trials(
+    screened: tuple[Problem, list[Screened]],
+) -> None:
+    p, found = screened
+    shapes = [item for item in found if item.kl is not None][20:30]
+    marked = [replace(item, proposed_by="regular") if item in shapes else item for item in found]
+    proposer = _proposer((p, marked), 24)
+    proposals = _run(p, proposer, teacher_kl=None)
+    origins = [proposal.proposed_by for proposal in proposals]
+    assert origins[0] != "regular"
+    assert origins[1:6:2] == ["regular"] * 3
 
 
 def test_the_margin_grows_when_measured_models_miss_and_shrinks_after_a_refit(

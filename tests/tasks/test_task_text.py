@@ -247,6 +247,7 @@ def test_token_counts_are_those_of_real_tokens() -> None:
     seen = Encoded({"input_ids": ids, "attention_mask": mask}, np.zeros(2, np.int64))
     other = Encoded({"input_ids": ids + 1, "attention_mask": mask}, np.zeros(2, np.int64))
     splits = {"calibrate": seen, "transfer": seen, "search": other, "report": other}
+    splits["distil"] = seen
     task = TextClassification(splits, ("a", "b"), 2, 1)
     assert token_counts(task, 9).tolist() == [1, 0, 0, 0, 0, 4, 4, 0, 0]
     assert example_counts(task, 9).tolist() == [2, 0, 0, 0, 0, 2, 4, 0, 0]

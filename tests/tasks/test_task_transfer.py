@@ -10,6 +10,7 @@ from autocomp.core.errors import DataError
 from autocomp.tasks import make_task
 from autocomp.tasks.inspect import inspect_data
 from autocomp.tasks.protocol import NO_LABEL, Encoded
+from autocomp.tasks.splits import uncounted
 from autocomp.tasks.text_classification import TextClassification
 from autocomp.tasks.vocabulary import token_counts
 
@@ -78,9 +79,23 @@ def test_a_source_of_its_own_without_texts_that_are_examples(
 
 
 def test_too_few_further_lines_say_how_many_there_are(articles, spec_of, bert_path):
+    """An eighth of the distil split lends none: candidates are screened on that."""
     spec = spec_of("text-classification", articles, lines=1, transfer={"examples": 181})
-    with pytest.raises(DataError, match=r"task\.data\.lines: 1, has 180 texts .* asks for 181"):
+    with pytest.raises(DataError, match=r"task\.data\.lines: 1, has 159 texts .* asks for 181"):
         inspect_data(spec)
+
+
+def test_nothing_is_counted_of_what_candidates_are_screened_on(articles, spec_of, bert_path):
+    """So a pruned vocabulary spells out as much of it as of what it has not seen."""
+    asked = {"examples": 150}
+    task = make_task(spec_of("text-classification", articles, lines=1, transfer=asked), bert_path)
+    screened = uncounted(len(task.splits["distil"]))
+    assert screened > 0
+    before = token_counts(task, 1000)
+    task.splits["transfer"].inputs["input_ids"][:screened] = 999
+    assert token_counts(task, 1000).tolist() == before.tolist()
+    task.splits["transfer"].inputs["input_ids"][screened] = 999
+    assert token_counts(task, 1000)[999] > 0
 
 
 @pytest.mark.parametrize("task", ["image-classification", "language-modeling"])
