@@ -8,7 +8,8 @@ same space, from the same library, trained on as many tokens, exported and measu
 - *by hand*: some layers kept whole or narrower, the others skipped, everything in 8 bits.
 
 Each rival is trained twice, with the settings of the model the search chose and with those of the
-usual recipe, and its better one (on the search split) is shown. The search does not see them.
+usual recipe, and the one that diverges less from the teacher on the search split is shown, which is
+what a search goes by too. The search does not see them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def run_match(match: Match) -> dict[str, float]:
 
     root = cache_directory() / "benchmarks" / "rivals" / match.spec
     found = search(SPACES / f"{match.spec}.yaml", root / "search", progress=lines())
-    chosen = found.pick(best=True).record
+    chosen = found.pick().record
     limits = found.study.spec.budget.limits().resolve(DENSE_COST)
     figures = {
         "search_minutes": _minutes(root / "search"),
@@ -111,7 +112,7 @@ def _rivals(match: Match, directory: Path, chosen: Candidate) -> dict[str, str]:
     for name in match.recipes:
         own = [record for record in complete if record.id.startswith(f"{name}-")]
         if own:
-            found[name] = max(own, key=lambda record: record.quality or 0.0).id
+            found[name] = min(own, key=lambda record: record.teacher_kl or 0.0).id
     return found
 
 
