@@ -40,12 +40,13 @@ import optuna
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Runtime
 from autocomp.core.errors import InternalError
-from autocomp.front.pick import OBJECTIVES, Objective, feasible, rankable
+from autocomp.front.pick import OBJECTIVES, Objective, feasible
 from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
 from autocomp.search.costs import Costs, Limits, Predictor, Predictors
 from autocomp.search.frontier import Frontier
 from autocomp.search.gain import Gain, Shapes, Trained
+from autocomp.search.margins import margins
 from autocomp.search.projection import Projection
 from autocomp.search.proposal import Proposal, trial_id
 from autocomp.search.scores import Scores
@@ -61,7 +62,6 @@ _ADAPT_AFTER = 3
 _AROUND = 3
 """Best architectures whose neighbours are considered."""
 _TURN = ("best", "gain", "front", "gain")
-_LARGEST_MARGIN = 0.4
 
 
 class TrialProposer:
@@ -147,23 +147,8 @@ class TrialProposer:
 
     def margins(self, runtime: Runtime = None) -> dict[str, float]:
         """Share of each limit left unused now on a runtime."""
-        margins: dict[str, float] = {}
-        costs = self._costs[runtime]
-        for metric in costs.limits(self._budget):
-            ratios = [
-                getattr(record.measured, metric)
-                / max(costs.total(metric, self._space.encode(record.candidate)), 1e-12)
-                for record in self._records.values()
-                if record.candidate in self._space
-                and record.candidate.runtime == runtime
-                and rankable(record)
-                and record.measured is not None
-                and self._budget.excess(record.measured).get(metric, 0.0) > 0
-                and record.kind == "search"
-            ]
-            worst = max([1.0, *(value for value in ratios if math.isfinite(value))])
-            margins[metric] = min(1.0 - (1.0 - self._least_margin) / worst, _LARGEST_MARGIN)
-        return margins
+        searched = [r for r in self._records.values() if r.candidate.runtime == runtime]
+        return margins(self._costs[runtime], searched, self._budget, self._least_margin)
 
     def ask(self) -> Proposal | None:
         """The next trial, or `None` when there is none left to propose."""
