@@ -91,7 +91,7 @@ CASES = {
         layers=(7, 3, 11, 5, 1, 9),
         counts=(1, 2, 3, 6),
         tokens=20_480,
-        lr=1e-4,
+        lr=1e-5,
         overrides={"target.workload.image": 112, "task.data.search": 200, "distill.batch": 8},
     ),
 }
