@@ -23,6 +23,7 @@ from typing import Any
 from autocomp.core.candidate import Candidate, Distillation, Option
 from autocomp.core.measurement import Measurement
 from autocomp.core.unit import Unit
+from autocomp.front.pick import closest_first
 from autocomp.study.records import TrialRecord
 from benchmarks.setting import SPACES, ExitOnDemand, lines
 
@@ -112,7 +113,7 @@ def _rivals(match: Match, directory: Path, chosen: Candidate) -> dict[str, str]:
     for name in match.recipes:
         own = [record for record in complete if record.id.startswith(f"{name}-")]
         if own:
-            found[name] = min(own, key=lambda record: record.teacher_kl or 0.0).id
+            found[name] = closest_first(own)[0].id
     return found
 
 

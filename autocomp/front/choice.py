@@ -27,12 +27,12 @@ from typing import Any
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate
 from autocomp.front.noise import Noise
-from autocomp.front.pick import FIELDS, feasible, objective, pick, preference
+from autocomp.front.pick import FIELDS, divergence, feasible, objective, pick, preference
 from autocomp.study.records import TrialRecord
 
 STANDARD_ERRORS = 1.0
 LARGEST_DROP = 0.005
-"""Of the best's quality."""
+"""Of the closest's quality."""
 COST_TOLERANCE = 0.05
 KL_TOLERANCE = 0.1
 
@@ -80,8 +80,7 @@ class Choice:
             found = None if record is self.best else figure(record.id, self.best.id)
             row[name] = None if found is None else found.value
             row.update(bounds(name, found))
-        kl = _divergence(record)
-        row["teacher_kl"] = kl if math.isfinite(kl) else None
+        row["teacher_kl"] = divergence(record)
         return {**row, "distinct_options": distinct_options(record.candidate)}
 
 
@@ -122,7 +121,7 @@ def choose(
     finalists = [best, *sorted(finalists, key=preference)]
     closest = min(
         (each for each in finalists if each is best or _costs_no_more(each, best, budget)),
-        key=lambda record: (_divergence(record), *preference(record)),
+        key=lambda record: (_distance(record), *preference(record)),
     )
     taken = best
     if not plain:
@@ -132,13 +131,13 @@ def choose(
 
 
 def _simplicity(record: TrialRecord) -> tuple[Any, ...]:
-    return (distinct_options(record.candidate), _divergence(record), *preference(record))
+    return (distinct_options(record.candidate), _distance(record), *preference(record))
 
 
-def _divergence(record: TrialRecord) -> float:
-    """KL(teacher ‖ artifact) in nats, infinite where it is not known."""
-    kl = record.teacher_kl
-    return kl if kl is not None and math.isfinite(kl) else math.inf
+def _distance(record: TrialRecord) -> float:
+    """The divergence from the teacher, infinite where it is not known."""
+    kl = divergence(record)
+    return math.inf if kl is None else kl
 
 
 def _as_good(record: TrialRecord, best: TrialRecord, noise: Noise) -> bool:
@@ -156,7 +155,7 @@ def _stands_in(record: TrialRecord, closest: TrialRecord, noise: Noise) -> bool:
     return (
         difference.holds(0.0)
         and -difference.value <= drop + 1e-12
-        and _divergence(record) <= (1 + KL_TOLERANCE) * _divergence(closest)
+        and _distance(record) <= (1 + KL_TOLERANCE) * _distance(closest)
         and _costs_no_more(record, closest, Budget())
     )
 

@@ -60,6 +60,20 @@ def objective(record: TrialRecord, name: Objective) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def divergence(record: TrialRecord) -> float | None:
+    """KL(teacher ‖ artifact) in nats on the search split; `None` if it is no finite figure."""
+    kl = record.teacher_kl
+    return kl if kl is not None and math.isfinite(kl) else None
+
+
+def closest_first(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Least divergence from the teacher first; by quality where one of them has none."""
+    known = [(record, divergence(record)) for record in records]
+    if any(kl is None for _, kl in known):
+        return sorted((record for record, _ in known), key=lambda record: -(record.quality or 0.0))
+    return [record for record, _ in sorted(known, key=lambda pair: pair[1] or 0.0)]
+
+
 def rankable(record: TrialRecord, objectives: Sequence[Objective] = OBJECTIVES) -> bool:
     """Whether the trial is complete and every objective is measured and finite."""
     return record.state == "complete" and all(

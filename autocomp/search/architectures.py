@@ -20,6 +20,9 @@ from autocomp.search.surrogate import Surrogate
 
 logger = logging.getLogger(__name__)
 
+Expected = Callable[[Sequence[Vector]], NDArray[np.float64]]
+"""Vectors → ln of the KL in nats that is expected of each after training, `(N,)`."""
+
 _FEW = 4
 _REPAIRED = 20
 _SOLVED = 6
@@ -69,11 +72,11 @@ class Architectures:
         shares: Sequence[float],
         tried: AbstractSet[Vector],
         rng: np.random.Generator,
-        rank: Callable[[Sequence[Vector]], NDArray[np.float64]] | None = None,
+        expected: Expected,
     ) -> list[Vector]:
         """Untried vectors under each share of the limits: the best few, new ones where few fit.
 
-        `rank`: what the best are lowest in, the screening KL if it is not given.
+        The best are those of which the least KL is `expected`; of equal ones, in screening.
         """
         found: dict[Vector, None] = {}
         for share in shares:
@@ -81,9 +84,8 @@ class Architectures:
             if len(self._untried(costs, tight, tried)) < _FEW:
                 self._make(costs, tight, rng)
             best = sorted(self._untried(costs, tight, tried), key=self.rank)
-            if rank is not None:
-                best = [best[i] for i in np.argsort(rank(best), kind="stable")]
-            found.update(dict.fromkeys(best[:_FEW]))
+            order = np.argsort(expected(best), kind="stable")
+            found.update(dict.fromkeys(best[i] for i in order[:_FEW]))
         return list(found)
 
     def kl(self, vector: Vector) -> float:

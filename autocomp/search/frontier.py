@@ -8,23 +8,19 @@ looked for at shares of the limits, since screening itself fills them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocomp.core.candidate import Runtime
 from autocomp.front.dominance import hypervolume
 from autocomp.front.pick import FIELDS, Objective, objective, rankable, senses
-from autocomp.search.architectures import Architectures
+from autocomp.search.architectures import Architectures, Expected
 from autocomp.search.costs import SHARES, Costs, Limits
 from autocomp.search.space import Space, Vector
 from autocomp.study.records import TrialRecord
-
-Expected = Callable[[Sequence[Vector]], NDArray[np.float64]]
-"""Vectors → ln of the KL in nats that is expected of each after training, `(N,)`."""
 
 _DISTINCT = 1.05
 """Trials whose KLs differ by less than this factor tell no slope."""

@@ -24,12 +24,10 @@ from numpy.typing import NDArray
 
 from autocomp.core.candidate import Distillation
 from autocomp.search.space import Space, Vector
+from autocomp.search.surrogate import LEAST_KL, Floats
 from autocomp.study.records import TrialRecord
 
-Floats = NDArray[np.float64]
-
 _TERM, _NOISE = 1 / 3, 0.1
-_LEAST_KL = 1e-6
 _UNKNOWN_SPREAD = 0.5
 """Standard deviation of ln KL while trials do not tell."""
 
@@ -96,7 +94,7 @@ class Gain:
         pending: Sequence[tuple[Vector, Distillation]] = (),
     ) -> None:
         self._shapes, self._screened = shapes, screened
-        logs = np.log([max(each.kl, _LEAST_KL) for each in trained])
+        logs = np.log([max(each.kl, LEAST_KL) for each in trained])
         self._mean = float(logs.mean()) if len(logs) else 0.0
         self._spread = (float(logs.std()) if len(logs) > 1 else 0.0) or _UNKNOWN_SPREAD
         known = self._logs([each.vector for each in trained])
@@ -137,7 +135,7 @@ class Gain:
         return mean, np.maximum(itself - (weights * across).sum(axis=1), 0.0)
 
     def _logs(self, vectors: Sequence[Vector]) -> Floats:
-        return np.log([max(self._screened(vector), _LEAST_KL) for vector in vectors])
+        return np.log([max(self._screened(vector), LEAST_KL) for vector in vectors])
 
     def _features(self, vectors: Sequence[Vector], settings: Sequence[Distillation]) -> _Features:
         screened = (self._logs(vectors) - self._middle) / self._scale

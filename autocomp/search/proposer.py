@@ -29,7 +29,6 @@ measured trials that missed the budget on it exceeded their prediction by.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ import optuna
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Distillation, Runtime
 from autocomp.core.errors import InternalError
-from autocomp.front.pick import OBJECTIVES, Objective, feasible
+from autocomp.front.pick import OBJECTIVES, Objective, closest_first, feasible
 from autocomp.search.architectures import Architectures
 from autocomp.search.baselines import Baseline
 from autocomp.search.costs import Costs, Limits, Predictor, Predictors
@@ -224,7 +223,7 @@ class TrialProposer:
         }
         searched = [record for record in self._records.values() if record.kind == "search"]
         trained = [t for r in searched if (t := Trained.of(r, self._space)) is not None]
-        good = _best([record for record in searched if self._good(record)])
+        good = closest_first(record for record in searched if self._good(record))
         best = good[0] if good else None
         index = self._asked()
         seen = max(len(trained), len(good))
@@ -389,10 +388,3 @@ class TrialProposer:
                     return named
         logger.info("no candidate is left to propose within the predicted budget")
         return None
-
-
-def _best(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Least divergence from the teacher first; by quality where one of them has none."""
-    if any(r.teacher_kl is None or not math.isfinite(r.teacher_kl) for r in records):
-        return sorted(records, key=lambda record: -(record.quality or 0.0))
-    return sorted(records, key=lambda record: record.teacher_kl or 0.0)

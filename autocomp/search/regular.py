@@ -121,24 +121,22 @@ class _Shapes:
         total = np.zeros(len(self._choices))
         for group, chosen in zip(self._groups, self._choices.T, strict=True):
             for at in group:
-                skip = self._skips[at]
-                if self._kept(at, layers) or skip is None:
-                    total += terms[at][chosen]
-                else:
-                    total += terms[at][skip]
+                skip = self._skipped(at, layers)
+                total += terms[at][chosen if skip is None else skip]
         return total
 
     def _vector(self, row: int, layers: set[int]) -> Vector:
         vector = [0] * len(self._space)
         for group, option in zip(self._groups, self._choices[row].tolist(), strict=True):
             for at in group:
-                skip = self._skips[at]
-                vector[at] = option if self._kept(at, layers) or skip is None else skip
+                skip = self._skipped(at, layers)
+                vector[at] = option if skip is None else skip
         return tuple(vector)
 
-    def _kept(self, at: int, layers: set[int]) -> bool:
+    def _skipped(self, at: int, layers: set[int]) -> int | None:
+        """The option that skips a unit outside the kept layers; `None` where it is kept."""
         layer = self._space.units[at].layer
-        return layer is None or layer in layers
+        return None if layer is None or layer in layers else self._skips[at]
 
     @staticmethod
     def _sampled(offered: Sequence[Sequence[int]]) -> NDArray[np.int64]:

@@ -223,7 +223,9 @@ def screen_on_each(
         own = sum(item.candidate.runtime == runtime for item in results)
         share = max(own, left // (len(predictors) - done))
         target = len(results) - own + share
-        shapes = _regular(space, predictor, budget, runtime, settings)[: share // _REGULAR]
+        shapes: list[Candidate] = []
+        if len(results) < target:
+            shapes = _regular(space, predictor, budget, runtime, settings)[: share // _REGULAR]
         for held in (len({c.stitch_key for c in shapes} - {r.key for r in results}), 0):
             results = screen(
                 space,
@@ -264,12 +266,7 @@ def _screened_regular(
     on_batch: Callable[[list[Screened]], None] | None,
 ) -> list[Screened]:
     fresh = [
-        Screened(
-            candidate,
-            float(value) if math.isfinite(value) else None,
-            "regular",
-            predictor.predict(candidate.by_unit),
-        )
+        _screened(candidate, float(value), "regular", predictor)
         for candidate, value in zip(candidates, evaluate(candidates), strict=True)
     ]
     if on_batch is not None:
@@ -298,14 +295,17 @@ def new_study(
 def _tell(
     study: optuna.Study, trial: optuna.Trial, candidate: Candidate, kl: float, predictor: Predictor
 ) -> Screened:
-    finite = math.isfinite(kl)
-    if finite:
+    if math.isfinite(kl):
         study.tell(trial, kl)
     else:
         study.tell(trial, state=TrialState.FAIL)
+    return _screened(candidate, kl, trial.user_attrs[ORIGIN], predictor)
+
+
+def _screened(candidate: Candidate, kl: float, origin: str, predictor: Predictor) -> Screened:
     return Screened(
         candidate,
-        kl if finite else None,
-        trial.user_attrs[ORIGIN],
+        kl if math.isfinite(kl) else None,
+        origin,
         predictor.predict(candidate.by_unit),
     )

@@ -26,7 +26,7 @@ from autocomp.search.space import Vector
 Floats = NDArray[np.float64]
 
 RIDGE = 0.5
-_LEAST_KL = 1e-6
+LEAST_KL = 1e-6
 
 
 class Surrogate:
@@ -40,7 +40,7 @@ class Surrogate:
     def __init__(self, weights: Weights, known: Sequence[tuple[Vector, float]] = ()) -> None:
         self._scores = [np.where(np.isfinite(row), np.maximum(row, 0.0), 0.0) for row in weights]
         self._learnt = self._roots([vector for vector, _ in known])
-        kl = np.array([max(value, _LEAST_KL) for _, value in known])
+        kl = np.array([max(value, LEAST_KL) for _, value in known])
         residual = 1.0 - (self._learnt**2).sum(axis=1) / kl  # of what is relative to the KL
         gram = _pairs(self._learnt, self._learnt) / kl[:, None] / kl
         solved = np.linalg.solve(gram + RIDGE * np.eye(len(kl)), residual)
@@ -50,7 +50,7 @@ class Surrogate:
         """`(N,)`, above zero."""
         roots = self._roots(vectors)
         found = (roots**2).sum(axis=1) + _pairs(roots, self._learnt) @ self._coefficients
-        floor: Floats = np.maximum(found, _LEAST_KL)
+        floor: Floats = np.maximum(found, LEAST_KL)
         return floor
 
     def _roots(self, vectors: Sequence[Vector]) -> Floats:

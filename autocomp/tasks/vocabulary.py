@@ -54,11 +54,10 @@ def _counted(
     """Occurrences among what `counted` picks of the ids `(B, T)` and the mask of real tokens."""
     counts = np.zeros(rows, np.int64)
     for split in COUNTED:
-        inputs = task.splits[split].inputs
         skipped = uncounted(len(task.splits["distil"])) if split == "transfer" else 0
-        ids = inputs["input_ids"][skipped:]
-        real = inputs.get("attention_mask", np.ones_like(inputs["input_ids"])).astype(bool)
-        real = real[skipped:]
+        inputs = {name: array[skipped:] for name, array in task.splits[split].inputs.items()}
+        ids = inputs["input_ids"]
+        real = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
         counts += np.bincount(counted(ids, real), minlength=rows)
         counts[ids[~real]] = np.maximum(counts[ids[~real]], padding)
     return counts
