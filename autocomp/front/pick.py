@@ -146,12 +146,11 @@ def scale_of(records: Iterable[TrialRecord]) -> Scale:
 
 
 def _worst(record: TrialRecord, budget: Budget) -> tuple[str, float]:
-    """The limit missed by most and by how much; NaN counts as infinite."""
+    """The limit missed by most and by how much."""
     assert record.measured is not None
     excess = budget.excess(record.measured, record.quality)
-    finite = {name: math.inf if math.isnan(value) else value for name, value in excess.items()}
-    name = max(finite, key=lambda key: finite[key])
-    return name, finite[name]
+    name = max(excess, key=lambda key: excess[key])
+    return name, excess[name]
 
 
 def _message(record: TrialRecord, budget: Budget, binding: str, excess: float, scale: Scale) -> str:

@@ -103,6 +103,7 @@ def trial_json(
         "candidate": record.candidate.to_json(),
         **bounds("quality", interval),
         "distinct_options": distinct_options(record.candidate),
+        "undone": record.undone,
     }
 
 

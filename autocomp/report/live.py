@@ -356,5 +356,7 @@ def describe_trial(record: TrialRecord, dense: TrialRecord | None, budget: Budge
         over = {k: v for k, v in budget.excess(record.measured, record.quality).items() if v > 0}
         told = format_excess(over, scale_of([record]))
         parts.append(f"over budget: {told}" if over else "meets the budget")
+    if record.undone:
+        parts.append("training undone: it led away from the teacher")
     parts.append(format_seconds(sum(record.seconds.values())))
     return f"{head}: " + ", ".join(parts)

@@ -234,6 +234,8 @@ class Projection:
                 "feasible": "false",
                 "mlflow.parentRunId": self.place["run_id"],
             }
+            if record.undone:
+                tags["undone"] = "true"
             if record.error:
                 tags["error"] = record.error[:2000]
             start_ms = end_ms - int(1000 * seconds)

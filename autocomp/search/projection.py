@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,8 +108,7 @@ class Projection:
     def _constraints(self, record: TrialRecord) -> dict[str, float]:
         """Relative overshoot per limit, the same keys for every trial; unmeasured is infinite."""
         cost = record.measured or Measurement("measured", None, None)
-        excess = self._budget.excess(cost, record.quality)
-        return {name: math.inf if math.isnan(value) else value for name, value in excess.items()}
+        return self._budget.excess(cost, record.quality)
 
 
 def _unfinished(record: TrialRecord) -> TrialState:

@@ -33,6 +33,8 @@ class TrialRecord:
         seconds: phase → duration (stitch, distil, export, evaluate, measure).
         artifact: directory of the exported model, relative to the study's.
         rungs: what was seen of it on the way, `RungRecord.seen`, the earliest first.
+        undone: its training led away from the teacher (KL on the search split, in torch), so that
+            the artifact is that of the model as it was stitched.
         error: cause of a failed trial, first line readable by a person.
         by_machine: it failed because the machine did (memory, a worker that died), which says
             nothing about the candidate: a resumed search runs it again, once.
@@ -51,6 +53,7 @@ class TrialRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     artifact: str | None = None
     rungs: tuple[Mapping[str, Any], ...] = ()
+    undone: bool = False
     error: str | None = None
     finished_at: str | None = None
     by_machine: bool = False

@@ -252,8 +252,16 @@ class CandidateRunner:
                 teacher_logits=known,
             )
             look = partial(self._look, student, task, expected)
+            with phase("rung"):
+                stitched = look()
             climb = Climb(record, trainer, look, self.ledger, self.paths.checkpoint(record.id))
             record = yield from climb.run(context.spec.search.rungs, phase, seconds, activity)
+            with phase("rung"):
+                undone = further(look(), stitched)
+            if undone:
+                with phase("stitch"):
+                    student = self._student(candidate)
+                record = replace(record, undone=True)
         directory = self.paths.artifacts / record.id
         inputs = {
             name: tensor.numpy()
@@ -342,6 +350,17 @@ class CandidateRunner:
             gate=self.gate,
             progress=progress,
         )
+
+
+def further(trained: Evaluation, stitched: Evaluation) -> bool:
+    """Whether training led away from the teacher.
+
+    A student that is close already has small gradients, and AdamW steps by the learning rate
+    however small they are.
+    """
+    assert trained.teacher_kl is not None
+    assert stitched.teacher_kl is not None
+    return trained.teacher_kl > stitched.teacher_kl
 
 
 def in_turns(run: Run, gate: Gate, examples: int, progress: Progress) -> Run:

@@ -57,6 +57,7 @@ TRIAL: dict[str, Any] = {
     "quality_low": {"type": "number"},
     "quality_high": {"type": "number"},
     "distinct_options": {"type": "integer"},
+    "undone": {"type": "boolean"},
 }
 SELECTION = shape(
     {

@@ -174,6 +174,7 @@ def test_front_json_has_exactly_the_stable_shape() -> None:
         "quality_low",
         "quality_high",
         "distinct_options",
+        "undone",
     ]
     assert good["on_front"] is good["feasible"] is good["measured"] is True
     assert good["latency_ms"] == 4.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import yaml
 from autocomp.api import prepare
 from autocomp.api.plan import make_plan
 from autocomp.core.budget import Budget
-from autocomp.core.candidate import Candidate, Distillation, Option
+from autocomp.core.candidate import Candidate, Distillation, Option, Step
 from autocomp.distill.trainer import Trainer
 from autocomp.front import choose, front
 from autocomp.front.view import noise_on_search, study_front
+from autocomp.library.student import load_student
 from autocomp.report.progress import Silent
 from autocomp.study.directory import Study
 from autocomp.study.per_example import load_scores
@@ -27,6 +28,8 @@ from autocomp.trial.runner import CandidateRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 from tiny_study import SPEC, sentences, write_model, write_rows
+
+SHORTER = ("layers.0.attention", "layers.0.ffn")
 
 
 class Built:
@@ -46,9 +49,10 @@ class Built:
         self.runner = CandidateRunner()
         self.runner.setup({"trial": prepare.prepare_context(plan, self.study, teacher)})
 
-    def run(self, id: str, lr: float = 3e-4) -> dict[str, Any]:
+    def run(self, id: str, lr: float = 3e-4, skipped: Sequence[str] = ()) -> dict[str, Any]:
         settings = Distillation(tokens=2000, lr=lr, temperature=2.0)
-        candidate = Candidate.of(self.options, settings)
+        options = self.options | dict.fromkeys(skipped, Option((Step.of("skip"),)))
+        candidate = Candidate.of(options, settings)
         given = {"id": id, "kind": "search", "proposed_by": "milp"}
         return self.runner.run({**given, "candidate": candidate.to_json()})
 
@@ -75,7 +79,7 @@ def deaf(*_: Any, **__: Any) -> np.ndarray[Any, Any]:
     ("name", "lr", "spoil", "reason"),
     [
         ("rate", 10.0, None, "distillation diverged"),
-        ("trained", 3e-4, "distil", "the trained model's logits are not finite"),
+        ("trained", 3e-4, "distil", "logits are not finite"),
         ("exported", 3e-4, "run", "not finite for"),
     ],
 )
@@ -115,3 +119,17 @@ def test_it_fails_with_its_reason_and_the_search_goes_on(
     assert shown["quality_low"] is shown["quality"] is None
     assert not shown["feasible"]
     assert built.study.failed_by_machine() == [], "another attempt would end the same way"
+
+
+def test_training_that_leads_away_from_the_teacher_is_undone(built: Built) -> None:
+    """A dense student is the teacher before training; one without its first layer has to learn."""
+    alike, shorter = built.run("alike"), built.run("shorter", skipped=SHORTER)
+    assert (alike["undone"], shorter["undone"]) == (True, False)
+    assert alike["teacher_kl"] < 1e-6 < shorter["teacher_kl"]
+    teacher = built.runner.teacher.state_dict()
+
+    def moved(id: str) -> bool:
+        student, _ = load_student(built.study.paths.student(id))
+        return any(not tensor.equal(teacher[name]) for name, tensor in student.state_dict().items())
+
+    assert (moved("alike"), moved("shorter")) == (False, True)
