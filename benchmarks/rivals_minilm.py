@@ -17,7 +17,7 @@ SHAPES = {
     "2 layers, a quarter of it": Recipe(layers=(0, 5), width=0.25),
 }
 RANK = ", embeddings of half rank in 4 bits"
-"""The other way to a fourteenth of the size, a pruned vocabulary, is further off: two shapes tell."""
+"""The other way to a fourteenth of the size, a pruned vocabulary, is worse: two shapes tell."""
 
 MATCH = Match(
     "minilm_tenth",
