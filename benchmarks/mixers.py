@@ -83,7 +83,11 @@ CASES = {
         counts=(1, 2, 3),
         tokens=65_536,
         lr=3e-4,
-        overrides={"target.workload.sequence": 256, "task.data.search": 60},
+        overrides={
+            "target.workload.sequence": 256,
+            "task.data.search": 60,
+            "task.data.distil": 512,
+        },
     ),
     "dinov2": Case(
         "vit_cpu",
@@ -92,7 +96,12 @@ CASES = {
         counts=(1, 2, 3, 6),
         tokens=20_480,
         lr=1e-5,
-        overrides={"target.workload.image": 112, "task.data.search": 200, "distill.batch": 8},
+        overrides={
+            "target.workload.image": 112,
+            "task.data.search": 200,
+            "task.data.distil": 2000,
+            "distill.batch": 8,
+        },
     ),
 }
 

@@ -16,7 +16,7 @@ MATCH = Match(
         "8 layers, half the width": Recipe(layers=(0, 1, 2, 4, 6, 8, 10, 11), width=0.5),
         "6 layers, 8 bits": Recipe(layers=(0, 2, 4, 6, 8, 11)),
     },
-    usual=Distillation(lr=2e-4, temperature=2.0),
+    usual=Distillation(lr=1e-4, temperature=2.0),
 )
 
 
