@@ -131,7 +131,7 @@ def stages(records: Sequence[TrialRecord]) -> dict[str, int]:
         return record.state == "complete" or any(phase in record.seconds for phase in phases)
 
     return {
-        "stitched": sum(beyond(r, "distil", "export") for r in tried),
+        "stitched": sum(beyond(r, "rung", "distil", "export") for r in tried),
         "distilled": sum(
             beyond(r, "export") and r.candidate.distillation.tokens > 0 for r in tried
         ),

@@ -25,7 +25,7 @@ from autocomp.core.factors import first_of, second_of
 from autocomp.core.files import write_atomic
 from autocomp.core.hashing import content_key, file_digest
 from autocomp.core.unit import SiteFormat, Unit
-from autocomp.library.store import pack_state, unpack_state
+from autocomp.library.packing import pack_state, unpack_state
 from autocomp.models.discover import find_units
 from autocomp.models.factors import LowRank
 from autocomp.models.load import load_model

@@ -1,4 +1,4 @@
-"""Surgery on a model in memory: install compressed units, keep heads or width, skip, resize tables.
+"""Surgery on a model in memory: install compressed units, skip sublayers.
 
 Nothing here copies a weight it does not have to. `copy_for_surgery` and `install` share storage
 with their source, which makes a stitched model cheap to make and to screen; take a
@@ -8,8 +8,7 @@ with their source, which makes a stitched model cheap to make and to screen; tak
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -250,153 +249,6 @@ def skip(model: nn.Module, unit: Unit) -> None:
         replace_module(model, f"{block}.{path}", nn.Identity())
     for path, outputs in recipe.zero.items():
         replace_module(model, f"{block}.{path}", Skip(outputs))
-
-
-def keep_heads(model: nn.Module, unit: Unit, heads: Sequence[int]) -> Unit:
-    """Keep these query heads, in this order; equals zeroing the others' output columns.
-
-    With grouped queries whole groups are kept: all the heads that share a key-value head.
-
-    Returns:
-        The unit as it is now.
-
-    Raises:
-        ValueError: if `heads` is empty, repeats, is out of range or splits a group.
-    """
-    if unit.heads is None or unit.kv_heads is None or unit.head_dim is None:
-        raise ValueError(f"{unit.name} has no heads")
-    _check_selection(unit, "heads", heads, unit.heads)
-    per_group = unit.heads // unit.kv_heads
-    groups = list(dict.fromkeys(head // per_group for head in heads))
-    if list(heads) != group_heads(unit, groups):
-        raise ValueError(
-            f"{unit.name}: {per_group} query heads share a key-value head, so heads are kept in "
-            f"whole groups; {list(heads)} splits or interleaves them"
-        )
-    queries = _spread(heads, unit.head_dim)
-    keys = _spread(groups, unit.head_dim)
-    linears = _dense_linears(model, unit)
-    for role, index in (("query", queries), ("key", keys), ("value", keys)):
-        name, linear = linears[role]
-        replace_module(model, name, _keep_rows(linear, index))
-    name, linear = linears["output"]
-    replace_module(model, name, _keep_columns(linear, queries))
-    return _reshaped(model, replace(unit, heads=len(heads), kv_heads=len(groups)))
-
-
-def group_heads(unit: Unit, groups: Sequence[int]) -> list[int]:
-    """The query heads of these key-value groups, in order."""
-    if unit.heads is None or unit.kv_heads is None:
-        raise ValueError(f"{unit.name} has no heads")
-    per_group = unit.heads // unit.kv_heads
-    return [group * per_group + offset for group in groups for offset in range(per_group)]
-
-
-def keep_width(model: nn.Module, unit: Unit, channels: Sequence[int]) -> Unit:
-    """Keep these inner channels of a feed-forward sublayer, in this order; equals zeroing the rest.
-
-    Returns:
-        The unit as it is now.
-
-    Raises:
-        ValueError: if `channels` is empty, repeats or is out of range.
-    """
-    if unit.width is None:
-        raise ValueError(f"{unit.name} has no inner width")
-    _check_selection(unit, "channels", channels, unit.width)
-    index = torch.as_tensor(list(channels), dtype=torch.long)
-    linears = _dense_linears(model, unit)
-    for role in ("gate", "up"):
-        if role in linears:
-            name, linear = linears[role]
-            replace_module(model, name, _keep_rows(linear, index))
-    name, linear = linears["down"]
-    replace_module(model, name, _keep_columns(linear, index))
-    return _reshaped(model, replace(unit, width=len(index)))
-
-
-def resize_embeddings(model: nn.Module, unit: Unit, tokens: torch.Tensor) -> Unit:
-    """Keep these rows of the token table, in this order: token `i` was token `tokens[i]`.
-
-    A head that shares the table's weight keeps the same rows and goes on sharing; an untied head
-    is left alone. The config's vocabulary follows; mapping the tokenizer's ids is the caller's.
-
-    Returns:
-        The unit as it is now.
-
-    Raises:
-        ValueError: if `tokens` is empty, repeats or is out of range.
-    """
-    site = unit.site("embedding")
-    if site is None:
-        raise ValueError(f"{unit.name} has no token table")
-    _check_selection(unit, "tokens", tokens.tolist(), site.rows)
-    table = model.get_submodule(site.name)
-    if not isinstance(table, nn.Embedding):
-        raise ValueError(f"{site.name} is {type(table).__name__}: resize tables before quantising")
-    shared = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight is table.weight
-    ]
-    padding = None
-    if table.padding_idx is not None:
-        found = (tokens == table.padding_idx).nonzero().flatten().tolist()
-        padding = found[0] if found else None
-    kept = dense_embedding(table.weight.detach()[tokens], padding)
-    replace_module(model, site.name, kept)
-    for name, linear in shared:
-        smaller = _keep_rows(linear, tokens)
-        smaller.weight = kept.weight
-        replace_module(model, name, smaller)
-    config: Any = model.config
-    config.vocab_size, config.pad_token_id = len(tokens), padding
-    return _reshaped(model, unit)
-
-
-def _check_selection(unit: Unit, what: str, chosen: Sequence[int], available: int) -> None:
-    if not chosen:
-        raise ValueError(f"{unit.name}: no {what} kept; skip the unit instead")
-    if len(set(chosen)) != len(chosen) or not all(0 <= index < available for index in chosen):
-        raise ValueError(f"{unit.name}: {what} must be distinct, from 0 to {available - 1}")
-
-
-def _spread(indices: Sequence[int], size: int) -> torch.Tensor:
-    """Indices of groups of `size` channels → indices of the channels."""
-    start = torch.as_tensor(list(indices), dtype=torch.long)[:, None] * size
-    return (start + torch.arange(size)).flatten()
-
-
-def _dense_linears(model: nn.Module, unit: Unit) -> dict[str, tuple[str, nn.Linear]]:
-    linears = {}
-    modules = unit_modules(model, unit)
-    for site in unit.sites:
-        module = modules.get(site.name)
-        if not isinstance(module, nn.Linear):
-            found = type(module).__name__ if module is not None else "skipped"
-            raise ValueError(f"{site.name} is {found}: change the shape before anything else")
-        linears[str(site.role)] = (site.name, module)
-    return linears
-
-
-def _keep_rows(linear: nn.Linear, index: torch.Tensor) -> nn.Linear:
-    bias = None if linear.bias is None else linear.bias.detach()[index]
-    return dense_linear(linear.weight.detach()[index], bias)
-
-
-def _keep_columns(linear: nn.Linear, index: torch.Tensor) -> nn.Linear:
-    bias = None if linear.bias is None else linear.bias.detach()
-    return dense_linear(linear.weight.detach()[:, index].contiguous(), bias)
-
-
-def _reshaped(model: nn.Module, unit: Unit) -> Unit:
-    """The unit with its sites' shapes as they are in `model`."""
-    sites = []
-    for site in unit.sites:
-        weight = model.get_submodule(site.name).weight
-        assert isinstance(weight, torch.Tensor)
-        sites.append(replace(site, rows=weight.shape[0], columns=weight.shape[1]))
-    return replace(unit, sites=tuple(sites))
 
 
 def _untie(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ class TrialRecord:
         metric: the metric's own name and value (`{"name": "perplexity", "value": 87.1}`).
         measured: cost of the artifact on the target; `None` until measured.
         estimated: what the cost table predicted before the trial ran.
-        seconds: phase → duration (stitch, distil, export, evaluate, measure).
+        seconds: phase → duration (stitch, rung, distil, export, evaluate, measure).
         artifact: directory of the exported model, relative to the study's.
         rungs: what was seen of it on the way, `RungRecord.seen`, the earliest first.
         undone: its training led away from the teacher (KL on the search split, in torch), so that

@@ -1,20 +1,28 @@
-"""Child process: load an artifact, run it once, print the peak resident memory in bytes.
+"""Peak resident memory of a process of its own that loads an artifact and runs it once.
 
-`python -m autocomp.targets.peak_memory MODULE MODEL INPUTS.npz THREADS GENERATE`. MODULE has the
-target's `open_session`. With GENERATE above zero the inputs are prompts, and so many tokens are
+It is `python -m autocomp.targets.peak_memory MODULE MODEL INPUTS.npz THREADS GENERATE`. MODULE has
+the target's `open_session`. With GENERATE above zero the inputs are prompts, and so many tokens are
 generated after them. Imports the runtime and numpy alone: the figure is that of a deployment.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import resource
+import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from autocomp.targets.generation import generate
+from autocomp.core.errors import InternalError, MachineError
+from autocomp.targets.generation import generate as run_generating
 
 
 def peak_bytes() -> int:
@@ -37,13 +45,49 @@ def reset_peak() -> bool:
     return True
 
 
+def peak_bytes_alone(
+    module: str, model: Path, feed: Mapping[str, npt.NDArray[Any]], *, threads: int, generate: int
+) -> int:
+    """Of a new process that loads the model and runs it once, the prompt and tokens after it.
+
+    Args:
+        module: has the target's `open_session`.
+        generate: tokens after the inputs, which are a prompt then; 0 for none.
+
+    Raises:
+        MachineError: if that process is killed.
+        InternalError: if it fails, with the end of what it said.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    with tempfile.TemporaryDirectory() as scratch:
+        arrays = Path(scratch) / "inputs.npz"
+        np.savez(arrays, **feed)  # type: ignore[arg-type]
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, module, str(model), str(arrays), str(threads),
+             str(generate)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )  # fmt: skip
+    if done.returncode == -signal.SIGKILL:
+        raise MachineError(
+            "measuring peak memory failed: its process was killed, most often because memory "
+            "ran out"
+        )
+    if done.returncode != 0:
+        raise InternalError(f"measuring peak memory failed: {done.stderr.strip()[-400:]}")
+    return int(done.stdout)
+
+
 def main(module: str, model: str, inputs: str, threads: str, tokens: str) -> None:
     """Run and print."""
     session = importlib.import_module(module).open_session(Path(model), int(threads))
     with np.load(inputs, allow_pickle=False) as arrays:
         feed = {name: arrays[name] for name in arrays.files}
         if int(tokens):
-            generate(session, feed, int(tokens))
+            run_generating(session, feed, int(tokens))
         else:
             session.run(None, feed)
     sys.stdout.write(f"{peak_bytes()}\n")

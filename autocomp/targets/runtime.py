@@ -5,11 +5,6 @@ A runtime adds how a model is opened and written, and its recipes; see `onnxrunt
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from autocomp.core.errors import InternalError, MachineError
+from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
@@ -28,6 +23,7 @@ from autocomp.core.unit import SiteFormat, Unit, UnitFormat
 from autocomp.targets.fingerprint import describe_cpu
 from autocomp.targets.generation import feeds, first_tokens
 from autocomp.targets.load_memory import Loading
+from autocomp.targets.peak_memory import peak_bytes_alone
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
 from autocomp.targets.timing import (
     Reference,
@@ -393,33 +389,14 @@ class CpuTarget(ABC):
             MachineError: if that process is killed.
             InternalError: if it fails, with the end of what it said.
         """
-        with tempfile.TemporaryDirectory() as scratch:
-            arrays = Path(scratch) / "inputs.npz"
-            inputs = artifact.feeds(inputs)
-            if self.workload.prompt is not None:
-                inputs = first_tokens(inputs, self.workload.prompt)
-            np.savez(arrays, **inputs)
-            root = str(Path(__file__).resolve().parents[2])
-            paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-            command = [sys.executable, "-m", "autocomp.targets.peak_memory"]
-            command += [type(self).open.__module__, str(artifact.path), str(arrays)]
-            command += [str(self.workload.threads), str(self.workload.generate or 0)]
-            with self._working():  # seconds, but nothing that can be interrupted
-                done = subprocess.run(
-                    command,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                )
-        if done.returncode == -signal.SIGKILL:
-            raise MachineError(
-                "measuring peak memory failed: its process was killed, most often because memory "
-                "ran out"
+        feed = artifact.feeds(inputs)
+        if self.workload.prompt is not None:
+            feed = first_tokens(feed, self.workload.prompt)
+        opener, generate = type(self).open.__module__, self.workload.generate or 0
+        with self._working():  # seconds, but nothing that can be interrupted
+            return peak_bytes_alone(
+                opener, artifact.path, feed, threads=self.workload.threads, generate=generate
             )
-        if done.returncode != 0:
-            raise InternalError(f"measuring peak memory failed: {done.stderr.strip()[-400:]}")
-        return int(done.stdout)
 
     def _working(self) -> AbstractContextManager[None]:
         """The gate held shared."""

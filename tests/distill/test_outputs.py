@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from model_examples import EXAMPLES
+from reduced import keep_heads
 from replaced_examples import Distances, calm
 from text_examples import Texts
 from torch import nn
@@ -20,7 +21,7 @@ from autocomp.distill.objective import Objective
 from autocomp.distill.outputs import observe
 from autocomp.distill.trainer import distil
 from autocomp.models.seat import install_mixer, mixer_shape
-from autocomp.models.surgery import copy_for_surgery, keep_heads, skip
+from autocomp.models.surgery import copy_for_surgery, skip
 from autocomp.models.tokens import install_tokens
 
 ALL = ("logits", "hidden", "attention")

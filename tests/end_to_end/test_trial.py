@@ -239,8 +239,8 @@ def test_every_phase_is_told_and_nothing_runs_beside_a_measurement(
     inside(runtime, "time_interleaved", "measuring")
     record = runner.run(payload("gated", candidate))
     assert record["state"] == "complete", record["error"]
-    assert told == ["teacher", "stitch", "distil", "export", "evaluate", "measure"]
-    assert list(record["seconds"]) == told[1:]
+    assert told == ["teacher", "stitch", "rung", "distil", "rung", "export", "evaluate", "measure"]
+    assert list(record["seconds"]) == list(dict.fromkeys(told[1:]))
     assert turns["measuring"] == 1
     batches = len(runner.task.splits["search"]) // runner.context.spec.target.workload.batch
     assert turns["working"] > batches, "evaluation gives way after every batch"
@@ -257,7 +257,8 @@ def test_a_trial_goes_on_from_its_rung_in_another_process_to_the_same_model(
     candidate = searched(finished).with_distillation(settings)
     whole = runner.run(payload("whole", candidate))
     assert whole["state"] == "complete", whole["error"]
-    assert list(whole["seconds"])[:3] == ["stitch", "distil", "rung"]
+    assert not whole["undone"], "nothing else is equal for another reason"
+    assert list(whole["seconds"])[:3] == ["stitch", "rung", "distil"]
 
     running = runner.start(payload("cut", candidate))
     report = next(running)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from exported import Finished, finished, quantise_unit, share
+from reduced import group_heads, keep_heads, keep_width
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,7 +20,7 @@ from autocomp.export.reloaded import float_copy
 from autocomp.export.structure import fill_up
 from autocomp.library.student import unit_state
 from autocomp.models.modules import QuantLinear
-from autocomp.models.surgery import group_heads, install, keep_heads, keep_width, skip
+from autocomp.models.surgery import install, skip
 from autocomp.targets.protocol import Target
 
 TARGET: Target = object()  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exported import EXAMPLES, Finished, finished, quantise_unit, share
+from reduced import group_heads, keep_heads, keep_width
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +23,7 @@ from autocomp.export.structure import load_weights, stock_structure
 from autocomp.library.student import load_student, unit_state
 from autocomp.models.conversion import to_linear
 from autocomp.models.load import quiet, task_class
-from autocomp.models.surgery import group_heads, install, keep_heads, keep_width, skip
+from autocomp.models.surgery import install, skip
 from autocomp.operators.protocol import SiteState
 from autocomp.targets.protocol import Target
 

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 from model_examples import EXAMPLES
+from reduced import keep_heads
 from torch import nn
 
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import Unit
-from autocomp.models.surgery import copy_for_surgery, keep_heads, skip
+from autocomp.models.surgery import copy_for_surgery, skip
 from autocomp.models.tokens import (
     AveragedNorm,
     TokenSizes,

@@ -1,12 +1,16 @@
-"""Skeletons of the small models, exported once."""
+"""Skeletons of the small models, exported once; reduced ones are shared with the models room."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from target_examples import small_model, target
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reduced import keep_heads, keep_width
 from target_examples import ImageTask, TextTask, quantise_unit, small_model
 
 from autocomp.core.errors import InternalError, StudyError, UserError
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import dense_format
-from autocomp.models.surgery import keep_heads, keep_width, skip
+from autocomp.models.surgery import skip
 from autocomp.models.tokens import install_tokens
 from autocomp.spec.schema import TargetSection, WorkloadSection
 from autocomp.targets import TARGETS, make_target, open_artifact

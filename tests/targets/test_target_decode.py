@@ -11,11 +11,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from reduced import keep_heads, keep_width
 from target_examples import TextTask, quantise_unit, small_model
 
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import dense_format, resized
-from autocomp.models.surgery import keep_heads, keep_width, skip
+from autocomp.models.surgery import skip
 from autocomp.spec.schema import WorkloadSection
 from autocomp.targets.cache import add_cache
 from autocomp.targets.generation import PAST, carried, feeds, first_tokens, generate

@@ -9,13 +9,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from reduced import keep_heads, keep_width
 from target_examples import TextTask, quantise_unit, small_model, target
 
 from autocomp.calibrate.stats import SiteStats
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import InternalError
 from autocomp.core.unit import SiteFormat, dense_format
-from autocomp.models.surgery import install, keep_heads, keep_width, skip
+from autocomp.models.surgery import install, skip
 from autocomp.operators import apply_option, option_formats
 from autocomp.operators.protocol import SiteState
 from autocomp.targets.graph import Graph, attribute

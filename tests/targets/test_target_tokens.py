@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import target_examples
+from reduced import keep_heads
 from target_examples import RUNTIMES, ImageTask, small_model, target, target_on
 
 from autocomp.core.errors import InternalError
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import dense_format
-from autocomp.models.surgery import keep_heads, skip
+from autocomp.models.surgery import skip
 from autocomp.models.tokens import install_tokens
 from autocomp.targets.cost_table import CostTable, Entry
 from autocomp.targets.graph import attribute
