@@ -23,11 +23,14 @@ from typing import Any
 from autocomp.core.candidate import Candidate, Distillation, Option
 from autocomp.core.measurement import Measurement
 from autocomp.core.unit import Unit
-from autocomp.front.pick import closest_first
+from autocomp.front.pick import closest_first, divergence, front
 from autocomp.study.records import TrialRecord
 from benchmarks.setting import SPACES, ExitOnDemand, lines
 
 CHOSEN, DENSE = "search", "dense"
+WAYS = ("milp", "evolution", "surrogate", "random", "regular", "gain", "front")
+"""`proposed_by` of a search's trials."""
+
 NEAR = 0.11
 """Shares this close are meant: widths are rounded to what runtimes like."""
 
@@ -69,7 +72,9 @@ class Match:
 
 
 def run_match(match: Match) -> dict[str, float]:
-    """Per model what `_figures` says; and `search_minutes`, `latency_limit` and `size_limit`."""
+    """Per model what `_figures` says, per way of proposing what `_proposals` says; and
+    `search_minutes`, `latency_limit` and `size_limit`.
+    """
     from autocomp.api.prepare import cache_directory
     from autocomp.api.search import search
 
@@ -82,6 +87,7 @@ def run_match(match: Match) -> dict[str, float]:
         "latency_limit": limits.latency_ms or 100.0,
         "size_limit": float(limits.size_bytes or 100),
     }
+    figures |= _proposals(found.study.trials(), chosen.id)
     figures |= _figures(CHOSEN, root / "search", chosen.id)
     for name, trial in _rivals(match, root / "rivals", chosen.candidate).items():
         figures |= _figures(name, root / "rivals", trial)
@@ -264,6 +270,26 @@ def _figures(name: str, directory: Path, id: str) -> dict[str, float]:
             "report_high": 100 * ratio.high,
         }
     return {f"{name}_{figure}": value for figure, value in figures.items()}
+
+
+def _proposals(trials: Sequence[TrialRecord], chosen: str) -> dict[str, float]:
+    """What came of each way of proposing: `by_{way}_{trials|whole|front|chosen|kl}`, nats."""
+    searched = [trial for trial in trials if trial.kind == "search"]
+    on_front = {trial.id for trial in front(searched)}
+    figures: dict[str, float] = {}
+    for way in WAYS:
+        own = [trial for trial in searched if trial.proposed_by == way]
+        whole = [trial for trial in own if trial.state == "complete"]
+        counts = {
+            "trials": len(own),
+            "whole": len(whole),
+            "front": sum(trial.id in on_front for trial in whole),
+            "chosen": sum(trial.id == chosen for trial in whole),
+        }
+        figures |= {f"by_{way}_{name}": float(count) for name, count in counts.items() if own}
+        if kls := [kl for trial in whole if (kl := divergence(trial)) is not None]:
+            figures[f"by_{way}_kl"] = min(kls)
+    return figures
 
 
 def report_ratio(study: Any, id: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.rivals import CHOSEN, DENSE, Match
+from benchmarks.rivals import CHOSEN, DENSE, WAYS, Match
 
 Figures = dict[str, float]
 
@@ -25,7 +25,8 @@ def rivals(match: Match, metric: str, figures: Figures) -> list[list[str]]:
     for name in (DENSE, *match.recipes, CHOSEN):
         found = f"**autocomp search**, {figures['search_minutes']:.0f} min"
         label = found if name == CHOSEN else name
-        interval = [_cell(figures, f"{name}_report_{end}", ".1f") for end in ("low", "high")]
+        ends = () if name == DENSE else ("low", "high")
+        interval = [_cell(figures, f"{name}_report_{end}", ".1f") for end in ends] or ["–"]
         rows.append(
             [
                 label,
@@ -40,6 +41,19 @@ def rivals(match: Match, metric: str, figures: Figures) -> list[list[str]]:
                 "–" if "–" in interval else " … ".join(interval),
             ]
         )
+    return rows
+
+
+def proposals(figures: Figures) -> list[list[str]]:
+    """A row per way of proposing that the search used: what came of its trials."""
+    rows = [["proposed by", "trials", "trained to the end", "on the front", "least KL", "chosen"]]
+    for way in WAYS:
+        if f"by_{way}_trials" in figures:
+            counts = [
+                _cell(figures, f"by_{way}_{of}", ".0f") for of in ("trials", "whole", "front")
+            ]
+            chosen = "yes" if figures[f"by_{way}_chosen"] else ""
+            rows.append([way, *counts, _cell(figures, f"by_{way}_kl", ".3f"), chosen])
     return rows
 
 

@@ -17,7 +17,7 @@ from benchmarks.mixers import CASES as MIXED
 from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
 from benchmarks.results import read
-from benchmarks.rivals_tables import rivals
+from benchmarks.rivals_tables import proposals, rivals
 from benchmarks.search_quality import tables as search_quality
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -170,20 +170,27 @@ WIDE: dict[str, Callable[[dict[str, float]], list[list[str]]]] = {
 }
 """Benchmark → rows of its table, head first, where that is no list of figures."""
 
+BELOW = {name: proposals for name in WIDE if name.startswith("rivals_")}
+"""Benchmark → rows of another table below it."""
+
 
 def table(name: str, result: dict[str, Any]) -> str:
     """The Markdown table of one result."""
     if name in WIDE:
-        cells = WIDE[name](result["figures"])
-        head, *rows = (f"| {' | '.join(row)} |" for row in cells)
-        ruler = "|---|" + "---:|" * (len(cells[0]) - 1)
-        return "\n".join([head, ruler, *rows, "", _origin(result)])
+        tables = [rows(result["figures"]) for rows in (WIDE[name], BELOW.get(name)) if rows]
+        lines = [line for cells in tables if cells[1:] for line in (*_markdown(cells), "")]
+        return "\n".join([*lines, _origin(result)])
     lines = ["| | measured | goal |", "|---|---:|---:|"]
     lines += [
         f"| {label} | {_cell(result['figures'], figure)} | {goal} |"
         for figure, label, goal in ROWS[name]
     ]
     return "\n".join([*lines, "", _origin(result)])
+
+
+def _markdown(cells: list[list[str]]) -> list[str]:
+    head, *rows = (f"| {' | '.join(row)} |" for row in cells)
+    return [head, "|---|" + "---:|" * (len(cells[0]) - 1), *rows]
 
 
 def plain(name: str, result: dict[str, Any]) -> str:

@@ -13,11 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from model_examples import EXAMPLES
 
 from autocomp.core.candidate import Candidate, Distillation, Option
+from autocomp.core.measurement import Measurement
 from autocomp.operators import unit_options
 from autocomp.operators.protocol import Rule
 from autocomp.spec.schema import Spec
+from autocomp.study.records import TrialRecord
 from benchmarks.pipeline import _fixed
-from benchmarks.rivals import Recipe, candidate_of
+from benchmarks.rivals import Recipe, _proposals, candidate_of
+from benchmarks.rivals_tables import proposals
 
 BITS = {"method": "gptq", "weights": ["dense", 8, 4], "activations": ["dense", 8], "group": 16}
 RULES = {
@@ -53,6 +56,25 @@ def test_every_layer_is_pruned_and_quantised_alike() -> None:
         if name.startswith("layers."):
             assert list(option) == ["heads" if "attention" in name else "width", "gptq"]
             assert option["gptq"]["weights"] == 4
+
+
+def test_what_came_of_each_way_of_proposing() -> None:
+    def trial(id: str, way: str, kl: float | None, latency_ms: float = 1.0) -> TrialRecord:
+        state: Any = "pruned" if kl is None else "complete"
+        cost = Measurement("measured", latency_ms, 10)
+        candidate = Candidate.of({"a": Option()})
+        return TrialRecord(
+            id, "search", way, state, candidate, quality=0.9, teacher_kl=kl, measured=cost
+        )
+
+    found = [
+        trial("a", "milp", None),
+        trial("b", "milp", 0.2, 2.0),
+        trial("c", "milp", 0.1),
+        trial("d", "gain", None),
+    ]
+    rows = proposals(_proposals(found, "c"))
+    assert rows[1:] == [["milp", "3", "2", "1", "0.100", "yes"], ["gain", "1", "0", "0", "–", ""]]
 
 
 def test_what_the_space_lacks_is_an_error() -> None:
