@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -189,14 +189,6 @@ class Candidate:
     @property
     def _option_keys(self) -> dict[str, str]:
         return {unit: option.key for unit, option in self.options}
-
-    def with_distillation(self, distillation: Distillation) -> Candidate:
-        """The same options under other distillation settings."""
-        return replace(self, distillation=distillation)
-
-    def with_runtime(self, runtime: Runtime) -> Candidate:
-        """The same model for another runtime."""
-        return replace(self, runtime=runtime)
 
     def to_json(self) -> dict[str, Any]:
         """`{"units": {unit: option}, "distillation": {...}}`, and `"runtime"` if there is one."""

@@ -82,23 +82,9 @@ class Unit:
         """Number of weights and biases in all sites."""
         return sum(site.parameters for site in self.sites)
 
-    def macs(self, sequence: int) -> int:
-        """Multiply-accumulates for one example of `sequence` tokens, attention scores included."""
-        if self.kind == "embedding":
-            return 0
-        linear = sequence * sum(site.rows * site.columns for site in self.sites)
-        if self.kind != "attention" or self.heads is None or self.head_dim is None:
-            return linear
-        return linear + 2 * sequence * sequence * self.heads * self.head_dim
-
     def site(self, role: Role) -> Site | None:
         """The site of this role, or `None`."""
         return next((site for site in self.sites if site.role == role), None)
-
-    def signature(self) -> tuple[object, ...]:
-        """Equal for units that cost the same under the same option: shapes without names."""
-        shapes = tuple((s.role, s.rows, s.columns, s.bias) for s in self.sites)
-        return (self.kind, shapes, self.heads, self.kv_heads, self.head_dim, self.width)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from autocomp.core.errors import ModelError
@@ -89,11 +88,6 @@ def find_units(
     if shapes:
         _check_shapes(layout, units, shapes, new_labels=num_labels is not None)
     return units
-
-
-def match_units(units: Iterable[Unit], pattern: str) -> list[Unit]:
-    """The units whose name matches a glob (`layers.*.attention`); case counts."""
-    return [unit for unit in units if fnmatchcase(unit.name, pattern)]
 
 
 @dataclass(frozen=True)

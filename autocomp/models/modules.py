@@ -20,7 +20,6 @@ from autocomp.core.activation_grid import float32, static_grid
 from autocomp.core.unit import SiteFormat
 from autocomp.models.codes import (
     CODE_RANGE,
-    dequantise,
     fake_quantise_weight,
     group_count,
     quantise,
@@ -249,17 +248,6 @@ class QuantLinear(_Quantised):
         self.register_buffer("range_ends", ends)
         self.in_features, self.out_features = format.columns, format.rows
 
-    @classmethod
-    def from_codes(
-        cls,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        format: SiteFormat,
-    ) -> QuantLinear:
-        """From int8 `codes` `(rows, columns)`; `codes()` gives them back exactly."""
-        return cls(dequantise(codes, scales, format), bias, scales, format, codes)
-
     @property
     def input_range(self) -> tuple[float, float] | None:
         """Smallest and largest input of static activations."""
@@ -317,17 +305,6 @@ class QuantEmbedding(_Quantised):
         super().__init__(weight, scales, format, codes)
         self.padding_idx = padding_idx
         self.num_embeddings, self.embedding_dim = format.rows, format.columns
-
-    @classmethod
-    def from_codes(
-        cls,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        padding_idx: int | None,
-        format: SiteFormat,
-    ) -> QuantEmbedding:
-        """From int8 `codes` `(rows, columns)`; `codes()` gives them back exactly."""
-        return cls(dequantise(codes, scales, format), scales, padding_idx, format, codes)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Integer `ids` of any shape `(...)` → `(..., width)`."""

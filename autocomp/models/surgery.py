@@ -229,11 +229,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(model.get_submodule(f"{layout.prefix}.{layout.blocks}").children())
 
 
-def block_of(unit: Unit) -> int | None:
-    """Index into `blocks` of the block that holds the unit; `None` outside the blocks."""
-    return unit.layer
-
-
 def skip(model: nn.Module, unit: Unit) -> None:
     """Take a sublayer out: its contribution to the residual stream becomes zero.
 

@@ -105,13 +105,6 @@ def view_tag(name: str, state: dict[str, Any]) -> str:
     )
 
 
-def unpack_view(tag: str) -> dict[str, Any]:
-    """Inverse of `view_tag`: the state."""
-    packed = json.loads(tag)["state"].partition(";")[2]
-    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
-    return state
-
-
 def run_artifact_url(base: str, experiment_id: str, run_id: str, path: str) -> str:
     """The address of a run's artifact on the MLflow server at `base`."""
     return (

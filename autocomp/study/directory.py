@@ -111,11 +111,6 @@ class Study:
         return f"{self.name}-{self.spec.key[:8]}"
 
     @property
-    def created(self) -> str:
-        """When it was made (ISO 8601, UTC)."""
-        return str(self._about["created"])
-
-    @property
     def versions(self) -> dict[str, str]:
         """Versions of the libraries it was made with."""
         return dict(self._about["versions"])

@@ -81,11 +81,6 @@ class StudyPaths:
         return self.root / "log.txt"
 
     @property
-    def mlflow(self) -> Path:
-        """MLflow's default store."""
-        return self.root / "mlflow.db"
-
-    @property
     def front_html(self) -> Path:
         """The self-contained front page."""
         return self.root / "front.html"

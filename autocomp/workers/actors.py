@@ -152,20 +152,6 @@ class ActorPool:
         results = dict(self.map_unordered(method, items, progress))
         return [results[index] for index in range(len(results))]
 
-    def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call `actor.method(*args)` on every actor that has started, before any has on all.
-
-        Raises:
-            AutocompError: what the method raised, if it is one of ours, else InternalError.
-        """
-        import ray
-
-        calls = [getattr(actor, method).remote(*args) for actor in self._living()]
-        try:
-            return list(ray.get(calls))
-        except ray.exceptions.RayError as error:
-            raise surfaced(error, f"{self._name}.{method} failed") from error
-
     def close(self) -> None:
         """End the actors' processes."""
         import ray

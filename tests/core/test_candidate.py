@@ -1,6 +1,7 @@
 """Options and candidates: round trips, keys that follow equality, readable YAML."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -102,8 +103,8 @@ def test_keys_of_older_studies_stay():
         Distillation(80_000, 2e-4, 2.0, "logits"),
     )
     assert older.key == "a9475eb6d18c05bf"
-    assert older.with_distillation(Distillation()).key == "193c5c237274be33"
-    assert older.with_runtime("openvino").key == "6ccce794e96913ff"
+    assert replace(older, distillation=Distillation()).key == "193c5c237274be33"
+    assert replace(older, runtime="openvino").key == "6ccce794e96913ff"
 
 
 def test_settings_at_their_default_are_left_out():
@@ -135,8 +136,8 @@ def test_keys_follow_equality_and_ignore_settings_without_training():
     whole, real = (Candidate.of({"u": Option((Step.of("w", keep=k),))}) for k in (2, 2.0))
     assert whole == real
     assert whole.key == real.key
-    idle = SMALL.with_distillation(Distillation(tokens=0, lr=1e-2))
-    assert idle.key == SMALL.with_distillation(Distillation(tokens=0, lr=1e-5)).key
+    idle = replace(SMALL, distillation=Distillation(tokens=0, lr=1e-2))
+    assert idle.key == replace(SMALL, distillation=Distillation(tokens=0, lr=1e-5)).key
     assert idle.key != SMALL.key
     assert idle.stitch_key == SMALL.stitch_key
 
@@ -187,7 +188,7 @@ def test_the_runtime_is_part_of_the_key_and_only_where_there_is_one():
     # Of a ledger written before there were runtimes: such studies resume.
     assert (plain.key, plain.stitch_key) == ("6747ff4fff67f791", "9539f5ff944c729a")
     assert set(plain.to_json()) == {"units", "distillation"}
-    named = [plain.with_runtime(name) for name in ("onnxruntime", "openvino")]
+    named = [replace(plain, runtime=name) for name in ("onnxruntime", "openvino")]
     assert len({plain.key, *(each.key for each in named)}) == 3
     assert {each.stitch_key for each in named} == {plain.stitch_key}
     for each in named:

@@ -18,18 +18,8 @@ def test_counts():
     unit = attention()
     assert unit.parameters == 4 * (D * D + D)
     assert attention(bias=False).parameters == 4 * D * D
-    assert unit.macs(T) == 4 * T * D * D + 2 * T * T * D
-    ffn = Unit("f", "ffn", (Site("u", "up", F, D, True), Site("d", "down", D, F, True)), width=F)
-    assert ffn.macs(T) == 2 * T * D * F
     table = Unit("embeddings", "embedding", (Site("e", "embedding", 1000, D, False),))
-    assert (table.parameters, table.macs(T)) == (1000 * D, 0)
-
-
-def test_signature_ignores_names():
-    assert (
-        attention("layers.0.attention").signature() == attention("layers.7.attention").signature()
-    )
-    assert attention().signature() != attention(bias=False).signature()
+    assert table.parameters == 1000 * D
 
 
 def test_formats():

@@ -254,7 +254,7 @@ def test_a_trial_goes_on_from_its_rung_in_another_process_to_the_same_model(
     context = replace(runner.context, spec=spec.model_copy(update={"search": search}))
     runner.context = context
     settings = Distillation(tokens=2000, lr=3e-4, temperature=2.0)
-    candidate = searched(finished).with_distillation(settings)
+    candidate = replace(searched(finished), distillation=settings)
     whole = runner.run(payload("whole", candidate))
     assert whole["state"] == "complete", whole["error"]
     assert not whole["undone"], "nothing else is equal for another reason"

@@ -247,7 +247,7 @@ def test_the_report_of_the_chosen_trial_is_beside_the_teacher() -> None:
 
 def test_runtimes_share_a_front_and_the_first_is_the_reference() -> None:
     def on(runtime: str, made: TrialRecord) -> TrialRecord:
-        return replace(made, candidate=made.candidate.with_runtime(runtime))
+        return replace(made, candidate=replace(made.candidate, runtime=runtime))
 
     other = on("b", record("dense-b", 0.90, 6.0, 110, kind="dense", proposed_by="baseline"))
     rows = [other, on("a", DENSE), on("a", GOOD), on("b", SMALL)]

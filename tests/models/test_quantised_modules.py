@@ -15,6 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from autocomp.core.unit import SiteFormat
+from autocomp.models.codes import dequantise
 from autocomp.models.modules import QuantEmbedding, QuantLinear, Skip
 from autocomp.models.rounding import fake_quantise_per_tensor, integer_products
 
@@ -25,6 +26,12 @@ FORMATS = [
     for group in (None, 8, 22)
     for activation in (32, 8)
 ]
+
+
+def _linear(
+    codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, fmt: SiteFormat
+) -> QuantLinear:
+    return QuantLinear(dequantise(codes, scales, fmt), bias, scales, fmt, codes)
 
 
 def _numpy_dynamic_quantize_linear(x: np.ndarray) -> np.ndarray:
@@ -121,15 +128,15 @@ def test_zero_scale_means_zero() -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_from_codes_gives_the_codes_back(fmt: SiteFormat) -> None:
+def test_given_codes_come_back(fmt: SiteFormat) -> None:
     low, high = RANGES[fmt.weight_bits]
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(low, high + 1, (5, 22), generator=generator).to(torch.int8)
     _, bias, scales = _random(fmt)
-    linear = QuantLinear.from_codes(codes, scales, bias, fmt)
+    linear = _linear(codes, scales, bias, fmt)
     assert torch.equal(linear.codes(), codes)
     assert linear.dequantised().data_ptr() == linear.weight.data_ptr()  # one copy, not two
-    table = QuantEmbedding.from_codes(codes, scales, None, fmt)
+    table = QuantEmbedding(dequantise(codes, scales, fmt), scales, None, fmt, codes)
     assert torch.equal(table.codes(), codes)
 
 
@@ -269,7 +276,7 @@ def test_integer_products_equal_float_emulation(rows: int) -> None:
     codes = torch.randint(-127, 128, (17, 300), generator=generator).to(torch.int8)
     scales = torch.rand(17, 1, generator=generator) * 0.01 + 1e-4
     bias = torch.randn(17, generator=generator)
-    layer = QuantLinear.from_codes(codes, scales, bias, fmt).eval()
+    layer = _linear(codes, scales, bias, fmt).eval()
     x = torch.randn(rows, 300, generator=generator) + 3.0  # far from centred: the zero point counts
     emulated = _numpy_dynamic_quantize_linear(x.numpy()).astype(np.float64)
     expected = emulated @ (codes.double() * scales.double()).T.numpy() + bias.numpy()
@@ -291,7 +298,7 @@ def test_activations_that_are_not_finite_are_not_hidden(bad: float) -> None:
 def test_given_codes_are_used_until_the_weight_changes() -> None:
     fmt = SiteFormat(3, 8, False, weight_bits=8, activation_bits=8)
     codes = torch.arange(24, dtype=torch.int8).view(3, 8)
-    layer = QuantLinear.from_codes(codes, torch.full((3, 1), 0.02), None, fmt).eval()
+    layer = _linear(codes, torch.full((3, 1), 0.02), None, fmt).eval()
     assert layer.integers().codes.data_ptr() == codes.data_ptr()
     assert layer.integers().sums.tolist() == codes.sum(1).tolist()
     with torch.no_grad():

@@ -129,10 +129,10 @@ def view(trials: list[TrialRecord] | None = None, budget: Budget = BUDGET) -> di
 def on_two_runtimes(count: int = 6) -> list[TrialRecord]:
     """`records`, every other one on another runtime; dense on both."""
     made = [
-        replace(each, candidate=each.candidate.with_runtime(("onnxruntime", "openvino")[i % 2]))
+        replace(each, candidate=replace(each.candidate, runtime=("onnxruntime", "openvino")[i % 2]))
         for i, each in enumerate(records(count))
     ]
     other = replace(
-        made[0], id="dense-openvino", candidate=made[0].candidate.with_runtime("openvino")
+        made[0], id="dense-openvino", candidate=replace(made[0].candidate, runtime="openvino")
     )
     return [made[0], other, *made[1:]]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import math
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from autocomp.report import mlflow_client
 from autocomp.report.dashboard import Dashboard
 from autocomp.report.mlflow_log import project, projected_place
 from autocomp.report.mlflow_projector import MlflowProjector
-from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, unpack_view, view_tag, view_url
+from autocomp.report.mlflow_view import TAG_PREFIX, saved_view, view_tag, view_url
 from autocomp.report.summary import trial_metrics
 from autocomp.spec.schema import Spec
 from autocomp.study.directory import Study
@@ -47,6 +49,13 @@ SPEC = Spec.model_validate(
 
 
 @pytest.fixture(scope="module")
+def unpack_view(tag: str) -> dict[str, Any]:
+    """The state a tag holds, as MLflow's page reads it."""
+    packed = json.loads(tag)["state"].partition(";")[2]
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    return state
+
+
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One SQLite store for the whole module: the first opening migrates for seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"

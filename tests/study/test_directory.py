@@ -53,7 +53,6 @@ def test_makes_a_study(tmp_path, make_spec):
     study = Study.create_or_open(tmp_path / "runs" / "first", spec)
     assert study.name == "first"
     assert study.id == f"first-{spec.key[:8]}"
-    assert study.created.endswith("+00:00")
     assert {"python", "numpy"} <= study.versions.keys()
     assert study.devices == []
     assert study.trials() == []
@@ -82,7 +81,6 @@ def test_resumes_and_keeps_the_new_amount(tmp_path, make_spec, make_record):
     first.add_trial(make_record())
     again = Study.create_or_open(tmp_path / "x", make_spec(trials=9))
     assert [trial.id for trial in again.trials()] == ["0123456789"]
-    assert again.created == first.created
     assert Study.open(tmp_path / "x").spec.search.trials == 9
 
 
