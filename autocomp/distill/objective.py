@@ -9,22 +9,23 @@ import torch
 from torch import nn
 
 from autocomp.core.candidate import Distillation
+from autocomp.distill.known import Known
 from autocomp.distill.losses import LOSSES
 from autocomp.distill.losses.protocol import Batch, Outputs, Reading
 from autocomp.distill.outputs import observe
-from autocomp.tasks.protocol import Array, Task
+from autocomp.tasks.protocol import Task
 
 
 class Objective:
     """The first loss, plus the settings' weight times each of the others.
 
     Args:
-        known: the teacher's logits of the whole transfer set, in its order, if they are at hand;
-            else, and where layers are compared, the teacher runs beside the student.
+        known: the teacher's side of the whole transfer set, if it is at hand; for what it does not
+            hold, the teacher runs beside the student.
     """
 
     def __init__(
-        self, teacher: nn.Module, task: Task, settings: Distillation, known: Array | None
+        self, teacher: nn.Module, task: Task, settings: Distillation, known: Known | None
     ) -> None:
         self._teacher, self._task, self._settings = teacher, task, settings
         self._known = known
@@ -54,10 +55,11 @@ class Objective:
 
     @torch.no_grad()
     def _target(self, inputs: Mapping[str, torch.Tensor], reads: set[Reading]) -> Outputs:
-        known = None
-        if self._known is not None and "index" in inputs:
-            known = torch.from_numpy(self._known[inputs["index"].numpy()])
-            if not reads & {"hidden", "attention"}:
-                return Outputs(known, {}, {})
+        known = self._known if "index" in inputs else None
+        if known is None:
+            return observe(self._teacher, self._task, inputs, reads)
+        found = known.outputs(inputs, reads)
+        if known.covers(reads):
+            return found
         target = observe(self._teacher, self._task, inputs, reads)
-        return target if known is None else Outputs(known, target.hidden, target.attention)
+        return Outputs(found.logits, target.hidden, target.attention)

@@ -20,11 +20,12 @@ from autocomp.core.candidate import Distillation
 from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
 from autocomp.distill.checkpoint import Training, read_checkpoint, write_checkpoint
+from autocomp.distill.known import Known
 from autocomp.distill.objective import Objective
 from autocomp.distill.on_policy import continued, is_sampled
 from autocomp.distill.schedule import rate
 from autocomp.distill.student import parameter_groups, trainable_parameters, unshare
-from autocomp.tasks.protocol import Array, Task
+from autocomp.tasks.protocol import Task
 
 MAX_GRAD_NORM = 1.0
 
@@ -69,8 +70,8 @@ class Trainer:
         settings: with `tokens` above zero.
         batch: examples per step.
         seed: of the order of the examples.
-        teacher_logits: those of the whole transfer set, in its order, if they are at hand; else
-            the teacher runs beside the student.
+        known: the teacher's side of the whole transfer set, if it is at hand; else the teacher
+            runs beside the student.
     """
 
     def __init__(
@@ -83,13 +84,13 @@ class Trainer:
         batch: int,
         seed: int,
         gate: Gate,
-        teacher_logits: Array | None = None,
+        known: Known | None = None,
     ) -> None:
         if settings.tokens <= 0:
             raise ValueError("a training sees at least one token")
         self._student, self._task, self._settings = student, task, settings
         self._batch, self._seed, self._gate = batch, seed, gate
-        self._objective = Objective(teacher, task, settings, teacher_logits)
+        self._objective = Objective(teacher, task, settings, known)
         unshare(student)
         self._parameters = trainable_parameters(student)
         groups = parameter_groups(student, self._parameters.values(), settings.lr)
@@ -218,7 +219,7 @@ def distil(
     batch: int,
     seed: int,
     gate: Gate,
-    teacher_logits: Array | None = None,
+    known: Known | None = None,
     progress: Progress | None = None,
 ) -> DistillationResult:
     """Train `student` in place to the end, as `Trainer` does; without tokens it is left alone.
@@ -236,6 +237,6 @@ def distil(
         batch=batch,
         seed=seed,
         gate=gate,
-        teacher_logits=teacher_logits,
+        known=known,
     )
     return trainer.advance(settings.tokens, progress)

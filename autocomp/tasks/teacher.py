@@ -8,7 +8,6 @@ recorded beside it whenever it is used.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from autocomp.core.errors import ModelError, StorageError, UserError
-from autocomp.core.files import sync_directory, write_atomic
+from autocomp.core.files import sync_directory
 from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key, file_digest
 from autocomp.models.conversion import save_model
@@ -35,6 +34,7 @@ from autocomp.spec.schema import Spec
 from autocomp.spec.task import TeacherSection
 from autocomp.tasks.fitting import fit_full, fit_head
 from autocomp.tasks.protocol import Array, Split, Task
+from autocomp.tasks.stored import stored_rows
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -118,14 +118,11 @@ def teacher_logits(
     """
     if cache is None:
         return np.concatenate(list(_logit_batches(model, task, split, batch, progress, gate)))
-    stored = _open_logits(cache, len(task.splits[split]))
-    if stored is None:
-        parts = _logit_batches(model, task, split, batch, progress, gate)
-        write_atomic(cache, lambda path: _write_logits(path, parts, len(task.splits[split])))
-        stored = _open_logits(cache, len(task.splits[split]))
-        if stored is None:
-            raise StorageError(f"{cache}: what was just written cannot be read back")
-    return stored
+    return stored_rows(
+        cache,
+        len(task.splits[split]),
+        lambda: _logit_batches(model, task, split, batch, progress, gate),
+    )
 
 
 def _logit_batches(
@@ -144,28 +141,6 @@ def _logit_batches(
         done += len(logits)
         if progress is not None:
             progress(done, count)
-
-
-def _write_logits(path: Path, parts: Iterator[Array], count: int) -> None:
-    first = next(parts)
-    shape = (count, *first.shape[1:])
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    start = 0
-    for part in itertools.chain([first], parts):
-        array[start : start + len(part)] = part
-        start += len(part)
-    array.flush()
-
-
-def _open_logits(path: Path, count: int) -> Array | None:
-    try:
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError) as error:
-        log.warning("the cached logits %s are damaged (%s): computing them again", path, error)
-        return None
-    return array if len(array) == count else None
 
 
 def _key(settings: TeacherSection, task: Task, model_path: Path, seed: int) -> str:

@@ -32,6 +32,7 @@ from autocomp.core.errors import AutocompError, MachineError, StorageError
 from autocomp.core.files import storage_error
 from autocomp.core.gate import Gate
 from autocomp.core.measurement import Measurement
+from autocomp.distill.known import known_side
 from autocomp.distill.trainer import DivergedError, Trainer
 from autocomp.library.realise import realise, realised
 from autocomp.library.stitch import stitch
@@ -221,7 +222,14 @@ class CandidateRunner:
         context, candidate, gate = self.context, record.candidate, self.gate
         activity.enter("teacher")
         expected = self.expected(activity.advance)
-        known = self._distil_logits(candidate, activity.advance)
+        known = known_side(
+            self.teacher,
+            self.task,
+            candidate.distillation,
+            self.paths.work,
+            gate,
+            activity.advance,
+        )
         with gate.working():
             target = self.target(candidate.runtime)
         workload = context.spec.target.workload
@@ -249,7 +257,7 @@ class CandidateRunner:
                 batch=context.spec.distill.batch,
                 seed=context.spec.search.seed,
                 gate=gate,
-                teacher_logits=known,
+                known=known if vocabulary is None else known and known.without_tokens(),
             )
             look = partial(self._look, student, task, expected)
             with phase("rung"):
@@ -337,19 +345,6 @@ class CandidateRunner:
             task = retokenised(self.context.spec, self.context.model_path, vocabulary)
             self._retokenised = (vocabulary, task)
         return self._retokenised[1]
-
-    def _distil_logits(self, candidate: Candidate, progress: Progress) -> Array | None:
-        """The teacher's logits on the transfer set where they are small: one row per example."""
-        if self.task.num_labels is None or candidate.distillation.tokens == 0:
-            return None
-        return teacher_logits(
-            self.teacher,
-            self.task,
-            "transfer",
-            self.paths.work / "teacher-transfer.npy",
-            gate=self.gate,
-            progress=progress,
-        )
 
 
 def further(trained: Evaluation, stitched: Evaluation) -> bool:

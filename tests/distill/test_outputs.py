@@ -15,6 +15,7 @@ from word_examples import CountingGate
 
 from autocomp.core.candidate import Distillation
 from autocomp.core.tokens import TokenReduction
+from autocomp.distill.known import Known
 from autocomp.distill.losses import LOSSES
 from autocomp.distill.losses.protocol import Batch
 from autocomp.distill.objective import Objective
@@ -145,9 +146,9 @@ def test_the_objective_is_the_weighted_sum_and_known_logits_stand_in() -> None:
     known = torch.zeros(5, 3)
     known[rows] = other.logits + 1.0  # the same distribution, other logits
     with torch.no_grad():
-        again, _ = Objective(teacher, task, settings, known.numpy())(student, inputs)
+        again, _ = Objective(teacher, task, settings, Known(known.numpy()))(student, inputs)
     assert float(again) == pytest.approx(float(found), rel=1e-5)
     known[rows] = -other.logits
     with torch.no_grad():
-        other_target, _ = Objective(teacher, task, settings, known.numpy())(student, inputs)
+        other_target, _ = Objective(teacher, task, settings, Known(known.numpy()))(student, inputs)
     assert float(other_target) != pytest.approx(float(found), rel=1e-2)

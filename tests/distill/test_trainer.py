@@ -13,6 +13,7 @@ from word_examples import CLASSES, CountingGate, Sentences, Words
 
 from autocomp.core.candidate import Distillation
 from autocomp.core.unit import SiteFormat
+from autocomp.distill.known import Known
 from autocomp.distill.student import trainable_parameters
 from autocomp.distill.trainer import DivergedError, distil
 from autocomp.models.modules import QuantEmbedding, QuantLinear
@@ -38,7 +39,7 @@ def run(
         batch=8,
         seed=seed,
         gate=gate or CountingGate(),
-        teacher_logits=logits,
+        known=None if logits is None else Known(logits),
     )
     return result, task
 

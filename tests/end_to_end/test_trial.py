@@ -22,6 +22,7 @@ from autocomp.api.plan import make_plan
 from autocomp.core.candidate import Candidate, Distillation
 from autocomp.core.errors import StorageError
 from autocomp.core.gate import Gate
+from autocomp.distill.known import known_side
 from autocomp.distill.trainer import distil
 from autocomp.library.stitch import stitch
 from autocomp.report.progress import Silent
@@ -108,7 +109,14 @@ def test_a_diverging_trial_fails_with_its_reason_and_the_next_one_runs(
         batch=runner.context.spec.distill.batch,
         seed=runner.context.spec.search.seed,
         gate=Gate(runner.paths.gate),
-        teacher_logits=runner._distil_logits(calm, lambda done, total: None),
+        known=known_side(
+            runner.teacher,
+            runner.task,
+            calm.distillation,
+            runner.paths.work,
+            runner.gate,
+            lambda done, total: None,
+        ),
     )
     artifact = open_artifact(runner.paths.root / record["artifact"])
     inputs = next(iter(runner.task.batches("search", 48, trim=False)))
