@@ -45,7 +45,7 @@ def run(options: Any) -> dict[str, float]:
     joint = search(spec, root / "joint", trials=TRIALS, progress=lines())
     bits = (
         search(spec, root / "bits", trials=TRIALS // 2, overrides=BITS_ONLY, progress=lines())
-        .pick(best=True)
+        .pick()
         .record
     )
     structure = {"space": _fixed(joint.study.spec, bits.candidate)}
