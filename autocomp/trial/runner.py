@@ -249,6 +249,8 @@ class CandidateRunner:
             with gate.working():
                 task = self._task_of(vocabulary)
         if candidate.distillation.tokens:
+            if known is not None and vocabulary is not None:
+                known = known.without_tokens()
             trainer = Trainer(
                 student,
                 self.teacher,
@@ -257,7 +259,7 @@ class CandidateRunner:
                 batch=context.spec.distill.batch,
                 seed=context.spec.search.seed,
                 gate=gate,
-                known=known if vocabulary is None else known and known.without_tokens(),
+                known=known,
             )
             look = partial(self._look, student, task, expected)
             with phase("rung"):
