@@ -34,6 +34,9 @@ WAYS = ("milp", "evolution", "surrogate", "random", "regular", "gain", "front")
 NEAR = 0.11
 """Shares this close are meant: widths are rounded to what runtimes like."""
 
+ROUNDING = ("rtn", "hqq")
+"""Methods that round a table."""
+
 DENSE_COST = Measurement("measured", 100.0, 100)
 """Limits resolved against this are in percent."""
 
@@ -47,7 +50,8 @@ class Recipe:
         heads, width: shares kept in them.
         bits: of their weights.
         table: bits of the word embeddings.
-        embeddings: what else is done to them: `vocabulary`, `rank` (half of it), or nothing.
+        embeddings: what else is done to them: `vocabulary`, `rank`, or nothing.
+        rank: share of it that is kept.
     """
 
     layers: tuple[int, ...] = ()
@@ -56,6 +60,7 @@ class Recipe:
     bits: int = 8
     table: int = 8
     embeddings: str = ""
+    rank: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ def _option(recipe: Recipe, unit: Unit, offered: Sequence[Option]) -> Option:
     elif unit.kind == "ffn":
         wanted = _kept("width", recipe.width, unit.width, recipe.bits)
     elif unit.kind == "embedding":
-        wanted = _table(recipe.table, recipe.embeddings)
+        wanted = _table(recipe)
     else:
         wanted = _kept("", 1.0, None, 8)
     found = next((option for option in offered if wanted(option)), None)
@@ -230,15 +235,17 @@ def _kept(structure: str, share: float, whole: int | None, bits: int) -> Callabl
     return wanted
 
 
-def _table(bits: int, operator: str) -> Callable[[Option], bool]:
-    names = {operator, "rtn"} if operator else {"rtn"}
+def _table(recipe: Recipe) -> Callable[[Option], bool]:
+    """Word embeddings in so many bits, rounded as the space does it."""
 
     def wanted(option: Option) -> bool:
-        quantised = option.step("rtn")
+        steps = {step.operator: step for step in option.steps}
+        rounding = next((steps.pop(name) for name in ROUNDING if name in steps), None)
         return (
-            quantised is not None
-            and {step.operator for step in option.steps} == names
-            and int(quantised["weights"]) == bits
+            rounding is not None
+            and set(steps) == ({recipe.embeddings} if recipe.embeddings else set())
+            and int(rounding["weights"]) == recipe.table
+            and ("rank" not in steps or float(steps["rank"]["ratio"]) == recipe.rank)
         )
 
     return wanted
