@@ -48,7 +48,6 @@ SPEC = Spec.model_validate(
 )
 
 
-@pytest.fixture(scope="module")
 def unpack_view(tag: str) -> dict[str, Any]:
     """The state a tag holds, as MLflow's page reads it."""
     packed = json.loads(tag)["state"].partition(";")[2]
@@ -56,6 +55,7 @@ def unpack_view(tag: str) -> dict[str, Any]:
     return state
 
 
+@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One SQLite store for the whole module: the first opening migrates for seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
