@@ -47,10 +47,6 @@ class Known:
         """Whether the teacher need not run for these."""
         return "attention" not in reads and ("hidden" not in reads or self.hidden is not None)
 
-    def without_tokens(self) -> Known:
-        """What holds for a student that reads the texts as other tokens."""
-        return Known(self.logits)
-
     def outputs(self, inputs: Mapping[str, torch.Tensor], reads: Collection[Reading]) -> Outputs:
         """What is known of a batch with `index`, trimmed or not."""
         at = inputs["index"].numpy()
@@ -70,11 +66,14 @@ def known_side(
     directory: Path,
     gate: Gate,
     progress: Progress,
+    *,
+    same_tokens: bool,
 ) -> Known | None:
     """What a training by these settings asks of the teacher, computed once and kept in `directory`.
 
-    Each batch holds the gate shared. `None` for language modelling, whose logits are too many, and
-    where nothing is trained.
+    Where the student reads texts as other tokens the hidden states are of no use to it. Each batch
+    holds the gate shared. `None` for language modelling, whose logits are too many, and where
+    nothing is trained.
 
     Raises:
         StorageError: if the disk is full or refuses.
@@ -84,7 +83,7 @@ def known_side(
     cache = directory / "teacher-transfer.npy"
     logits = teacher_logits(teacher, task, "transfer", cache, gate=gate, progress=progress)
     hidden = None
-    if any("hidden" in LOSSES.get(name).reads for name in settings.losses):
+    if same_tokens and any("hidden" in LOSSES.get(name).reads for name in settings.losses):
         hidden = _hidden(teacher, task, directory / "teacher-hidden.npy", gate, progress)
     return Known(logits, hidden)
 

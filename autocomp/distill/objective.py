@@ -56,10 +56,9 @@ class Objective:
     @torch.no_grad()
     def _target(self, inputs: Mapping[str, torch.Tensor], reads: set[Reading]) -> Outputs:
         known = self._known if "index" in inputs else None
-        if known is None:
-            return observe(self._teacher, self._task, inputs, reads)
-        found = known.outputs(inputs, reads)
-        if known.covers(reads):
-            return found
+        if known is not None and known.covers(reads):
+            return known.outputs(inputs, reads)
         target = observe(self._teacher, self._task, inputs, reads)
-        return Outputs(found.logits, target.hidden, target.attention)
+        if known is None:
+            return target
+        return Outputs(known.outputs(inputs, ()).logits, target.hidden, target.attention)

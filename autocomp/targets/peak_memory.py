@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocomp.core.errors import InternalError, MachineError
-from autocomp.targets.generation import generate as run_generating
+from autocomp.targets.generation import generate
 
 
 def peak_bytes() -> int:
@@ -46,13 +46,13 @@ def reset_peak() -> bool:
 
 
 def peak_bytes_alone(
-    module: str, model: Path, feed: Mapping[str, npt.NDArray[Any]], *, threads: int, generate: int
+    module: str, model: Path, feed: Mapping[str, npt.NDArray[Any]], *, threads: int, tokens: int
 ) -> int:
     """Of a new process that loads the model and runs it once, the prompt and tokens after it.
 
     Args:
         module: has the target's `open_session`.
-        generate: tokens after the inputs, which are a prompt then; 0 for none.
+        tokens: generated after the inputs, which are a prompt then; 0 for none.
 
     Raises:
         MachineError: if that process is killed.
@@ -65,7 +65,7 @@ def peak_bytes_alone(
         np.savez(arrays, **feed)  # type: ignore[arg-type]
         done = subprocess.run(
             [sys.executable, "-m", __name__, module, str(model), str(arrays), str(threads),
-             str(generate)],
+             str(tokens)],
             capture_output=True,
             text=True,
             check=False,
@@ -87,7 +87,7 @@ def main(module: str, model: str, inputs: str, threads: str, tokens: str) -> Non
     with np.load(inputs, allow_pickle=False) as arrays:
         feed = {name: arrays[name] for name in arrays.files}
         if int(tokens):
-            run_generating(session, feed, int(tokens))
+            generate(session, feed, int(tokens))
         else:
             session.run(None, feed)
     sys.stdout.write(f"{peak_bytes()}\n")

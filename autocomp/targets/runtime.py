@@ -392,10 +392,10 @@ class CpuTarget(ABC):
         feed = artifact.feeds(inputs)
         if self.workload.prompt is not None:
             feed = first_tokens(feed, self.workload.prompt)
-        opener, generate = type(self).open.__module__, self.workload.generate or 0
+        opener, tokens = type(self).open.__module__, self.workload.generate or 0
         with self._working():  # seconds, but nothing that can be interrupted
             return peak_bytes_alone(
-                opener, artifact.path, feed, threads=self.workload.threads, generate=generate
+                opener, artifact.path, feed, threads=self.workload.threads, tokens=tokens
             )
 
     def _working(self) -> AbstractContextManager[None]:

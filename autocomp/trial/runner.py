@@ -229,6 +229,7 @@ class CandidateRunner:
             self.paths.work,
             gate,
             activity.advance,
+            same_tokens=all(option.step("vocabulary") is None for _, option in candidate),
         )
         with gate.working():
             target = self.target(candidate.runtime)
@@ -249,8 +250,6 @@ class CandidateRunner:
             with gate.working():
                 task = self._task_of(vocabulary)
         if candidate.distillation.tokens:
-            if known is not None and vocabulary is not None:
-                known = known.without_tokens()
             trainer = Trainer(
                 student,
                 self.teacher,

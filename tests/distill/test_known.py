@@ -67,10 +67,23 @@ class Rows:
         return out
 
 
-def side(task: Rows, teacher: nn.Module, path: Path, settings: Distillation = SETTINGS) -> Any:
+def side(
+    task: Rows,
+    teacher: nn.Module,
+    path: Path,
+    settings: Distillation = SETTINGS,
+    *,
+    same_tokens: bool = True,
+) -> Any:
     told: list[int] = []
     found = known_side(
-        teacher, cast(Task, task), settings, path, CountingGate(), lambda done, _: told.append(done)
+        teacher,
+        cast(Task, task),
+        settings,
+        path,
+        CountingGate(),
+        lambda done, _: told.append(done),
+        same_tokens=same_tokens,
     )
     assert not told or told[-1] == COUNT
     return found
@@ -139,6 +152,7 @@ def test_what_is_large_or_of_no_use_is_not_kept(
     plain = side(task, teacher, tmp_path, Distillation(tokens=1, loss="logits+relations"))
     assert plain.hidden is None
     assert not plain.covers(("logits", "attention"))
+    assert side(task, teacher, tmp_path, same_tokens=False).hidden is None
     monkeypatch.setattr(known_module, "KEPT_BYTES", 3 * COUNT * LENGTH * 24 * 4 - 1)
     large = side(task, teacher, tmp_path)
     assert large.hidden is None

@@ -116,6 +116,7 @@ def test_a_diverging_trial_fails_with_its_reason_and_the_next_one_runs(
             runner.paths.work,
             runner.gate,
             lambda done, total: None,
+            same_tokens=True,
         ),
     )
     artifact = open_artifact(runner.paths.root / record["artifact"])
