@@ -25,7 +25,7 @@ MB = 1e6
 
 def run(options: Any) -> dict[str, float]:
     """Both comparisons."""
-    from autocomp.api.prepare import CALIBRATION_BATCH
+    from autocomp.api.library import CALIBRATION_BATCH
     from autocomp.calibrate.stream import calibrate
     from autocomp.models.load import load_model
 

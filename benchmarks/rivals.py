@@ -143,6 +143,7 @@ def recipe_trials(
     """
     from autocomp.api import prepare
     from autocomp.api.finish import open_report_split
+    from autocomp.api.library import prepare_library
     from autocomp.api.phases import PhaseTimes
     from autocomp.api.plan import make_plan
     from autocomp.api.session import Session
@@ -168,7 +169,7 @@ def recipe_trials(
     ]
     with ExitStack() as stack:
         cluster = stack.enter_context(ExitOnDemand(start))
-        items = prepare.prepare_library(plan, teacher, cluster, Silent())
+        items = prepare_library(plan, teacher, cluster, Silent())
         context = replace(context, items=items)
         pool = stack.enter_context(ActorPool(Runner, (context,), cluster().workers))
         records = [TrialRecord.from_json(its) for its in pool.map("run", payloads, _progress)]

@@ -66,7 +66,7 @@ def run(options: Any) -> dict[str, float]:
 def _from_scratch(setting: Setting, screener: Any, candidate: Any) -> dict[str, float]:
     import torch
 
-    from autocomp.api.prepare import CALIBRATION_BATCH
+    from autocomp.api.library import CALIBRATION_BATCH
     from autocomp.calibrate.stats import load_stats
     from autocomp.calibrate.stream import calibrate
     from autocomp.library.build import load_unit

@@ -52,6 +52,7 @@ def prepared(
     import torch
 
     from autocomp.api import prepare
+    from autocomp.api.library import prepare_library
     from autocomp.api.plan import make_plan
     from autocomp.report.progress import Silent
     from autocomp.study.directory import Study
@@ -67,7 +68,7 @@ def prepared(
         context = prepare.prepare_context(plan, study, teacher)
         if library:
             with ExitOnDemand(start) as cluster:
-                items = prepare.prepare_library(plan, teacher, cluster, progress)
+                items = prepare_library(plan, teacher, cluster, progress)
             context = replace(context, items=items)
         yield Setting(plan, study, teacher, context, scratch)
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from autocomp.api.plan import Plan, make_plan
+from autocomp.core.budget import RelativeBudget
 from autocomp.core.candidate import Runtime
+from autocomp.core.errors import UserError
 from autocomp.core.quantities import format_bytes
+from autocomp.models.sources import has_classification_head
 from autocomp.targets import make_target
 from autocomp.targets.protocol import Target
+from autocomp.tasks.base import check_sequence
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class CheckReport:
         budget: the limits, as written.
         size_limit_bytes: the limit on size, absolute.
         reachable: whether the budget may be met, as far as sizes tell; latency is measured later.
-        problems: why it is not: the smallest value that is reached and what holds most of it.
+        problems: why it is not (the smallest value that is reached and what holds most of it), and
+            what a search would refuse once it has read the model.
         notes: worth knowing, not wrong.
     """
 
@@ -75,15 +82,16 @@ def report(plan: Plan) -> CheckReport:
     smallest = plan.rest_bytes + sum(shares.values())
     limit = spec.budget.limits().size
     limit_bytes = None if limit is None else limit.resolve(dense)
-    problems = []
-    if limit_bytes is not None and smallest > limit_bytes:
+    problems = _refused(plan)
+    reachable = limit_bytes is None or smallest <= limit_bytes
+    if limit_bytes is not None and not reachable:
         largest = max(shares, key=lambda name: shares[name])
         problems.append(
             f"No candidate meets size ≤ {format_bytes(limit_bytes)}: the smallest in this space is "
             f"{format_bytes(smallest)} ({largest} {format_bytes(shares[largest])} of it). "
             f"Allow fewer bits for {largest}, or raise budget.size"
         )
-    notes = [*plan.notes, *_left_out(plan)]
+    notes = [*plan.notes, *_left_out(plan), *_without_effect(plan, limit_bytes)]
     if spec.budget.latency is not None:
         notes.append(
             "latency is measured, not guessed: autocomp profile SPEC tells what is reached"
@@ -138,10 +146,63 @@ def report(plan: Plan) -> CheckReport:
         smallest_size_bytes=smallest,
         budget=spec.budget.model_dump(exclude_none=True),
         size_limit_bytes=limit_bytes,
-        reachable=not problems,
+        reachable=reachable,
         problems=problems,
         notes=notes,
     )
+
+
+def _refused(plan: Plan) -> list[str]:
+    """What a search, not a profile, would refuse of the model, with the file and line."""
+    spec, source = plan.spec, plan.loaded.source
+    found: list[Exception] = []
+    if spec.task.name != "image-classification":
+        continued = spec.task.name == "language-modeling" and spec.task.teacher.fit == "full"
+        try:
+            check_sequence(spec.target.workload.sequence, plan.config, trained=continued)
+        except UserError as error:
+            text = str(error).partition(": ")[2]
+            found.append(source.error_at(("target", "workload", "sequence"), text))
+    headless = plan.data.num_labels is not None and not has_classification_head(plan.shapes)
+    if headless and spec.task.teacher.fit == "none":
+        found.append(
+            source.error_at(
+                ("task", "teacher"),
+                "fit: none takes the model as the teacher, and it has no classification head. Set "
+                "task.teacher.fit: full (head and encoder) or head",
+            )
+        )
+    return [str(error) for error in found]
+
+
+def _without_effect(plan: Plan, size_limit_bytes: float | None) -> list[str]:
+    """Of rules and limits that change nothing, or make no sense on this machine."""
+    spec = plan.spec
+    notes = []
+    for index, rule in enumerate(spec.space):
+        if index not in plan.rules.values():
+            matched = fnmatch.filter([unit.name for unit in plan.units], rule.match)
+            later = sorted({plan.rules[name] for name in matched})
+            notes.append(
+                f"space[{index}] ({rule.match}) has no effect: rules do not add up, the last that "
+                f"matches a unit holds, and space{later} hold for all {len(matched)} of its units"
+            )
+    limits = spec.budget.limits()
+    if limits == RelativeBudget():
+        notes.append(
+            "budget: no limit is set: the search looks for quality alone, whatever it costs"
+        )
+    if limits.latency is not None and limits.latency.relative and limits.latency.value >= 1:
+        notes.append("budget.latency: the dense model meets it")
+    if size_limit_bytes is not None and size_limit_bytes >= plan.dense_bytes:
+        notes.append("budget.size: the dense model meets it")
+    cores, threads = len(os.sched_getaffinity(0)), spec.target.workload.threads
+    if threads > cores:
+        notes.append(
+            f"target.workload.threads: {threads} threads are measured on {cores} cores of this "
+            f"machine: they wait for each other"
+        )
+    return notes
 
 
 def _smallest(plan: Plan, runtime: Runtime, target: Target) -> dict[str, int]:

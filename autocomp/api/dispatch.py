@@ -8,6 +8,7 @@ from typing import Any
 
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.candidate import Runtime
+from autocomp.core.gate import Gate
 from autocomp.front.pick import front
 from autocomp.report.progress import SearchProgress
 from autocomp.search.proposal import Proposal
@@ -38,7 +39,7 @@ class Dispatcher:
         """
         self._study, self._proposer, self._tables = study, proposer, tables
         self._progress, self._deadline = progress, deadline
-        self._rungs = rungs
+        self._gate, self._rungs = Gate(study.paths.gate), rungs
         self._next: Proposal | None = None
         self.late = False
 
@@ -60,23 +61,15 @@ class Dispatcher:
         if self._deadline is not None and time.monotonic() > self._deadline:
             self.late = True
             return None
-        return self._proposer.ask()
+        with self._gate.working():
+            return self._proposer.ask()
 
     def judge(self, key: str, report: dict[str, Any]) -> bool:
         """See `workers.protocol.Proposer`."""
         seen = RungRecord.from_json(report)
         if self._rungs is None or self._rungs.survives(seen):
             return True
-        entries = self._study.ledger.read().of("rung").values()
-        record = self._ended(
-            seen,
-            "pruned",
-            seconds=seen.seconds,
-            rungs=tuple(RungRecord.from_json(its).seen for its in entries if its["id"] == key),
-            error=f"stopped after {seen.tokens:,} tokens: others were better there",
-        )
-        self._study.paths.checkpoint(key).unlink(missing_ok=True)
-        self._told(record)
+        self._told(stopped(self._study, seen))
         return False
 
     def tell(self, key: str, result: dict[str, Any] | None, failure: Failure | None) -> None:
@@ -84,7 +77,8 @@ class Dispatcher:
         if result is None:
             assert failure is not None
             proposal = next(p for p in self._proposer.in_flight if p.id == key)
-            record = self._ended(
+            record = _ended(
+                self._study,
                 proposal,
                 "failed",
                 error=f"{failure.cause}; {_OUT_OF_MEMORY}" if failure.died else failure.cause,
@@ -94,29 +88,51 @@ class Dispatcher:
             record = TrialRecord.from_json(result)
         self._told(record)
 
-    def _ended(self, trial: Proposal | RungRecord, state: TrialState, **more: Any) -> TrialRecord:
-        """The record of a trial that no worker writes; it is in the ledger."""
-        record = TrialRecord(
-            id=trial.id,
-            kind=trial.kind,
-            proposed_by=trial.proposed_by,
-            state=state,
-            candidate=trial.candidate,
-            estimated=trial.estimated,
-            **more,
-        )
-        append_trial(self._study.ledger, record)
-        return record
-
     def _told(self, record: TrialRecord) -> None:
         self._proposer.tell(record.id, record)
         records = self._study.trials()
         runtime = record.candidate.runtime
+        if record.measured is not None and record.measured.device is not None:
+            self._study.record_device(record.measured.device, runtime)  # a node may differ
         if runtime in self._tables:
-            self._proposer.correct(refitted(self._tables[runtime], runtime, records), runtime)
+            with self._gate.working():
+                table = refitted(self._tables[runtime], runtime, records)
+            self._proposer.correct(table, runtime)
         self._progress.funnel(**stages(records))
         self._progress.trial_finished(record)
         self._progress.advance(len([r for r in records if r.kind != "dense"]))
+
+
+def stopped(study: Study, seen: RungRecord) -> TrialRecord:
+    """The record of a trial that ends at this rung; it is in the ledger."""
+    entries = study.ledger.read().of("rung").values()
+    record = _ended(
+        study,
+        seen,
+        "pruned",
+        seconds=seen.seconds,
+        rungs=tuple(RungRecord.from_json(its).seen for its in entries if its["id"] == seen.id),
+        error=f"stopped after {seen.tokens:,} tokens: others were better there",
+    )
+    study.paths.checkpoint(seen.id).unlink(missing_ok=True)
+    return record
+
+
+def _ended(
+    study: Study, trial: Proposal | RungRecord, state: TrialState, **more: Any
+) -> TrialRecord:
+    """The record of a trial that no worker writes; it is in the ledger."""
+    record = TrialRecord(
+        id=trial.id,
+        kind=trial.kind,
+        proposed_by=trial.proposed_by,
+        state=state,
+        candidate=trial.candidate,
+        estimated=trial.estimated,
+        **more,
+    )
+    append_trial(study.ledger, record)
+    return record
 
 
 def stages(records: Sequence[TrialRecord]) -> dict[str, int]:

@@ -134,13 +134,16 @@ class Picked:
         return self.choice.record
 
     def to_json(self) -> dict[str, Any]:
-        """The trial in the shape of `autocomp front --json`, with `selection` and `report`."""
+        """The trial in the shape of `autocomp front --json`, with `selection` and `report`, and the
+        budget it was picked for, absolute.
+        """
         study, record = self.opened.study, self.record
         objectives = list(study.spec.objectives)
         on_front = any(each.id == record.id for each in front(self.opened.trials(), objectives))
         interval = self.choice.noise.quality(record.id)
         return {
             **trial_json(record, self.budget, on_front, study_target(study), interval),
+            "budget": self.budget.to_json(),
             "selection": self.choice.to_json(),
             "report": self.opened.report(record.id),
         }

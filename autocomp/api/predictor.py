@@ -68,7 +68,8 @@ class TablePredictor:
         cost = self._table.predict({unit: option.key for unit, option in options.items()})
         if self._memory is None:
             return cost
-        return replace(cost, peak_memory_bytes=round(self._memory.predict(options)))
+        peak = self._memory.predict(options) * self._share
+        return replace(cost, peak_memory_bytes=round(peak))
 
     @property
     def base_peak_memory_bytes(self) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,23 +18,18 @@ from autocomp.api.plan import Plan
 from autocomp.core.candidate import Candidate, Option, Runtime
 from autocomp.core.errors import InternalError
 from autocomp.core.gate import Gate
-from autocomp.core.hashing import content_key
 from autocomp.report.progress import SearchProgress
 from autocomp.study.directory import Study
 from autocomp.study.records import DENSE, TrialRecord
 from autocomp.tasks.protocol import Task
 from autocomp.trial.context import TrialContext
-from autocomp.workers.cluster import Cluster
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from autocomp.study.ledger import Ledger
     from autocomp.targets.cost_table import CostTable
 
 logger = logging.getLogger(__name__)
-
-CALIBRATION_BATCH = 32
 
 
 def cache_directory() -> Path:
@@ -81,148 +76,12 @@ def untrained_teacher(plan: Plan, directory: Path) -> Teacher:
     return Teacher(task, directory / "teacher")
 
 
-def _loaded(plan: Plan, teacher: Teacher) -> nn.Module:
+def load_teacher(plan: Plan, teacher: Teacher) -> nn.Module:
+    """The teacher in torch."""
     from autocomp.models.load import load_model
 
     trusted = plan.spec.model.trust_remote_code
     return load_model(teacher.path, teacher.task.name, teacher.task.num_labels, trusted)
-
-
-def prepare_library(
-    plan: Plan,
-    teacher: Teacher,
-    cluster: Callable[[], Cluster],
-    progress: SearchProgress,
-    ledger: Ledger | None = None,
-) -> dict[tuple[str, str], str]:
-    """Calibrate and build what the library lacks; the key of every item.
-
-    Only what the operators of missing items read is gathered: nothing runs where they read nothing.
-
-    `cluster` starts the workers; it is called only if there is something to build. What that took
-    is told, and written to `ledger`.
-    """
-    from autocomp.api.built import built_note, record_built
-    from autocomp.calibrate.stats import recording_path
-    from autocomp.calibrate.stream import calibrate, fingerprint
-    from autocomp.core.hashing import file_digest
-    from autocomp.library.build import build_unit, plan_build
-    from autocomp.library.store import Library
-    from autocomp.models.sources import code_files, weight_files
-    from autocomp.workers.tasks import run_tasks
-
-    progress.phase("calibrate")
-    library = Library(library_path())
-    files = [*weight_files(teacher.path), *code_files(teacher.path)]
-    digest = content_key([file_digest(file) for file in files])
-    batches = list(teacher.task.batches("calibrate", CALIBRATION_BATCH, trim=True))
-    statistics = fingerprint(batches, digest)
-    more = _recorded_batches(plan, teacher.task)
-    recording = fingerprint(more, digest) if more else ""
-    directory = cache_directory() / "statistics" / f"{statistics[:16]}{recording[:16]}"
-    paths = {
-        u.name: directory / f"{u.name}.safetensors" for u in plan.units if u.kind != "embedding"
-    }
-    counted = _count_tokens(plan, teacher.task, directory)
-    build = plan_build(
-        teacher.path,
-        plan.units,
-        plan.options,
-        paths | counted,
-        statistics,
-        library,
-        {unit: content_key([statistics, path.name]) for unit, path in counted.items()},
-        recording,
-    )
-    needs = {name: build.needs[name] for name in paths if name in build.needs}
-    if needs:
-        model = _loaded(plan, teacher)
-        recorded = build.recorded
-        for _ in calibrate(
-            model,
-            plan.units,
-            batches,
-            directory,
-            needs=needs,
-            record=recorded,
-            record_batches=more if recorded else (),
-            progress=progress.advance,
-        ):
-            pass
-        del model
-    progress.phase("library", build.weight)
-    if build.tasks:
-
-        def advance(done: int, total: int) -> None:
-            progress.advance(build.weight_of(done))
-
-        done = run_tasks(build_unit, build.tasks, cluster().workers, advance)
-        items = [item for found in done for item in found]
-        if ledger is not None:
-            record_built(items, ledger)
-        if (note := built_note(items)) is not None:
-            progress.note(note)
-    for path in (paths | counted).values():
-        path.unlink(missing_ok=True)
-        recording_path(path).unlink(missing_ok=True)
-    return build.keys
-
-
-def _recorded_batches(plan: Plan, task: Task) -> list[dict[str, Tensor]]:
-    """Examples of the distil split that replacements are trained on, behind the calibration's.
-
-    As many as can be recorded; none where no option is trained.
-    """
-    from autocomp.calibrate.record import TOKENS
-    from autocomp.operators import training_step
-
-    options = (option for offered in plan.options.values() for option in offered)
-    if all(training_step(option) is None for option in options):
-        return []
-    found: list[dict[str, Tensor]] = []
-    tokens = 0
-    for batch in task.batches("distil", CALIBRATION_BATCH, trim=True):
-        found.append(batch)
-        tokens += task.tokens(batch)
-        if tokens >= TOKENS:
-            break
-    return found
-
-
-def _count_tokens(plan: Plan, task: Task, directory: Path) -> dict[str, Path]:
-    """Statistics of the word embedding, where an option looks at them; unit name → file.
-
-    Where the vocabulary is pruned, the tokens it keeps count at least once, and the others not. The
-    file's name holds the digest of the counts: unlike other statistics they are of the distil split
-    too.
-    """
-    import numpy as np
-    import torch
-
-    from autocomp.calibrate.stats import SiteStats, save_stats
-    from autocomp.operators import step_needs
-    from autocomp.tasks.vocabulary import token_counts
-
-    files: dict[str, Path] = {}
-    for unit in plan.units:
-        site = unit.site("embedding")
-        steps = {step for option in plan.options[unit.name] for step in option.steps}
-        if site is None or "rows" not in step_needs(steps):
-            continue
-        counts = token_counts(task, site.rows)
-        if plan.vocabulary is not None:
-            kept = np.zeros(site.rows, np.bool_)
-            kept[list(plan.vocabulary.kept)] = True
-            counts = np.where(kept, np.maximum(counts, 1), 0)
-        files[unit.name] = (
-            directory / f"{unit.name}-{content_key(counts.tolist())[:16]}.safetensors"
-        )
-        nothing = torch.empty(0)
-        rows = SiteStats(
-            nothing.reshape(0, 0), nothing, int(counts.sum()), torch.from_numpy(counts)
-        )
-        save_stats(files[unit.name], {site.name: rows})
-    return files
 
 
 def library_path() -> Path:
@@ -240,7 +99,7 @@ def prepare_context(plan: Plan, study: Study, teacher: Teacher) -> TrialContext:
     from autocomp.targets.skeleton_store import cached_skeleton, skeleton_path
     from autocomp.tasks.inspect import sample_texts
 
-    model = _loaded(plan, teacher)
+    model = load_teacher(plan, teacher)
     skeletons = cache_directory() / "skeletons"
     decode = plan.spec.target.workload.decodes
     cached_skeleton(model, plan.units, teacher.task, skeletons, decode=decode)

@@ -122,7 +122,7 @@ class _Search:
     def run(self) -> None:
         """Everything, to the report split of the chosen trial."""
         from autocomp.api import prepare
-        from autocomp.api.finish import open_report_split, write_front
+        from autocomp.api.finish import open_report_split
 
         plan, study, progress = self.session.plan, self.session.study, self.session.progress
         spec = plan.spec
@@ -141,23 +141,32 @@ class _Search:
         _note_high_floor(budget, dense, progress)
         try:
             chosen = self._chosen(teacher, context, budget)
-        except InfeasibleError:  # the front is what a person decides by what to relax
-            write_front(study)
+            progress.phase("report", 2)
+            open_report_split(self.session, context, [dense, chosen])
+        except InfeasibleError:
+            self._end()  # the front is what a person decides by what to relax
             raise
-        progress.phase("report", 2)
-        open_report_split(self.session, context, [dense, chosen])
+        self._end()
+
+    def _end(self) -> None:
+        """Leave the front, and of what the search worked with only what trials go on from."""
+        from autocomp.api.finish import write_front
+        from autocomp.api.trials import begun
+
+        study = self.session.study
         write_front(study)
-        shutil.rmtree(study.paths.work, ignore_errors=True)  # made again if the search goes on
+        if not begun(study):
+            shutil.rmtree(study.paths.work, ignore_errors=True)
 
     def _chosen(self, teacher: Teacher, context: TrialContext, budget: Budget) -> TrialRecord:
         """From the measured dense model to the trial chosen."""
-        from autocomp.api import prepare
+        from autocomp.api.library import prepare_library
         from autocomp.api.screening import score_and_screen
         from autocomp.api.trials import run_trials
 
         plan, study, progress = self.session.plan, self.session.study, self.session.progress
         tables = within_reach(self.session, self._tables(context), budget)
-        items = prepare.prepare_library(plan, teacher, self.cluster, progress, study.ledger)
+        items = prepare_library(plan, teacher, self.cluster, progress, study.ledger)
         measured = Measured(replace(context, items=items), budget, tables)
         screened, scores = score_and_screen(self.session, measured)
         run_trials(self.session, measured, screened, scores)

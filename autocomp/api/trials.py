@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from autocomp.api.dispatch import Dispatcher, stages
+from autocomp.api.dispatch import Dispatcher, stages, stopped
 from autocomp.api.session import Measured, Session
 from autocomp.front.pick import feasible, scale_of
 from autocomp.search.baselines import Baseline, baselines
@@ -13,6 +13,7 @@ from autocomp.search.rungs import Rungs
 from autocomp.search.scores import Scores
 from autocomp.search.screening import Screened
 from autocomp.search.settings import Settings
+from autocomp.study.directory import Study
 from autocomp.study.records import RungRecord, TrialRecord
 from autocomp.trial.context import TrialContext
 
@@ -27,11 +28,11 @@ def run_trials(
     """Baselines and proposals; more of them while nothing measured fits the budget."""
     spec, study, progress = session.plan.spec, session.study, session.progress
     space, tables, budget = session.plan.space, measured.tables, measured.budget
-    seen = [RungRecord.from_json(entry) for entry in study.ledger.read().of("rung").values()]
+    rungs = Rungs(spec.search.keep, budget, list(spec.objectives))
+    begun = _judged_again(study, rungs)
     failed = study.failed_by_machine()
-    known = study.trials()
-    finished = [record for record in known if record not in failed]
-    again: list[TrialRecord | RungRecord] = [*failed, *_begun(seen, known)]
+    finished = [record for record in study.trials() if record not in failed]
+    again: list[TrialRecord | RungRecord] = [*failed, *begun]
     for record in finished:
         if record.kind != "dense":
             progress.trial_finished(record)
@@ -49,9 +50,6 @@ def run_trials(
         again=again,
         objectives=list(spec.objectives),
     )
-    rungs = Rungs(spec.search.keep, budget, list(spec.objectives))
-    for report in seen:
-        rungs.survives(report)
     dispatcher = Dispatcher(study, proposer, tables, progress, session.deadline, rungs)
     others = sum(kind != "dense" for _, kind, _ in uniform)
     allowed = spec.search.trials
@@ -82,10 +80,30 @@ def run_trials(
             )
 
 
-def _begun(seen: list[RungRecord], trials: list[TrialRecord]) -> list[RungRecord]:
-    """Trials that were stopped by no one and came to no end: the last that was seen of each."""
-    ended = {record.id for record in trials}
-    return list({report.id: report for report in seen if report.id not in ended}.values())
+def _judged_again(study: Study, rungs: Rungs) -> list[RungRecord]:
+    """Show `rungs` what was seen in earlier calls; the trials that go on where they were.
+
+    One that is stopped where it was last seen was so before, or would have been.
+    """
+    survived = {}
+    for entry in study.ledger.read().of("rung").values():
+        report = RungRecord.from_json(entry)
+        survived[report.id] = rungs.survives(report)
+    going_on = []
+    for report in begun(study):
+        if survived[report.id]:
+            going_on.append(report)
+        else:
+            stopped(study, report)
+    return going_on
+
+
+def begun(study: Study) -> list[RungRecord]:
+    """Trials that were looked at and came to no end: the last that was seen of each."""
+    ended = {record.id for record in study.trials()}
+    entries = study.ledger.read().of("rung").values()
+    reports = (RungRecord.from_json(entry) for entry in entries)
+    return list({report.id: report for report in reports if report.id not in ended}.values())
 
 
 def _baselines(session: Session, context: TrialContext) -> list[Baseline]:

@@ -3,7 +3,8 @@
 0 success · 2 the user's input is wrong · 3 no candidate can meet the budget · 4 something of ours
 failed (the traceback is in a log file, its path on stderr) · 130 stopped by Ctrl-C · 141 the reader
 of stdout went away. With `--json` the message on stderr is `{"error": {"type", "message",
-"exit_status", "log"}}`; stdout stays empty.
+"exit_status", "log"}}`, with `nearest` and `binding` where no measured trial fits; stdout stays
+empty.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -49,7 +50,8 @@ def run(action: Callable[[], object], arguments: Sequence[str]) -> int:
         log = _write_log(arguments)
         return _say(arguments, type(error).__name__, str(error), error.exit_status, log)
     except AutocompError as error:
-        return _say(arguments, type(error).__name__, str(error), error.exit_status)
+        kind, status = type(error).__name__, error.exit_status
+        return _say(arguments, kind, str(error), status, more=error.details())
     except Exception as error:
         log = _write_log(arguments)
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -62,7 +64,12 @@ def _json(arguments: Sequence[str]) -> bool:
 
 
 def _say(
-    arguments: Sequence[str], kind: str, message: str, status: int, log: Path | None = None
+    arguments: Sequence[str],
+    kind: str,
+    message: str,
+    status: int,
+    log: Path | None = None,
+    more: Mapping[str, str | None] | None = None,
 ) -> int:
     if _json(arguments):
         error = {
@@ -70,6 +77,7 @@ def _say(
             "message": message,
             "exit_status": status,
             "log": None if log is None else str(log),
+            **(more or {}),
         }
         click.echo(json.dumps({"error": error}, ensure_ascii=False), err=True)
         return status

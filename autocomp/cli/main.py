@@ -54,8 +54,9 @@ class Program(click.Group):
     cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit status: 0 success, 2 wrong input, 3 no candidate can meet the budget, 4 something "
-    "of ours failed (see the log named on stderr), 130 stopped. With --json, results are JSON on "
-    'stdout and errors are {"error": {...}} on stderr.',
+    "of ours or of the machine failed (see the log named on stderr), 130 stopped, 141 the reader "
+    "of stdout left. With --json, results are JSON on stdout and errors are "
+    '{"error": {...}} on stderr.',
 )
 @click.version_option(__version__, prog_name="autocomp")
 def cli() -> None:

@@ -84,8 +84,9 @@ def pick(
 ) -> None:
     """Choose a trial of STUDY within a budget; without limits, within the study's own.
 
-    Of the best and those that the examples do not tell from it, the one closest to the teacher, or
-    a simpler one as close that costs no more.
+    Models whose quality differs from the best's by no more than noise count as tied. Of these it is
+    the one whose outputs are closest to the teacher's, even if another is faster, or a simpler one
+    that is as close and costs no more.
     Answers from what was measured; runs no new trial.
     """
     from autocomp import api

@@ -15,13 +15,17 @@ AutocompError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class AutocompError(Exception):
     """Base of every error a user may see. `exit_status` is the process status the CLI ends with."""
 
     exit_status = 4
+
+    def details(self) -> Mapping[str, str | None]:
+        """What `--json` says beside the message."""
+        return {}
 
 
 class UserError(AutocompError):

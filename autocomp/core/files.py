@@ -53,7 +53,11 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def storage_error(path: Path, number: int | None, error: Exception) -> StorageError:
-    """The error for a `path` that could not be written, with what to do about it."""
+    """The error for a `path` that could not be written, with what to do about it.
+
+    One that is not there was to be read.
+    """
+    action = "read" if number == errno.ENOENT else "write"
     if number in _FULL:
         following = "free disk space and start the same command again"
     elif number in _REFUSED:
@@ -62,7 +66,7 @@ def storage_error(path: Path, number: int | None, error: Exception) -> StorageEr
         following = "check the file system and start the same command again"
     reason = os.strerror(number) if number else str(error)
     return StorageError(
-        f"cannot write {path}: {reason}. What was stored before is intact; {following}"
+        f"cannot {action} {path}: {reason}. What was stored before is intact; {following}"
     )
 
 
@@ -87,9 +91,9 @@ def sync_directory(path: Path) -> None:
 
 
 def sweep_temporaries(directory: Path, older_than_s: float = 3600.0) -> int:
-    """Remove what killed processes left half-written in `directory`; return how many files."""
+    """Remove what killed processes left half-written under `directory`; return how many files."""
     swept = 0
-    for temporary in directory.glob(".*.tmp"):
+    for temporary in directory.rglob(".*.tmp"):
         try:
             if time.time() - temporary.stat().st_mtime > older_than_s:
                 temporary.unlink()

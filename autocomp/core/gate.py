@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autocomp.core.errors import InternalError
+from autocomp.core.lock import locked
 
 _held = threading.local()
 """`_held.modes`: resolved gate path → lock mode this thread holds it in."""
@@ -64,7 +65,7 @@ class Gate:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         turn = self.path.with_name(self.path.name + ".turn")
-        with _locked(turn, fcntl.LOCK_EX) as turnstile, _locked(self.path, mode):
+        with locked(turn) as turnstile, locked(self.path, mode):
             if mode == fcntl.LOCK_SH:
                 fcntl.flock(turnstile, fcntl.LOCK_UN)
             modes[key] = mode
@@ -72,14 +73,3 @@ class Gate:
                 yield
             finally:
                 del modes[key]
-
-
-@contextmanager
-def _locked(path: Path, mode: int) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, mode)
-        yield descriptor
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for copies a forked child may hold
-        os.close(descriptor)

@@ -86,6 +86,16 @@ def format_bytes(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def format_limit(value: float, dimension: Dimension) -> str:
+    """A limit, as short as `format_ms` and `format_bytes` write it, that `value` meets."""
+    write = format_ms if dimension == "latency" else format_bytes
+    for raised in (value, 1.005 * value):
+        text = write(raised)
+        if parse_limit(text, dimension).value >= value:
+            break
+    return text
+
+
 def format_seconds(value: float | None) -> str:
     """`75` → `1m15s`. `None` → `–`."""
     if value is None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,8 +24,8 @@ from autocomp.tasks.stored import stored_rows
 from autocomp.tasks.teacher import Progress, teacher_logits
 
 KEPT_BYTES = 2_000_000_000
-"""Hidden states beyond this are computed in every pass instead of kept on disk."""
-SPARE = 3
+"""Logits and hidden states beyond this are computed in every pass instead of kept on disk."""
+SPARE = 2
 """So many times what is kept must be free on the disk, or it is not."""
 BATCH = 32
 _READ: tuple[Reading, ...] = ("hidden",)
@@ -71,43 +72,54 @@ def known_side(
 ) -> Known | None:
     """What a training by these settings asks of the teacher, computed once and kept in `directory`.
 
-    Where the student reads texts as other tokens the hidden states are of no use to it. Each batch
-    holds the gate shared. `None` for language modelling, whose logits are too many, and where
-    nothing is trained.
+    Hidden states are kept where they spare running the teacher: not where the student reads texts
+    as other tokens, nor where a loss reads attention as well. Each batch holds the gate shared.
+    `None` for language modelling, whose logits are too many, and where nothing is trained.
 
     Raises:
         StorageError: if the disk is full or refuses.
     """
     if task.num_labels is None or settings.tokens == 0:
         return None
+    reads = {reading for name in settings.losses for reading in LOSSES.get(name).reads}
+    if same_tokens and "hidden" in reads and "attention" not in reads:
+        cache = directory / "teacher-transfer-hidden.npy"
+        known = _with_hidden(teacher, task, cache, gate, progress)
+        if known is not None:
+            return known
     cache = directory / "teacher-transfer.npy"
-    logits = teacher_logits(teacher, task, "transfer", cache, gate=gate, progress=progress)
-    hidden = None
-    if same_tokens and any("hidden" in LOSSES.get(name).reads for name in settings.losses):
-        hidden = _hidden(teacher, task, directory / "teacher-hidden.npy", gate, progress)
-    return Known(logits, hidden)
+    return Known(teacher_logits(teacher, task, "transfer", cache, gate=gate, progress=progress))
 
 
-def _hidden(
+def _with_hidden(
     teacher: nn.Module, task: Task, cache: Path, gate: Gate, progress: Progress
-) -> Array | None:
-    """`None` where they are more than `KEPT_BYTES`, or than the disk has room for."""
+) -> Known | None:
+    """Rows of logits and hidden states; `None` where they are more than `KEPT_BYTES`, or than the
+    disk has room for.
+    """
     count = len(task.splits["transfer"])
 
-    def states(limit: int | None = None) -> Iterator[Array]:
-        done = 0
+    def outputs(limit: int | None = None) -> Iterator[tuple[Array, Array]]:
         for inputs in task.batches("transfer", BATCH, trim=False, limit=limit):
             with torch.inference_mode(), gate.working():
-                found = observe(teacher, task, inputs, _READ).hidden
-                layers = [found[layer].float() for layer in sorted(found)]
-                part: Array = torch.stack(layers, dim=1).numpy()
-            yield part
-            done += len(part)
+                found = observe(teacher, task, inputs, _READ)
+                layers = [found.hidden[layer].float() for layer in sorted(found.hidden)]
+                both = found.logits.float().numpy(), torch.stack(layers, dim=1).numpy()
+            yield both
+
+    def rows() -> Iterator[Array]:
+        done = 0
+        for logits, hidden in outputs():
+            yield np.concatenate([logits, hidden.reshape(len(hidden), -1)], axis=1)
+            done += len(logits)
             progress(done, count)
 
+    logits, hidden = next(outputs(limit=1))
     if not cache.exists():
-        wanted = count * next(states(limit=1)).nbytes
+        wanted = count * (logits.nbytes + hidden.nbytes)
         cache.parent.mkdir(parents=True, exist_ok=True)
         if wanted > KEPT_BYTES or shutil.disk_usage(cache.parent).free < SPARE * wanted:
             return None
-    return stored_rows(cache, count, states)
+    stored = stored_rows(cache, count, rows)
+    classes = logits.shape[1]
+    return Known(stored[:, :classes], stored[:, classes:].reshape(count, *hidden.shape[1:]))

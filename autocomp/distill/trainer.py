@@ -96,9 +96,7 @@ class Trainer:
         groups = parameter_groups(student, self._parameters.values(), settings.lr)
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._peaks = [float(group["lr"]) for group in groups]
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        student.eval()  # what a stock model does in training alone, dropout, draws by no seed
         self._losses: list[float] = []
         self._training = Training()
 
@@ -113,7 +111,7 @@ class Trainer:
     def advance(self, tokens: int, progress: Progress | None = None) -> DistillationResult:
         """Train until `tokens` real tokens were seen in all, never beyond `settings.tokens`.
 
-        Returns at the end of the step that reaches them, with the student in evaluation mode.
+        Returns at the end of the step that reaches them.
 
         Args:
             progress: told tokens seen and tokens wanted, after each step.
@@ -124,10 +122,8 @@ class Trainer:
                 nothing would have.
         """
         wanted = min(tokens, self._settings.tokens)
-        self._student.train()
         while self._training.tokens < wanted:
             self._pass(wanted, progress)
-        self._student.eval()
         if self._training.tokens >= self._settings.tokens:
             self._check_end()
         return self.result

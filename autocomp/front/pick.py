@@ -13,14 +13,14 @@ from typing import Any, Literal
 from autocomp.core.budget import Budget
 from autocomp.core.errors import InfeasibleError
 from autocomp.core.metric import Scale, round_down
-from autocomp.core.quantities import format_bytes, format_ms
+from autocomp.core.quantities import Dimension, format_bytes, format_limit, format_ms
 from autocomp.front.dominance import Sense, non_dominated
 from autocomp.study.records import TrialRecord
 
 Objective = Literal["quality", "latency", "size", "peak_memory"]
 OBJECTIVES: tuple[Objective, ...] = ("quality", "latency", "size")
 
-FIELDS: dict[Objective, str] = {
+FIELDS: dict[Dimension, str] = {
     "latency": "latency_ms",
     "size": "size_bytes",
     "peak_memory": "peak_memory_bytes",
@@ -46,6 +46,10 @@ class NothingFitsError(InfeasibleError):
         super().__init__(message)
         self.nearest = nearest
         self.binding = binding
+
+    def details(self) -> dict[str, str | None]:
+        """See `AutocompError.details`."""
+        return {"nearest": self.nearest.id if self.nearest else None, "binding": self.binding}
 
 
 def objective(record: TrialRecord, name: Objective) -> float | None:
@@ -175,8 +179,11 @@ def _message(record: TrialRecord, budget: Budget, binding: str, excess: float, s
         if scale.reciprocal:
             relax += f", that is {shown}"
     else:
-        why = f"{name} is {excess:.1%} over and binds"
-        relax = f"raise the limit to {figures[binding]}"
+        over = f"{excess:.1%}" if excess >= 0.0005 else "less than 0.1%"
+        why = f"{name} is {over} over, the limit it misses by most"
+        dimension = next(name for name, field in FIELDS.items() if field == binding)
+        limit = format_limit(getattr(cost, binding), dimension)
+        relax = f"raise the limit to {name} {limit}"
     return (
         f"No measured trial meets {budget.describe(scale)}. Nearest: {record.id} "
         f"({', '.join(figures.values())}): {why}. Next: {relax}, or search on with more trials"

@@ -116,6 +116,7 @@ def front_json(
     reports: Mapping[str, Mapping[str, Any]] | None = None,
     noise: Noise | None = None,
     report_noise: Noise | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole study, JSON-ready: no NaN, no infinity.
 
@@ -131,6 +132,8 @@ def front_json(
         objectives: what the front is drawn over.
         reports: trial id → what the report split said of it, as in the ledger.
         noise, report_noise: of the qualities on the search split and on the report split.
+        about: what tells this front from those of other studies: `model`, `task`, `spec_key`,
+            `devices`.
     """
     noise = noise or Noise()
     dense = dense_reference(records)
@@ -144,6 +147,7 @@ def front_json(
             nearest = {"id": error.nearest.id, "binding": error.binding}
     return {
         "study": study,
+        **(about or {}),
         "target": dict(target),
         "budget": budget.to_json(),
         "dense": None if dense is None else dense.id,
@@ -241,4 +245,10 @@ def study_front(study: Study) -> dict[str, Any]:
         reports,
         noise_on_search(study, records),
         noise_on_report(study, reports),
+        {
+            "model": study.spec.model.source,
+            "task": study.spec.task.name,
+            "spec_key": study.spec.key,
+            "devices": study.devices,
+        },
     )

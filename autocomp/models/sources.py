@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,11 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     for file in weight_files(path):
         shapes.update(_read_header(file))
     return shapes
+
+
+def has_classification_head(shapes: Iterable[str]) -> bool:
+    """Whether tensors of these names hold a classifier; transformers would invent a random one."""
+    return any(name.startswith(("classifier.", "score.")) for name in shapes)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -1,9 +1,10 @@
 """What an operator is: the protocol, and the state it works on.
 
-An operator lives in one file, is registered by name, and does three things: it says which steps it
-offers for a unit (`options`), what a step leaves there in shapes and precision (`formats`), and it
-carries a step out on weights (`apply`). The first two are torch-free, so that checking a spec and
-estimating costs need no torch; a module that defines an operator imports torch inside `apply` only.
+An operator lives in one file, is registered by name, and does four things: it says which steps it
+offers for a unit (`options`), what a step leaves there in shapes and precision (`formats`), which
+statistics carrying it out reads (`needs`), and it carries it out on weights (`apply`). All but the
+last are torch-free, so that checking a spec and estimating costs need no torch; a module that
+defines an operator imports torch inside `apply` only.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from autocomp.core.metric import round_down
-from autocomp.core.quantities import format_bytes, format_ms
+from autocomp.core.quantities import format_limit
+from autocomp.front.pick import FIELDS
 from autocomp.report.figures import (
     COSTS,
     format_cost,
@@ -45,7 +46,8 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
     trials = list(view["trials"])
     dense = next((trial for trial in trials if trial["id"] == view.get("dense")), None)
     failed = [trial for trial in trials if trial["state"] == "failed"]
-    shown = sorted((t for t in trials if t["state"] != "failed"), key=_order)
+    stopped = [trial for trial in trials if trial["state"] == "pruned"]
+    shown = sorted((t for t in trials if t["state"] not in ("failed", "pruned")), key=_order)
     parts: list[RenderableType] = [_heading(view), Text(), _measured(view, shown, dense)]
     selection, report = view.get("selection"), view.get("report")
     if selection is not None:
@@ -53,11 +55,19 @@ def front_table(view: Mapping[str, Any], *, estimated: bool = False) -> Renderab
         parts += [Text(), finalists_table(selection, scale), Text(selection_line(selection, scale))]
     if report is not None:
         parts.append(Text(report_line(report)))
+    if stopped:
+        word = "trial" if len(stopped) == 1 else "trials"
+        text = f"{len(stopped)} {word} stopped at a rung, where others were better (see --json)"
+        parts.append(Text(text, "dim"))
     if failed:
         word = "trial" if len(failed) == 1 else "trials"
         parts.append(Text(f"{len(failed)} {word} failed.", style="red"))
     parts.append(
-        Text("▸ chosen  ● on the front  memory: peak, of a process that only runs it", "dim")
+        Text(
+            "▸ chosen  ● on the front  by: what proposed it  memory: peak, of a process that only "
+            "runs it",
+            "dim",
+        )
     )
     if selection is not None:
         parts.append(Text(finalists_note(selection), "dim"))
@@ -161,7 +171,7 @@ def _measured(
     table.add_column("budget", no_wrap=True)
     for trial, metric in zip(trials, metrics, strict=True):
         chosen = trial["id"] == view.get("chosen")
-        mark = "▸" if chosen else "●" if trial["on_front"] else ""
+        mark = ("▸" if chosen else "") + ("●" if trial["on_front"] else "")
         cells = [mark, str(trial["id"]), str(trial["proposed_by"])]
         if several:
             cells.append(str(trial.get("runtime") or ""))
@@ -229,12 +239,9 @@ def next_steps(view: Mapping[str, Any]) -> list[Text]:
 
 def _relaxed(budget: Mapping[str, Any], trial: Mapping[str, Any]) -> Iterator[str]:
     """Flags for the limits of a budget, moved to where a trial meets them."""
-    for flag, name, write in (
-        ("--latency", "latency_ms", format_ms),
-        ("--size", "size_bytes", format_bytes),
-        ("--peak-memory", "peak_memory_bytes", format_bytes),
-    ):
+    for dimension, name in FIELDS.items():
         if budget.get(name) is not None and trial[name] is not None:
-            yield f' {flag} "{write(max(budget[name], 1.005 * trial[name]))}"'
+            limit = format_limit(max(budget[name], trial[name]), dimension)
+            yield f' --{dimension.replace("_", "-")} "{limit}"'
     if budget.get("quality") is not None:
         yield f" --quality {round_down(min(budget['quality'], trial['quality'])):.4g}"

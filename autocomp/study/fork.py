@@ -3,8 +3,9 @@
 What may be taken over follows from what changed. Built options and teachers need no taking over:
 they are kept by content, for every study. A cost table needs the same model and target; scores,
 measured trials and what was looked at on the report split also the same task and seed (the
-splits). The search's own trials need the same space and distillation too, since they must be points
-of the new space; baselines do not.
+splits); scores as many examples besides, trials the same way of making their units. The search's
+own trials need the same space and distillation too, since they must be points of the new space;
+baselines do not.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ def fork_study(source: Study, path: Path | str, spec: Spec) -> Study:
         for table in old.root.glob("cost_table*.json"):
             _link(table, new.root / table.name)
         if _agree(source.spec, spec, "task") and source.spec.search.seed == spec.search.seed:
-            study.ledger.append_many("score", source.ledger.read().of("score").items())
+            old_search, new_search = source.spec.search, spec.search
+            if old_search.screen_examples == new_search.screen_examples:
+                study.ledger.append_many("score", source.ledger.read().of("score").items())
             _take_over_reports(source, study)
             same_space = _agree(source.spec, spec, "space", "distill")
             for record in source.trials():
-                if record.state == "complete" and (record.kind != "search" or same_space):
+                fits = record.kind != "search" or same_space
+                alike = record.kind == "dense" or old_search.realise == new_search.realise
+                if record.state == "complete" and fits and alike:
                     _take_over(record, source, study)
     return study
 

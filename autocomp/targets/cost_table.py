@@ -191,8 +191,14 @@ class CostTable:
         return self.correction
 
     def fit(self, pairs: Sequence[tuple[Choice, float]]) -> None:
-        """Add measured whole candidates (choice, latency in ms) and fit the correction to all."""
-        self.pairs += [(dict(choice), float(latency)) for choice, latency in pairs]
+        """Add measured whole candidates (choice, latency in ms) and fit the correction to all.
+
+        What is there already is not added again.
+        """
+        for choice, latency in pairs:
+            pair = (dict(choice), float(latency))
+            if pair not in self.pairs:
+                self.pairs.append(pair)
         present = [e for options in self.entries.values() for e in options.values() if e.kernels]
         classes = sorted({entry.kernels for entry in present})
         if self.tokens is not None:

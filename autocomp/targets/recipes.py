@@ -30,21 +30,21 @@ times smaller than that of the 4-bit codes themselves.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from autocomp.core.unit import SiteFormat
 from autocomp.targets.attention_recipes import MICROSOFT, lower_attention, lower_rotary
 from autocomp.targets.inputs import Inputs
+from autocomp.targets.integer_nodes import block_size, int8, nbits, unpacked
 from autocomp.targets.skeleton_format import OPSET
 from autocomp.targets.storage import (
     NARROW_BITS,
     Builder,
     Piece,
-    grouped_shape,
     not_smaller,
     pack_nibbles,
     storage_bytes,
@@ -76,7 +76,6 @@ OPSETS: Mapping[str, int] = {"": OPSET, MICROSOFT: 1}
 FEW_TOKENS = 2
 """Below it a linear layer is bound by reading weights: MatMulNBits."""
 
-_BLOCKS = (16, 32, 64, 128, 256)
 _NODE_BYTES = {
     "float": 215,
     "int8": 245,
@@ -101,7 +100,7 @@ def recipe(format: SiteFormat, tokens: int) -> Recipe:
         return "float"
     packed = format.weight_bits in (8, 4) and format.nonzeros is None and not format.static
     slow = format.weight_bits == 8 and format.activation_bits == 32
-    if tokens < FEW_TOKENS and packed and not slow and _block(format) is not None:
+    if tokens < FEW_TOKENS and packed and not slow and block_size(format) is not None:
         return "nbits"
     return "int8" if format.activation_bits == 8 else "unpacked"
 
@@ -168,14 +167,6 @@ def _unsupported_table(format: SiteFormat) -> str | None:
     return None
 
 
-def _block(format: SiteFormat) -> int | None:
-    """Block size for MatMulNBits, or `None` if the grouping has none."""
-    if format.group in _BLOCKS:
-        return format.group
-    # One scale per row: repeat it over blocks.
-    return 128 if format.group is None else None
-
-
 def _table_block(format: SiteFormat) -> int:
     """Block size for GatherBlockQuantized: a power of two; one block when a row has one scale."""
     if format.group is not None and format.group < format.columns:
@@ -216,7 +207,7 @@ def size_bytes(format: SiteFormat, tokens: int) -> int:
             if groups > 1 and (kind == "unpacked" or format.weight_bits in NARROW_BITS):
                 size += 2 * rows * groups + _GROUPED_BYTES[kind]
         case "nbits":
-            block = _block(format)
+            block = block_size(format)
             assert block is not None
             blocks = -(-columns // block)
             size += rows * blocks * block * format.weight_bits // 8 + 4 * rows * blocks
@@ -269,147 +260,19 @@ def lower_linear(
     kind = recipe(weights.format, tokens)
     if kind == "int8":
         codes = inputs.codes(x, weights)
-        return _int8(site, weights, inputs.scaled(x, weights), output, codes)
+        return int8(site, weights, inputs.scaled(x, weights), output, codes)
     if kind == "nbits":
-        return _nbits(site, weights, inputs.scaled(x, weights), output)
+        return nbits(site, weights, inputs.scaled(x, weights), output)
     piece = Piece()
     if kind == "float":
         assert weights.weight is not None
         mask = None if weights.mask is None else weights.mask.T
         matrix = Builder(piece, site).weight(weights.weight.T, mask)
     else:
-        matrix = _unpacked(piece, site, weights)
+        matrix = unpacked(piece, site, weights)
     product = f"{site}.product" if weights.bias is not None else output
     piece.nodes.append(helper.make_node("MatMul", [x, matrix], [product]))
     if weights.bias is not None:
         piece.initializers.append(numpy_helper.from_array(weights.bias, f"{site}.bias"))
         piece.nodes.append(helper.make_node("Add", [product, f"{site}.bias"], [output]))
-    return piece
-
-
-def _int8(
-    site: str,
-    weights: SiteWeights,
-    x: str,
-    output: str,
-    quantised_input: Sequence[str] | None,
-) -> Piece:
-    codes, scales, bits = weights.codes, weights.scales, weights.format.weight_bits
-    assert codes is not None
-    assert scales is not None
-    piece = Piece()
-    build = Builder(piece, site)
-    mask = None if weights.mask is None else weights.mask.T
-    if scales.shape[1] == 1:
-        row_scales = np.ascontiguousarray(scales[:, 0])
-        matrix = build.matrix(codes.T, mask, bits, TensorProto.INT8)
-    else:
-        whole = weights.dequantised()
-        row_scales = np.abs(whole).max(axis=1) / np.float32(127)
-        row_scales = np.where(row_scales > 0, row_scales, np.float32(1)).astype(np.float32)
-        if bits == 8:
-            codes = np.rint(whole / row_scales[:, None]).astype(np.int8)
-            matrix = build.matrix(codes.T, mask, bits, TensorProto.INT8)
-        else:
-            # Beyond float16's range are groups that vanish beside the row's largest weight.
-            with np.errstate(divide="ignore", over="ignore"):
-                divisors = (row_scales[:, None] / weights.live_scales()).astype(np.float16).T
-            wide = build.matrix(codes.T, mask, bits, TensorProto.FLOAT)
-            matrix = build.narrowed(wide, divisors, grouped_shape(weights.format)[1])
-    piece.initializers.append(numpy_helper.from_array(row_scales, f"{site}.scales"))
-    bias = ""
-    if weights.bias is not None:
-        bias = f"{site}.bias"
-        piece.initializers.append(numpy_helper.from_array(weights.bias, bias))
-    if quantised_input is None:
-        inputs = [x, matrix, f"{site}.scales", "", bias]
-        operator = "DynamicQuantizeMatMul"
-    else:
-        quantised, scale, zero = quantised_input
-        inputs = [quantised, matrix, scale, f"{site}.scales", zero, "", bias]
-        operator = "MatMulIntegerToFloat"
-    while not inputs[-1]:
-        inputs.pop()
-    piece.nodes.append(helper.make_node(operator, inputs, [output], domain=MICROSOFT))
-    return piece
-
-
-def _unpacked(piece: Piece, site: str, weights: SiteWeights) -> str:
-    """A float `(columns, rows)` matrix that the runtime makes from stored integers at load."""
-    codes, scales, spec = weights.codes, weights.scales, weights.format
-    assert codes is not None
-    assert scales is not None
-    build = Builder(piece, site)
-    codes, mask = codes.T, None if weights.mask is None else weights.mask.T
-    rows, columns = spec.rows, spec.columns
-    if scales.shape[1] == 1:
-        wide = build.matrix(codes, mask, spec.weight_bits, TensorProto.FLOAT)
-        matrix = build.node("Mul", [wide, build.constant(scales[:, 0], "scales")])
-        return _on_plain_inputs(build, weights, matrix)
-    groups, width = grouped_shape(spec)
-    padding = ((0, groups * width - columns), (0, 0))
-    shape = (groups, width, rows)
-    codes = np.pad(codes, padding).reshape(shape)
-    mask = None if mask is None else np.pad(mask, padding).reshape(shape)
-    # float16 in proportion to the row's largest scale: no scale is too small for it.
-    scales = weights.live_scales()
-    largest = scales.max(axis=1)
-    shares = (scales / largest[:, None]).astype(np.float16).T.reshape(groups, 1, rows)
-    share = build.node("Cast", [build.constant(shares, "shares")], to=TensorProto.FLOAT)
-    factor = build.node("Mul", [share, build.constant(largest, "scales")])
-    wide = build.matrix(codes, mask, spec.weight_bits, TensorProto.FLOAT)
-    scaled = build.node("Mul", [wide, factor])
-    matrix = build.node("Reshape", [scaled, build.shape((groups * width, rows), "matrix")])
-    if groups * width != columns:
-        ends = [build.shape((0,), "start"), build.shape((columns,), "stop")]
-        matrix = build.node("Slice", [matrix, *ends])
-    return _on_plain_inputs(build, weights, matrix)
-
-
-def _on_plain_inputs(build: Builder, weights: SiteWeights, matrix: str) -> str:
-    """`matrix (columns, rows)` with the vector of scaled inputs multiplied in, also at load."""
-    if weights.input_scale is None:
-        return matrix
-    return build.node("Mul", [matrix, build.constant(weights.input_scale[:, None], "channels")])
-
-
-def _nbits(site: str, weights: SiteWeights, x: str, output: str) -> Piece:
-    spec, codes, scales = weights.format, weights.codes, weights.scales
-    assert codes is not None
-    assert scales is not None
-    block = _block(spec)
-    assert block is not None
-    bits, rows, columns = spec.weight_bits, spec.rows, spec.columns
-    blocks = -(-columns // block)
-    offset = 1 << (bits - 1)
-    padded = np.full((rows, blocks * block), offset, np.uint8)
-    padded[:, :columns] = (codes.astype(np.int16) + offset).astype(np.uint8)
-    packed = (pack_nibbles(padded) if bits == 4 else padded).reshape(rows, blocks, -1)
-    if spec.group is None:
-        scales = np.repeat(scales, blocks, axis=1)
-    names = [f"{site}.codes", f"{site}.scales"]
-    piece = Piece(
-        [],
-        [
-            numpy_helper.from_array(packed, names[0]),
-            numpy_helper.from_array(np.ascontiguousarray(scales), names[1]),
-        ],
-    )
-    inputs = [x, *names]
-    if weights.bias is not None:
-        piece.initializers.append(numpy_helper.from_array(weights.bias, f"{site}.bias"))
-        inputs += ["", "", f"{site}.bias"]
-    piece.nodes.append(
-        helper.make_node(
-            "MatMulNBits",
-            inputs,
-            [output],
-            domain=MICROSOFT,
-            K=columns,
-            N=rows,
-            bits=bits,
-            block_size=block,
-            accuracy_level=4 if spec.activation_bits == 8 else 1,
-        )
-    )
     return piece

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from autocomp.core.candidate import Runtime
-from autocomp.core.errors import InternalError, UserError
+from autocomp.core.errors import InternalError, UserError, did_you_mean
 from autocomp.spec.schema import AUTO, TargetSection
 from autocomp.targets import TARGETS
 
@@ -60,21 +60,22 @@ def usable_runtimes(section: TargetSection) -> tuple[tuple[Runtime, ...], list[s
     Raises:
         UserError: for a runtime that is unknown or cannot be used here, or if none is left.
     """
+    ending = f"-{section.device}"
+    known = [name.removesuffix(ending) for name in TARGETS.names() if name.endswith(ending)]
     if section.runtime != AUTO:
         named = [section.runtime] if isinstance(section.runtime, str) else section.runtime
         for runtime in named:
             name = section.on(runtime).label
             if name not in TARGETS:
                 raise UserError(
-                    f"no target {name!r}. Available: {', '.join(TARGETS.names())} "
-                    f"(runtime-device). See: autocomp ls targets"
+                    f"no runtime {runtime!r} for device {section.device!r}."
+                    f"{did_you_mean(runtime, known)} Available there: "
+                    f"{', '.join(known) or 'none'}. See: autocomp ls targets"
                 )
             reason = unusable(name)
             if reason is not None:
                 raise UserError(f"{name} cannot be used here: {reason}")
         return (tuple(named) if section.chosen else (None,)), []
-    ending = f"-{section.device}"
-    known = [name.removesuffix(ending) for name in TARGETS.names() if name.endswith(ending)]
     found: list[str] = []
     notes = []
     for runtime in sorted(known, key=lambda runtime: (runtime != DEFAULT, runtime)):

@@ -1,4 +1,7 @@
-"""Arrays of a row per example on disk, written once as they are computed, and memory-mapped."""
+"""Arrays of a row per example on disk, written once as they are computed, and memory-mapped.
+
+Workers that want the same one wait for the first of them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from autocomp.core.errors import StorageError
 from autocomp.core.files import write_atomic
+from autocomp.core.lock import locked
 from autocomp.tasks.protocol import Array
 
 log = logging.getLogger(__name__)
@@ -27,22 +31,25 @@ def stored_rows(cache: Path, count: int, compute: Callable[[], Iterator[Array]])
     """
     stored = _opened(cache, count)
     if stored is None:
-        write_atomic(cache, lambda path: _write(path, compute(), count))
-        stored = _opened(cache, count)
-        if stored is None:
-            raise StorageError(f"{cache}: what was just written cannot be read back")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with locked(cache.with_name(f".{cache.name}.lock")):
+            stored = _opened(cache, count)  # another may have made it meanwhile
+            if stored is None:
+                write_atomic(cache, lambda path: _write(path, compute(), count))
+                stored = _opened(cache, count)
+    if stored is None:
+        raise StorageError(f"{cache}: what was just written cannot be read back")
     return stored
 
 
 def _write(path: Path, parts: Iterator[Array], count: int) -> None:
+    """By ordinary writes: on a full disk, storing through a mapping would end the process."""
     first = next(parts)
-    shape = (count, *first.shape[1:])
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    start = 0
-    for part in itertools.chain([first], parts):
-        array[start : start + len(part)] = part
-        start += len(part)
-    array.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, *first.shape[1:])}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in itertools.chain([first], parts):
+            file.write(np.ascontiguousarray(part, "<f4").data)
 
 
 def _opened(path: Path, count: int) -> Array | None:

@@ -29,7 +29,13 @@ from autocomp.core.gate import Gate
 from autocomp.core.hashing import content_key, file_digest
 from autocomp.models.conversion import save_model
 from autocomp.models.load import load_model, quiet
-from autocomp.models.sources import code_files, read_config, read_tensor_shapes, weight_files
+from autocomp.models.sources import (
+    code_files,
+    has_classification_head,
+    read_config,
+    read_tensor_shapes,
+    weight_files,
+)
 from autocomp.spec.schema import Spec
 from autocomp.spec.task import TeacherSection
 from autocomp.tasks.fitting import fit_full, fit_head
@@ -275,9 +281,7 @@ def _companions(model_path: Path) -> list[Path]:
 
 
 def _check_head(model_path: Path) -> None:
-    """A classification model on disk has a classifier; transformers would invent a random one."""
-    shapes = read_tensor_shapes(model_path)
-    if not any(name.startswith(("classifier.", "score.")) for name in shapes):
+    if not has_classification_head(read_tensor_shapes(model_path)):
         architecture = ", ".join(read_config(model_path).get("architectures") or ["unknown"])
         raise ModelError(
             f"{model_path} ({architecture}) has no classification head, so it cannot be the "

@@ -28,6 +28,8 @@ class Climb:
         record: of the trial, as far as it is known.
         trainer: of its student, new.
         look: evaluates the student as it is on the search split.
+        stitched: what it gave before training. A student that is further from the teacher at a rung
+            is judged by this: were it no closer in the end, its training would be undone.
         checkpoint: where the training is kept; whoever ends the trial removes it.
     """
 
@@ -36,10 +38,12 @@ class Climb:
         record: TrialRecord,
         trainer: Trainer,
         look: Callable[[], Evaluation],
+        stitched: Evaluation,
         ledger: Ledger,
         checkpoint: Path,
     ) -> None:
         self._record, self._trainer, self._look = record, trainer, look
+        self._stitched = stitched
         self._ledger, self._checkpoint = ledger, checkpoint
         self._tokens = record.candidate.distillation.tokens
 
@@ -68,7 +72,8 @@ class Climb:
         for number, tokens in list(enumerate(rungs))[len(behind) :]:
             advance(tokens)
             with phase("rung"):
-                evaluation = self._look()
+                seen = self._look()
+                evaluation = self._stitched if further(seen, self._stitched) else seen
                 self._trainer.save(self._checkpoint)
             report = self._report(number, tokens, evaluation, seconds)
             self._ledger.append("rung", report.key, report.to_json())
@@ -113,3 +118,14 @@ class Climb:
         reports = (RungRecord.from_json(entry) for entry in known if entry["id"] == self._record.id)
         seen = self._trainer.result.tokens
         return sorted((r for r in reports if r.tokens <= seen), key=lambda report: report.rung)
+
+
+def further(trained: Evaluation, stitched: Evaluation) -> bool:
+    """Whether training led away from the teacher.
+
+    A student that is close already has small gradients, and AdamW steps by the learning rate
+    however small they are.
+    """
+    assert trained.teacher_kl is not None
+    assert stitched.teacher_kl is not None
+    return trained.teacher_kl > stitched.teacher_kl

@@ -54,7 +54,7 @@ from autocomp.tasks.teacher import Progress, teacher_logits
 from autocomp.tasks.vocabulary import retokenised
 from autocomp.trial.agreement import check_agreement
 from autocomp.trial.context import TrialContext
-from autocomp.trial.rungs import Climb
+from autocomp.trial.rungs import Climb, further
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,9 @@ CALIBRATED = 8
 
 LOOKED_AT = 8
 """Examples at a time at a rung: each batch holds the gate."""
+
+_NO_MEMORY = "can't allocate memory"
+"""What torch's allocator says, in a RuntimeError."""
 
 STORED_LOGITS_BYTES = 1_000_000_000
 """Teacher logits beyond this are computed beside each artifact instead of kept on disk."""
@@ -263,7 +266,9 @@ class CandidateRunner:
             look = partial(self._look, student, task, expected)
             with phase("rung"):
                 stitched = look()
-            climb = Climb(record, trainer, look, self.ledger, self.paths.checkpoint(record.id))
+            climb = Climb(
+                record, trainer, look, stitched, self.ledger, self.paths.checkpoint(record.id)
+            )
             record = yield from climb.run(context.spec.search.rungs, phase, seconds, activity)
             with phase("rung"):
                 undone = further(look(), stitched)
@@ -348,17 +353,6 @@ class CandidateRunner:
         return self._retokenised[1]
 
 
-def further(trained: Evaluation, stitched: Evaluation) -> bool:
-    """Whether training led away from the teacher.
-
-    A student that is close already has small gradients, and AdamW steps by the learning rate
-    however small they are.
-    """
-    assert trained.teacher_kl is not None
-    assert stitched.teacher_kl is not None
-    return trained.teacher_kl > stitched.teacher_kl
-
-
 def in_turns(run: Run, gate: Gate, examples: int, progress: Progress) -> Run:
     """`run`, each batch with the gate held shared; tells how many of the examples are done."""
     done = 0
@@ -381,7 +375,13 @@ def machine_failures(study: Path) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise MachineError(f"memory ran out: {error}") from error
+    except RuntimeError as error:
+        if _NO_MEMORY not in str(error):
+            raise
+        raise MachineError(f"memory ran out: {error}") from error
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise MachineError(f"memory ran out: {error}") from error
+        if not error.errno:  # what libraries raise of networks and files that they understand
+            raise MachineError(str(error)) from error
         raise storage_error(Path(error.filename or study), error.errno, error) from error

@@ -74,7 +74,7 @@ def start(
         log: file that every worker process appends its log to; on a cluster, on shared storage.
 
     Raises:
-        UserError: for `workers` below 1 or above the cluster's cores, or an address that is no
+        UserError: for `workers` below 1 or above the cores there are, or an address that is no
             address, does not answer or cannot be joined from here.
         InternalError: if Ray does not start on this machine.
     """
@@ -93,7 +93,7 @@ def start(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if address is None:
-            count = workers or len(os.sched_getaffinity(0))
+            count = _granted("this machine", len(os.sched_getaffinity(0)), workers)
             _start_here(count, common)
         else:
             try:
@@ -108,7 +108,7 @@ def start(
                 ) from error
     try:
         if address is not None:
-            count = _granted(address, workers)
+            count = _granted(f"the cluster at {address}", _cores(address), workers)
         _log_instead_of_print()
         yield Cluster(count, address or "local")
     finally:
@@ -176,11 +176,27 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def _granted(address: str, asked: int | None) -> int:
-    """Workers on a cluster: as asked, else one per core.
+def _granted(where: str, cores: int, asked: int | None) -> int:
+    """Workers: as asked, else one per core.
 
     Raises:
-        UserError: for more than it has cores, since the others would never start.
+        UserError: for more than there are cores: they would never start, or spoil each other's
+            measurements.
+    """
+    if asked is not None and asked > cores:
+        count = f"{cores} cores" if cores > 1 else "one core"
+        raise UserError(
+            f"--workers {asked}: {where} has {count}, and each worker takes one. Give {cores} at "
+            f"most, or more cores first"
+        )
+    return asked or cores
+
+
+def _cores(address: str) -> int:
+    """Cores of the cluster that was joined.
+
+    Raises:
+        UserError: if it has none.
     """
     import ray
 
@@ -189,12 +205,7 @@ def _granted(address: str, asked: int | None) -> int:
     cores = int(resources.get("CPU", 0))
     if cores < 1:
         raise UserError(f"--ray {address}: no node of this cluster offers a core (CPU); add a node")
-    if asked is not None and asked > cores:
-        raise UserError(
-            f"--workers {asked}: the cluster at {address} has {cores} cores, and each worker takes "
-            f"one. Give {cores} at most, or add nodes first"
-        )
-    return asked or cores
+    return cores
 
 
 def _log_instead_of_print() -> None:

@@ -135,6 +135,10 @@ def test_only_what_is_clearly_out_of_reach_is_refused() -> None:
     hopeful, notes = reach(0.85 * smallest)
     assert "Predicted peaks may be wrong by 15%" in notes[0]
     assert hopeful.base_peak_memory_bytes == pytest.approx(smallest / 1.3)
+    candidate = drawn(random.Random(2))
+    expected, hoped = (p.predict(candidate).peak_memory_bytes for p in (base, hopeful))
+    assert expected is not None
+    assert hoped == pytest.approx(expected / 1.3), "what trials are judged by is what they are for"
     # Measured trials end the hope: what is expected to be wrong shrinks.
     draw = random.Random(2)
     taught = hopeful.refitted([measured(drawn(draw)) for _ in range(8)])

@@ -108,7 +108,9 @@ def test_auto_is_every_runtime_that_is_there_the_default_first(
     assert plan(directory, runtime=["alike", "onnxruntime"]).runtimes == ("alike", "onnxruntime")
     with pytest.raises(SpecError, match=r"target\.runtime: missing-cpu cannot be used here: the "):
         plan(directory, **{"runtime": "missing"})
-    with pytest.raises(SpecError, match=r"no target 'lost-cpu'. Available: .*onnxruntime-cpu"):
+    with pytest.raises(
+        SpecError, match=r"no runtime 'lost' for device 'cpu'. Available there: .*onnxruntime"
+    ):
         plan(directory, runtime=["onnxruntime", "lost"])
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from autocomp.api import prepare
+from autocomp.api.library import prepare_library
 from autocomp.api.listing import list_kind
 from autocomp.api.plan import make_plan
 from autocomp.core.candidate import Option, Step
@@ -78,7 +79,7 @@ def test_a_spec_that_replaces_becomes_items(
     assert plan.space.caps[0].units == ("layers.0.attention", "layers.1.attention")
     teacher = prepare.prepare_teacher(plan, Silent())
     progress = Phases()
-    keys = prepare.prepare_library(plan, teacher, cluster, progress)
+    keys = prepare_library(plan, teacher, cluster, progress)
     library = Library(prepare.library_path())
     item = library.describe(keys["layers.0.attention", ELU.key])
     assert item is not None
@@ -92,7 +93,7 @@ def test_a_spec_that_replaces_becomes_items(
     assert progress.done == sorted(progress.done)
     assert not list((tmp_path / "cache" / "statistics").rglob("*.safetensors"))
     again = Phases()
-    assert prepare.prepare_library(plan, teacher, cluster, again) == keys
+    assert prepare_library(plan, teacher, cluster, again) == keys
     assert again.told[-1] == ("library", 0)
 
 

@@ -131,6 +131,7 @@ def test_pick_says_what_it_did(finished: Any) -> None:
     assert data["selection"]["best"] == "best"
     assert data["report"] == opened.front()["report"]
     row = next(trial for trial in opened.front()["trials"] if trial["id"] == "simple")
+    assert data.pop("budget") == opened.front()["budget"]
     assert {k: v for k, v in data.items() if k not in ("selection", "report")} == row
     assert plain.to_json()["selection"]["chosen"] == "best"
     assert plain.to_json()["report"] is None, "the split was not opened for it"
@@ -174,13 +175,11 @@ def test_scores_of_another_attempt_are_left_aside(finished: Any) -> None:
 def test_the_search_opens_the_split_for_what_pick_takes(
     finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autocomp.api import prepare
-
     module = import_module("autocomp.api.search")  # the package has a function of this name
     study, _, _ = finished
     monkeypatch.setattr(module, "within_reach", lambda *_: {})
     monkeypatch.setattr(module._Search, "_tables", lambda *_: {})
-    monkeypatch.setattr(prepare, "prepare_library", lambda *_: {})
+    monkeypatch.setattr("autocomp.api.library.prepare_library", lambda *_: {})
     monkeypatch.setattr("autocomp.api.screening.score_and_screen", lambda *_: ([], None))
     monkeypatch.setattr("autocomp.api.trials.run_trials", lambda *_: None)
     monkeypatch.setattr(module, "Measured", lambda *_: None)

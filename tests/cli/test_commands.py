@@ -403,7 +403,7 @@ class TestEnds:
             result = run(name, "--help")
             assert result.exit_code == 0
             assert "--json" in result.stdout
-        assert "130 stopped" in run("--help").stdout
+        assert "130 stopped" in " ".join(run("--help").stdout.split())
         assert autocomp.__version__ in run("--version").stdout
 
 

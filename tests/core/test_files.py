@@ -120,5 +120,10 @@ def test_sweeps_only_old_temporaries(tmp_path):
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (1, 1))
     os.utime(tmp_path / ".b.1-2.tmp")
-    assert sweep_temporaries(tmp_path) == 1
-    assert names(tmp_path) == [".b.1-2.tmp", ".keep", "c.tmp"]
+    below = tmp_path / "students" / ".a.1-2.tmp"
+    below.parent.mkdir()
+    below.touch()
+    os.utime(below, (1, 1))
+    assert sweep_temporaries(tmp_path) == 2
+    assert names(tmp_path) == [".b.1-2.tmp", ".keep", "c.tmp", "students"]
+    assert names(below.parent) == []

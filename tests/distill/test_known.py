@@ -139,10 +139,10 @@ def test_it_is_computed_once_and_again_where_the_file_is_damaged(
     first = side(task, teacher, tmp_path).hidden.copy()
     task.asked = 0
     np.testing.assert_array_equal(side(task, teacher, tmp_path).hidden, first)
-    assert task.asked == 0
-    (tmp_path / "teacher-hidden.npy").write_bytes(b"torn")
+    assert task.asked == 1  # one example, for the shape
+    (tmp_path / "teacher-transfer-hidden.npy").write_bytes(b"torn")
     np.testing.assert_array_equal(side(task, teacher, tmp_path).hidden, first)
-    assert task.asked == 1
+    assert task.asked == 3
 
 
 def test_what_is_large_or_of_no_use_is_not_kept(
@@ -153,13 +153,14 @@ def test_what_is_large_or_of_no_use_is_not_kept(
     assert plain.hidden is None
     assert not plain.covers(("logits", "attention"))
     assert side(task, teacher, tmp_path, same_tokens=False).hidden is None
-    monkeypatch.setattr(known_module, "KEPT_BYTES", 3 * COUNT * LENGTH * 24 * 4 - 1)
+    wanted = COUNT * (3 * LENGTH * 24 + CLASSES) * 4
+    monkeypatch.setattr(known_module, "KEPT_BYTES", wanted - 1)
     large = side(task, teacher, tmp_path)
     assert large.hidden is None
     assert not large.covers(("hidden",))
     assert large.covers(("logits",))
-    assert not (tmp_path / "teacher-hidden.npy").exists()
-    monkeypatch.setattr(known_module, "KEPT_BYTES", 3 * COUNT * LENGTH * 24 * 4)
+    assert not (tmp_path / "teacher-transfer-hidden.npy").exists()
+    monkeypatch.setattr(known_module, "KEPT_BYTES", wanted)
     assert side(task, teacher, tmp_path).hidden.shape == (COUNT, 3, LENGTH, 24)
     assert side(task, teacher, tmp_path, Distillation(tokens=0)) is None
     task.num_labels = None

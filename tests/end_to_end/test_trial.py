@@ -18,6 +18,7 @@ import torch
 from tiny_study import SETTINGS, SPEC, Command, ledger, stamps
 
 from autocomp.api import prepare
+from autocomp.api.library import prepare_library
 from autocomp.api.plan import make_plan
 from autocomp.core.candidate import Candidate, Distillation
 from autocomp.core.errors import StorageError
@@ -52,7 +53,7 @@ def runner(
     given = (f"model.source={command.model}", f"task.data.source={command.data}", *SETTINGS)
     plan = make_plan(SPEC, parse_overrides(given))
     teacher = prepare.prepare_teacher(plan, Silent())
-    items = prepare.prepare_library(plan, teacher, no_cluster, Silent())
+    items = prepare_library(plan, teacher, no_cluster, Silent())
     study = Study.create_or_open(study_path, plan.spec)
     context = replace(prepare.prepare_context(plan, study, teacher), items=items)
     assert set(context.references) == {None}

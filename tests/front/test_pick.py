@@ -14,6 +14,7 @@ from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InfeasibleError
 from autocomp.core.measurement import Measurement
+from autocomp.core.quantities import parse_limit
 from autocomp.front import NothingFitsError, front, front_json, pick, study_hypervolume
 from autocomp.study.records import TrialRecord
 
@@ -92,6 +93,19 @@ def test_pick_prefers_quality_then_the_cheapest() -> None:
 
 def test_a_limit_is_met_when_equal() -> None:
     assert pick([GOOD], Budget(latency_ms=4.0, size_bytes=30)).id == "good"
+
+
+def test_the_limit_that_is_suggested_is_met() -> None:
+    assert GOOD.measured is not None
+    for latency_ms in (3.999, 4.0, 4.0049, 0.76721):
+        record = replace(GOOD, measured=replace(GOOD.measured, latency_ms=latency_ms))
+        with pytest.raises(NothingFitsError) as caught:
+            pick([record], Budget(latency_ms=0.5))
+        suggested = str(caught.value).partition("raise the limit to latency ")[2].partition(",")[0]
+        limit_ms = parse_limit(suggested, "latency").value
+        assert latency_ms <= limit_ms < 1.01 * latency_ms
+        assert pick([record], Budget(latency_ms=limit_ms)) is record
+        assert caught.value.details() == {"nearest": "good", "binding": "latency_ms"}
 
 
 def test_nothing_fits_names_the_nearest_and_what_binds() -> None:

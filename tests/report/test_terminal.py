@@ -199,9 +199,16 @@ def test_a_study_without_trials() -> None:
 
 
 def test_an_unmeasured_trial_is_not_called_over() -> None:
-    text = text_of(view([*baselines(), record(2, id="pruned", state="pruned", measured=None)]))
-    (row,) = [line for line in text.splitlines() if " pruned " in line]
+    text = text_of(view([*baselines(), record(2, id="unmeasured", measured=None)]))
+    (row,) = [line for line in text.splitlines() if " unmeasured " in line]
     assert row.rstrip().endswith("–")
+
+
+def test_trials_that_were_stopped_are_counted_in_a_line() -> None:
+    stopped = [record(n, id=f"pruned{n}", state="pruned", measured=None) for n in (2, 3)]
+    text = text_of(view([*baselines(), *stopped]))
+    assert "2 trials stopped at a rung" in text
+    assert "pruned2" not in text
 
 
 def test_a_picked_trial() -> None:

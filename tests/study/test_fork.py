@@ -78,6 +78,13 @@ MEASURED = {"cost_table.json", "ledger.jsonl"}
             ["dense"],
         ),
         ({"search__seed": 1}, MEASURED, {"reference"}, []),
+        ({"search__realise": True}, MEASURED, {"reference", "score", "trial", "report"}, ["dense"]),
+        (
+            {"search__screen_examples": 64},
+            MEASURED | {"artifacts/s/m", "per_example/search/s.safetensors"},
+            {"reference", "trial", "report"},
+            ["dense", "s"],
+        ),
         ({"task__data__lines": 1}, MEASURED, {"reference"}, []),
         ({"target__workload__sequence": 8}, set(), set(), []),
         ({"model__source": "other"}, set(), set(), []),

@@ -51,6 +51,16 @@ def test_unfitted_it_adds_up():
     assert found.device == "device"
 
 
+def test_a_measured_candidate_counts_once():
+    pairs = [(choice, _truth(choice)) for choice in _choices(4, 3)]
+    once = _table().with_pairs(pairs)
+    twice = once.with_pairs(pairs)
+    assert twice.pairs == once.pairs == pairs
+    assert twice.fitted == once.fitted
+    slower = (pairs[0][0], 2 * pairs[0][1])  # the same candidate measured again
+    assert once.with_pairs([slower]).pairs == [*pairs, slower]
+
+
 def test_its_error_is_of_candidates_left_out():
     table = _table()
     assert table.error() is None

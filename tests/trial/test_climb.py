@@ -49,10 +49,14 @@ class Trainer:
         self.tokens = int(text)
 
 
+def evaluation(kl: float) -> Evaluation:
+    return Evaluation(Quality(0.5, "accuracy", 0.5, np.zeros(1)), kl)
+
+
 class Trial:
     """One process's attempt at a trial."""
 
-    def __init__(self, root: Path, kind: str = "search") -> None:
+    def __init__(self, root: Path, kind: str = "search", stitched: float = 1.0) -> None:
         candidate = Candidate.of({"layers.0.ffn": Option()}, Distillation(tokens=TOKENS))
         record = TrialRecord("3f2a", cast(Any, kind), "milp", "failed", candidate)
         self.trainer, self.ledger = Trainer(), Ledger(root / "ledger.jsonl")
@@ -60,10 +64,12 @@ class Trial:
         self.phases: list[str] = []
         self.activity = ActivityWriter(root / "running", "3f2a")
         trainer = cast(Any, self.trainer)
-        self.climb = Climb(record, trainer, self.look, self.ledger, self.checkpoint)
+        self.climb = Climb(
+            record, trainer, self.look, evaluation(stitched), self.ledger, self.checkpoint
+        )
 
     def look(self) -> Evaluation:
-        return Evaluation(Quality(0.5, "accuracy", 0.5, np.zeros(1)), 1.0 / self.trainer.tokens)
+        return evaluation(1.0 / self.trainer.tokens)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -95,6 +101,14 @@ def test_a_trial_is_looked_at_at_every_rung_and_trained_to_its_end(tmp_path: Pat
     assert record.rungs == tuple(its.seen for its in seen)
     assert TrialRecord.from_json(record.to_json()).rungs == record.rungs
     assert list(trial.ledger.read().of("rung")) == ["3f2a@0", "3f2a@1"]
+
+
+def test_a_student_further_away_than_before_is_judged_as_what_would_be_exported(
+    tmp_path: Path,
+) -> None:
+    reports, record = finish(Trial(tmp_path, stitched=1 / 500).run(0.25, 0.5))
+    assert [r["teacher_kl"] for r in reports] == pytest.approx([1 / 500, 1 / 540])
+    assert [seen["teacher_kl"] for seen in record.rungs] == pytest.approx([1 / 500, 1 / 540])
 
 
 def test_what_a_rung_reports_is_stored_before(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from autocomp.api import prepare
 from autocomp.api.check import report
+from autocomp.api.library import prepare_library
 from autocomp.api.plan import Plan, make_plan
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InternalError, SpecError
@@ -71,7 +72,7 @@ class Built:
         self.plan = make_plan(write_spec(root))
         self.teacher = prepare.prepare_teacher(self.plan, Silent())
         cluster: Any = lambda: type("Cluster", (), {"workers": 1})()  # noqa: E731
-        items = prepare.prepare_library(self.plan, self.teacher, cluster, Silent())
+        items = prepare_library(self.plan, self.teacher, cluster, Silent())
         self.study = Study.create_or_open(root / "study", self.plan.spec)
         context = prepare.prepare_context(self.plan, self.study, self.teacher)
         self.runner = CandidateRunner()

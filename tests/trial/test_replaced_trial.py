@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from autocomp.api import prepare
+from autocomp.api.library import prepare_library
 from autocomp.api.plan import make_plan
 from autocomp.core.candidate import Candidate, Distillation, Option
 from autocomp.library.stitch import stitch
@@ -72,7 +73,7 @@ def test_a_replaced_layer_goes_through_a_trial(
     teacher, notes = prepare.prepare_teacher(plan, Silent()), Notes()
     study = Study.create_or_open(tmp_path / "study", plan.spec)
     cluster: Any = lambda: type("Cluster", (), {"workers": 1})()  # noqa: E731
-    items = prepare.prepare_library(plan, teacher, cluster, notes, study.ledger)
+    items = prepare_library(plan, teacher, cluster, notes, study.ledger)
     context = replace(prepare.prepare_context(plan, study, teacher), items=items)
     runner = CandidateRunner()
     runner.setup({"trial": context})

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +30,14 @@ from autocomp.models.mixers.protocol import Mixer
 from autocomp.models.seat import mixer_shape
 from autocomp.operators.gram import damped, damping_for, inverse
 from autocomp.operators.protocol import LocalTraining, MixerState, SiteStats, UnitState
+from autocomp.operators.replace.examples import (
+    CHUNK_TOKENS,
+    SEED,
+    Example,
+    examples_of,
+    in_steps,
+)
 from autocomp.operators.replace.sublayer import Layers, Sublayer
-
-SEED = 20
 
 
 @dataclass(frozen=True)
@@ -70,19 +75,6 @@ TRIAL_SHARE = 1 / 3
 MAX_GRAD_NORM = 1.0
 EXACT = 1e-6
 """What starts with no more error than this (a window over whole texts) is not trained."""
-
-CHUNK_TOKENS = 4096
-"""Tokens, padding included, that run through the sublayer at a time."""
-
-
-@dataclass(frozen=True)
-class _Example:
-    """Sequences with the target `(B, T, C)` at them; `real` bool `(B, T)`."""
-
-    call: Call
-    target: Tensor
-    real: Tensor
-    tokens: int
 
 
 @dataclass
@@ -147,7 +139,7 @@ def train(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(SEED)
         teacher = Sublayer(recording, unit, state)
-        seen, held = _examples(teacher, recording.calls, settings)
+        seen, held = examples_of(teacher, recording.calls, settings.held_out)
         if not all(bool(torch.isfinite(one.target[one.real]).all()) for one in [*seen, *held]):
             raise ModelError(
                 f"{unit.name}: what its attention gives is not finite on the calibration examples: "
@@ -185,8 +177,8 @@ class _Trainer:
         self,
         student: Sublayer,
         new: nn.Module,
-        train: Sequence[_Example],
-        held: Sequence[_Example],
+        train: Sequence[Example],
+        held: Sequence[Example],
         settings: Settings,
         started: float,
     ) -> None:
@@ -280,7 +272,7 @@ class _Trainer:
             weight_decay=0.0,
         )
         peaks = [float(group["lr"]) for group in optimiser.param_groups]
-        draws = _steps(self._train, settings.step_tokens)
+        draws = in_steps(self._train, settings.step_tokens)
         warm_up = max(1, min(settings.warm_up, steps // 5))
         waited, summed, since = 0, 0.0, 0
         for step in range(steps):
@@ -311,7 +303,7 @@ class _Trainer:
                 break
         return run
 
-    def _step(self, optimiser: torch.optim.Optimizer, examples: Sequence[_Example]) -> float:
+    def _step(self, optimiser: torch.optim.Optimizer, examples: Sequence[Example]) -> float:
         """One step on these examples; their relative error before it."""
         optimiser.zero_grad(set_to_none=True)
         scale = 1.0 / (self._energy[0] * sum(example.tokens for example in examples))
@@ -325,7 +317,7 @@ class _Trainer:
             optimiser.step()
         return total
 
-    def _squared(self, example: _Example) -> Tensor:
+    def _squared(self, example: Example) -> Tensor:
         found = self._student.run(example.call)
         return (found - example.target.float())[example.real].square().sum()
 
@@ -336,7 +328,7 @@ class _Trainer:
         error /= self._energy[1] * sum(example.tokens for example in self._held)
         return error if math.isfinite(error) else math.inf
 
-    def _mean_energy(self, examples: Sequence[_Example]) -> float:
+    def _mean_energy(self, examples: Sequence[Example]) -> float:
         """Mean ‖y − b‖² of a real token, above zero."""
         total = 0.0
         for example in examples:
@@ -361,53 +353,6 @@ def _calibrate(student: Sublayer, mixer: Mixer, calls: Sequence[Call]) -> None:
     student.run(max(calls, key=lambda call: int(call.lengths.sum())))
     handle.remove()
     mixer.calibrate(*seen[0])
-
-
-@torch.no_grad()
-def _examples(
-    teacher: Sublayer, calls: Sequence[Call], settings: Settings
-) -> tuple[list[_Example], list[_Example]]:
-    """Chunks to train on and held-out ones, with the teacher's output at them."""
-    train: list[_Example] = []
-    held: list[_Example] = []
-    sequences = sum(len(call.hidden) for call in calls)
-    every = min(settings.held_out, sequences)  # the last of so many; none where there is but one
-    number = 0
-    for call in calls:
-        batch, tokens = call.hidden.shape[:2]
-        numbers = torch.arange(number, number + batch)
-        number += batch
-        out = (numbers % every == every - 1) if every > 1 else torch.zeros(batch, dtype=torch.bool)
-        height = max(1, CHUNK_TOKENS // tokens)
-        for rows, part in ((~out, train), (out, held)):
-            for index in torch.split(rows.nonzero().flatten(), height):
-                if len(index):
-                    part.append(_example(teacher, call.rows(index)))
-    return train, held
-
-
-def _example(teacher: Sublayer, call: Call) -> _Example:
-    target = teacher.run(call)
-    batch, tokens = call.hidden.shape[:2]
-    real = torch.ones(batch, tokens, dtype=torch.bool) if call.real is None else call.real
-    if call.hidden.dtype == torch.float16 and float(target[real].abs().max()) < 6e4:
-        target = target.half()
-    return _Example(call, target, real, int(real.sum()))
-
-
-def _steps(examples: Sequence[_Example], tokens: int) -> Iterator[list[_Example]]:
-    """For ever: the examples of a step, in an order drawn anew every time all were seen."""
-    generator = torch.Generator().manual_seed(SEED)
-    drawn: list[_Example] = []
-    while True:
-        for index in torch.randperm(len(examples), generator=generator).tolist():
-            drawn.append(examples[index])
-            if sum(example.tokens for example in drawn) >= tokens:
-                yield drawn
-                drawn = []
-        if drawn and sum(example.tokens for example in examples) <= tokens:
-            yield drawn
-            drawn = []
 
 
 @torch.no_grad()
