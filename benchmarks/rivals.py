@@ -9,7 +9,7 @@ same space, from the same library, trained on as many tokens, exported and measu
 
 Each rival is trained twice, with the settings of the model the search chose and with those of the
 usual recipe, and the one that diverges less from the teacher on the search split is shown, which is
-what a search goes by too. The search does not see them.
+what a search goes by too. The search does not see them. In the end all are timed again, in turn.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from autocomp.core.unit import Unit
 from autocomp.front.pick import closest_first, divergence, front
 from autocomp.study.records import TrialRecord
 from benchmarks.setting import SPACES, ExitOnDemand, lines
+from benchmarks.side_by_side import latencies_ms
 
 CHOSEN, DENSE = "search", "dense"
 WAYS = ("milp", "evolution", "surrogate", "random", "regular", "gain", "front")
@@ -77,7 +78,7 @@ class Match:
 
 
 def run_match(match: Match) -> dict[str, float]:
-    """Per model what `_figures` says, per way of proposing what `_proposals` says; and
+    """Per model what `_figures` says and its latency, per way of proposing what `_proposals` says;
     `search_minutes`, `latency_limit` and `size_limit`.
     """
     from autocomp.api.prepare import cache_directory
@@ -93,9 +94,16 @@ def run_match(match: Match) -> dict[str, float]:
         "size_limit": float(limits.size_bytes or 100),
     }
     figures |= _proposals(found.study.trials(), chosen.id)
-    figures |= _figures(CHOSEN, root / "search", chosen.id)
-    for name, trial in _rivals(match, root / "rivals", chosen.candidate).items():
-        figures |= _figures(name, root / "rivals", trial)
+    rivals = _rivals(match, root / "rivals", chosen.candidate)
+    places = {name: (root / "rivals", trial) for name, trial in rivals.items()}
+    places[CHOSEN] = (root / "search", chosen.id)
+    for name, (directory, trial) in places.items():
+        figures |= _figures(name, directory, trial)
+    for name, latency_ms in latencies_ms(places, DENSE).items():
+        figures[f"{name}_latency_ms"] = latency_ms
+    for name in places:
+        ratio = figures[f"{name}_latency_ms"] / figures[f"{DENSE}_latency_ms"]
+        figures[f"{name}_latency"] = 100 * ratio
     return figures
 
 
@@ -253,7 +261,7 @@ def _table(recipe: Recipe) -> Callable[[Option], bool]:
 
 
 def _figures(name: str, directory: Path, id: str) -> dict[str, float]:
-    """A trial's figures in percent of dense and of the teacher."""
+    """A trial's figures in percent of dense and of the teacher; not its latency."""
     from autocomp.study.directory import Study
 
     study = Study.open(directory)
@@ -263,9 +271,7 @@ def _figures(name: str, directory: Path, id: str) -> dict[str, float]:
     assert record.measured is not None
     reports = study.ledger.read().of("report")
     figures = {
-        "latency": 100 * (record.measured.latency_ms or 0) / (dense.latency_ms or 1),
         "size": 100 * (record.measured.size_bytes or 0) / (dense.size_bytes or 1),
-        "latency_ms": record.measured.latency_ms or 0.0,
         "size_mb": (record.measured.size_bytes or 0) / 1e6,
         "quality": float(record.metric["value"]),
         "report_quality": float(reports[id]["metric"]["value"]),
