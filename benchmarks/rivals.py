@@ -273,6 +273,7 @@ def _figures(name: str, directory: Path, id: str) -> dict[str, float]:
     figures = {
         "size": 100 * (record.measured.size_bytes or 0) / (dense.size_bytes or 1),
         "size_mb": (record.measured.size_bytes or 0) / 1e6,
+        "kl": record.teacher_kl or 0.0,
         "quality": float(record.metric["value"]),
         "report_quality": float(reports[id]["metric"]["value"]),
     }
