@@ -8,7 +8,7 @@ an error. Every complaint about a spec, from any room, goes through `SpecSource`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,14 +241,30 @@ def parse_scalar(text: str) -> Any:
     return value
 
 
+_SHIPPED = "search_spaces/"
+_LISTED = 8
+
+
+def _specs(directory: Path) -> list[str]:
+    found = directory.glob("*.y*ml") if directory.is_dir() else ()
+    return sorted(file.name for file in found)
+
+
+def _listed(opening: str, names: Sequence[str]) -> str:
+    """The first few of these; empty for none."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{opening}{', '.join(names[:_LISTED])}{more}." if names else ""
+
+
 def _unreadable(file: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        beside = [f.name for f in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        hint = did_you_mean(file.name, beside)
-        listed = f" Specs there: {', '.join(sorted(beside))}." if beside else ""
-        return f"{file}: no such file.{hint}{listed}"
+        beside = _specs(file.parent)
+        hint = did_you_mean(file.name, beside) or _listed(" Specs there: ", beside)
+        return f"{file}: no such file.{hint} Name a spec file: one to start from is in {_SHIPPED}"
     if isinstance(error, IsADirectoryError):
-        return f"{file}: a directory; name a spec file, such as {file / 'quickstart.yaml'}"
+        inside = _specs(file)
+        which = _listed(": it holds ", inside) or f"; those to start from are in {_SHIPPED}"
+        return f"{file}: a directory; name a spec file{which}"
     return f"{file}: cannot be read: {error.strerror or error}"
 
 

@@ -287,7 +287,10 @@ def _contents(root: Path) -> list[str]:
 def _no_study(root: Path) -> str:
     if not root.exists():
         beside = [p.parent.name for p in root.parent.glob("*/study.json")]
-        return f"{root}: no such study.{did_you_mean(root.name, beside)}"
+        return (
+            f"{root}: no such study.{did_you_mean(root.name, beside)} A search makes one, in "
+            f"runs/ unless told: autocomp search SPEC --study {root}"
+        )
     inside = sorted(str(p.parent) for p in root.glob("*/study.json")) if root.is_dir() else []
     if inside:
         return f"{root} is no study, but holds studies: {_some(inside)}. Name one of them"
