@@ -29,6 +29,9 @@ from autocomp.tasks.protocol import Task
 
 MAX_GRAD_NORM = 1.0
 
+_RATES = ("attention_dropout", "drop_prob")
+"""Attributes in which modules of transformers keep rates of dropout."""
+
 BLOWN_UP = 10.0
 """Clipped gradients keep a diverging loss finite; this often its first value is divergence too."""
 
@@ -96,7 +99,7 @@ class Trainer:
         groups = parameter_groups(student, self._parameters.values(), settings.lr)
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._peaks = [float(group["lr"]) for group in groups]
-        student.eval()  # what a stock model does in training alone, dropout, draws by no seed
+        _without_dropout(student)
         self._losses: list[float] = []
         self._training = Training()
 
@@ -111,7 +114,7 @@ class Trainer:
     def advance(self, tokens: int, progress: Progress | None = None) -> DistillationResult:
         """Train until `tokens` real tokens were seen in all, never beyond `settings.tokens`.
 
-        Returns at the end of the step that reaches them.
+        Returns at the end of the step that reaches them, with the student in evaluation mode.
 
         Args:
             progress: told tokens seen and tokens wanted, after each step.
@@ -122,8 +125,10 @@ class Trainer:
                 nothing would have.
         """
         wanted = min(tokens, self._settings.tokens)
+        self._student.train()
         while self._training.tokens < wanted:
             self._pass(wanted, progress)
+        self._student.eval()
         if self._training.tokens >= self._settings.tokens:
             self._check_end()
         return self.result
@@ -204,6 +209,16 @@ class Trainer:
                 f"distillation diverged: the loss rose from {first:.3g} to {last:.3g} nats in "
                 f"{self._training.steps} steps with learning rate {self._settings.lr:g}"
             )
+
+
+def _without_dropout(student: nn.Module) -> None:
+    """It draws by no seed; some models keep its rate as a number of their own."""
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _RATES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def distil(

@@ -269,6 +269,7 @@ class QuantLinear(_Quantised):
         elif self.format.activation_bits == 8:
             x = fake_quantise_per_tensor(x)
         if self._wants_gradient():
+            self._rounded = None  # fused optimisers write to weights whose version stays
             weight = fake_quantise_weight(self.weight, self.scales, self.format, self.mask)
         else:
             weight = self.dequantised()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from autocomp.core.candidate import Distillation
 from autocomp.core.unit import SiteFormat
 from autocomp.distill.known import Known
 from autocomp.distill.student import trainable_parameters
-from autocomp.distill.trainer import DivergedError, distil
+from autocomp.distill.trainer import DivergedError, Trainer, distil
 from autocomp.models.modules import QuantEmbedding, QuantLinear
 from autocomp.tasks.protocol import Task
 
@@ -64,6 +65,50 @@ def test_the_student_approaches_the_teacher_and_embeddings_stay(teacher: Words) 
     assert torch.equal(after["embedding.weight"], before["embedding.weight"])
     assert not torch.equal(after["linear.weight"], before["linear.weight"])
     assert not student.training
+
+
+def in_eight_bits(words: Words) -> Words:
+    """`words` with its linear layer in 8 bits, activations too."""
+    format = SiteFormat(rows=8, columns=8, bias=True, weight_bits=8, activation_bits=8)
+    linear = words.linear
+    assert isinstance(linear, nn.Linear)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    scales = weight.abs().amax(dim=1, keepdim=True) / 127
+    words.linear = cast(Any, QuantLinear(weight, bias, scales, format))
+    return words
+
+
+@torch.no_grad()
+def test_between_two_slices_the_student_is_what_was_trained(teacher: Words) -> None:
+    """Looked at in evaluation mode, it shows its weights of now, not a rounding of earlier ones."""
+    student = in_eight_bits(Words()).eval()
+    inputs = next(iter(Sentences().batches("transfer", 8)))
+
+    def seen(model: nn.Module) -> torch.Tensor:
+        out: torch.Tensor = cast(Any, Sentences()).logits(model, inputs)
+        return out
+
+    settings = Distillation(tokens=2000, lr=3e-2, temperature=2.0)
+    trainer = Trainer(
+        student, teacher, cast(Task, Sentences()), settings, batch=8, seed=0, gate=CountingGate()
+    )
+    before = seen(student)
+    for tokens in (400, 800):
+        with torch.enable_grad():
+            trainer.advance(tokens)
+        found = seen(student)
+        assert not torch.equal(found, before)
+        assert torch.equal(found, seen(copy.deepcopy(student)))
+        before = found
+
+
+def test_rates_of_dropout_are_zero_wherever_a_model_keeps_them(teacher: Words) -> None:
+    student = Words()
+    student.linear.attention_dropout = 0.3  # type: ignore[assignment]
+    student.linear.dropout = nn.Dropout(0.2)
+    run(student, teacher, tokens=40)
+    assert student.linear.attention_dropout == 0.0
+    assert student.linear.dropout.p == 0.0
 
 
 def test_tokens_are_real_ones_and_every_step_passes_the_gate(teacher: Words) -> None:
