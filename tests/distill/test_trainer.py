@@ -69,12 +69,12 @@ def test_the_student_approaches_the_teacher_and_embeddings_stay(teacher: Words) 
 
 def in_eight_bits(words: Words) -> Words:
     """`words` with its linear layer in 8 bits, activations too."""
-    format = SiteFormat(rows=8, columns=8, bias=True, weight_bits=8, activation_bits=8)
+    form = SiteFormat(rows=8, columns=8, bias=True, weight_bits=8, activation_bits=8)
     linear = words.linear
     assert isinstance(linear, nn.Linear)
     weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
     scales = weight.abs().amax(dim=1, keepdim=True) / 127
-    words.linear = cast(Any, QuantLinear(weight, bias, scales, format))
+    words.linear = cast(Any, QuantLinear(weight, bias, scales, form))
     return words
 
 
