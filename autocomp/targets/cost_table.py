@@ -193,12 +193,10 @@ class CostTable:
     def fit(self, pairs: Sequence[tuple[Choice, float]]) -> None:
         """Add measured whole candidates (choice, latency in ms) and fit the correction to all.
 
-        What is there already is not added again.
+        What was added before is not added again.
         """
-        for choice, latency in pairs:
-            pair = (dict(choice), float(latency))
-            if pair not in self.pairs:
-                self.pairs.append(pair)
+        given = [(dict(choice), float(latency)) for choice, latency in pairs]
+        self.pairs += [pair for pair in given if pair not in self.pairs]
         present = [e for options in self.entries.values() for e in options.values() if e.kernels]
         classes = sorted({entry.kernels for entry in present})
         if self.tokens is not None:

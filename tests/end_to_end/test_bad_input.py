@@ -60,7 +60,11 @@ def spec_file(command: Command, tmp_path: Path) -> Callable[[str, str], Path]:
         ("method: gptq", "method: gpqt", ["gpqt", "Did you mean 'gptq'?", "autocomp ls operators"]),
         ("weights: [dense, 8], group", "weights: [dense, 7], group", ["7", "8"]),
         ("heads: [1.0, 0.5]", "heads: [1.0, 1.5]", ["structure.heads", "1.5"]),
-        ("runtime: onnxruntime", "runtime: onnxruntme", ["onnxruntme", "onnxruntime-cpu"]),
+        (
+            "runtime: onnxruntime",
+            "runtime: onnxruntme",
+            ["onnxruntme", "Did you mean 'onnxruntime'"],
+        ),
         ("name: text-classification", "name: text-clasification", ["Did you mean"]),
     ],
 )

@@ -68,12 +68,22 @@ SELECTION = shape(
         "finalists": {"type": "array", "items": {"type": "object"}, "minItems": 1},
     }
 )
-PICKED = {**TRIAL, "selection": SELECTION, "report": {"type": ["object", "null"]}}
+BUDGET = shape({**COSTS, "quality": NUMBER})
+PICKED = {
+    **TRIAL,
+    "budget": BUDGET,
+    "selection": SELECTION,
+    "report": {"type": ["object", "null"]},
+}
 FRONT = shape(
     {
         "study": {"type": "string"},
+        "model": {"type": "string"},
+        "task": {"const": "text-classification"},
+        "spec_key": {"type": "string", "minLength": 8},
+        "devices": {"type": "array", "items": {"type": "string"}, "minItems": 1},
         "target": {"type": "object"},
-        "budget": shape({**COSTS, "quality": NUMBER}),
+        "budget": BUDGET,
         "dense": {"type": "string"},
         "chosen": {"type": ["string", "null"]},
         "nearest": {"type": ["object", "null"]},
@@ -221,7 +231,10 @@ def test_pick_of_what_nothing_meets(command: Command, finished: Path) -> None:
     assert "raise the limit to" in ended.err
     failed = command.run("pick", finished, "--size", "1%", "--json")
     assert failed.status == 3
-    assert json.loads(failed.err)["error"]["exit_status"] == 3
+    error = json.loads(failed.err)["error"]
+    assert error["exit_status"] == 3
+    assert error["nearest"] in keys(finished, "trial")
+    assert error["binding"] == "size_bytes"
 
 
 ALONE = """
