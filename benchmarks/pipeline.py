@@ -1,23 +1,25 @@
-"""One joint search against its parts, one after the other, with as many trials and tokens.
+"""One joint search against its parts, one after the other.
 
 All on the quickstart's model, data, target and space:
 
-- *joint*: `TRIALS` proposals of the whole space;
-- *pipeline*: half of the proposals choose bits alone; then, with the bits of the best model fixed
-  unit by unit, the other half choose structure. Its front is that of all it tried;
+- *pipeline*: half of `TRIALS` proposals choose bits alone; then, with the bits of the best model
+  fixed unit by unit, the other half choose structure. Its front is that of all it tried;
+- *joint*: as many proposals of the whole space, then as many as the pipeline's time is enough for;
 - *uniform*: every layer pruned and quantised alike, trained with the middle of the settings.
 
-Hypervolumes are normalised by the dense model, see `autocomp.front.view`.
+Hypervolumes are of quality, latency and size as shares of dense, from three reference points: see
+`REFERENCES`.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from autocomp.core.candidate import Candidate
-from benchmarks.rivals import DENSE, Recipe, recipe_trials
+from benchmarks.rivals import DENSE, DENSE_COST, Recipe, recipe_trials
 from benchmarks.setting import SPACES, lines
 
 SPEC = "quickstart"
@@ -33,9 +35,15 @@ BITS_ONLY: dict[str, Any] = {
 }
 """A quantiser has no way to a fifth of the latency: it is asked for what it can."""
 
+WORTH = 0.95
+"""Share of dense's quality below which a model is of no use."""
+REFERENCES = ("all", "worth", "budget")
+"""From no quality at dense's costs; from `WORTH` at dense's costs; from `WORTH` at the budget."""
+WAYS = ("joint", "joint_longer", "pipeline", "uniform")
+
 
 def run(options: Any) -> dict[str, float]:
-    """`{joint|pipeline|uniform}_hypervolume`, `_minutes`, and their ratios."""
+    """`{way}_{reference}`, `{way}_trials`, `{way}_minutes`."""
     from autocomp.api.prepare import cache_directory
     from autocomp.api.search import search
     from autocomp.search.settings import Settings
@@ -50,19 +58,47 @@ def run(options: Any) -> dict[str, float]:
     )
     structure = {"space": _fixed(joint.study.spec, bits.candidate)}
     search(spec, root / "structure", trials=TRIALS // 2, overrides=structure, progress=lines())
+    parts = [root / "bits", root / "structure"]
+    first = _searched(root / "joint")[:TRIALS]
+    longer = round(TRIALS * _minutes(_searched(*parts)) / _minutes(first))
+    if longer > TRIALS:
+        search(spec, root / "joint", trials=longer, progress=lines())
     middle = Settings(joint.study.spec.distill).spread(0)
     recipe_trials(SPEC, RECIPES, {"middle": middle}, root / "uniform")
     found = {
-        "joint": _volume(root / "joint"),
-        "pipeline": _volume(root / "bits", root / "structure"),
-        "uniform": _volume(root / "uniform"),
+        "joint": first,
+        "joint_longer": _searched(root / "joint"),
+        "pipeline": _searched(*parts),
+        "uniform": [trial for trial in _trials(root / "uniform") if trial[0].id != DENSE],
     }
-    figures = {f"{name}_hypervolume": value for name, value in found.items()}
-    figures["joint_minutes"] = _minutes(root / "joint")
-    figures["pipeline_minutes"] = _minutes(root / "bits") + _minutes(root / "structure")
-    figures["ratio_pipeline"] = found["joint"] / found["pipeline"]
-    figures["ratio_uniform"] = found["joint"] / found["uniform"]
+    limits = joint.study.spec.budget.limits().resolve(DENSE_COST)
+    budget = ((limits.latency_ms or 100) / 100, (limits.size_bytes or 100) / 100)
+    figures: dict[str, float] = {}
+    for name, trials in found.items():
+        figures[f"{name}_trials"] = float(len(trials))
+        figures[f"{name}_minutes"] = _minutes(trials)
+        figures |= {f"{name}_{of}": value for of, value in _volumes(trials, budget).items()}
     return figures
+
+
+def table(figures: dict[str, float]) -> list[list[str]]:
+    """A row per way, then what the joint search has of the pipeline's."""
+    head = ["", "trials", "minutes of a core", "hypervolume", f"above {WORTH:.0%} of the quality"]
+    rows = [[*head, f"above {WORTH:.0%}, within the budget"]]
+    labels = {
+        "joint": "joint search, as many trials",
+        "joint_longer": "joint search, as much time",
+        "pipeline": "best quantiser, then best pruner",
+        "uniform": "uniform, distilled alike",
+    }
+    for way, label in labels.items():
+        costs = [f"{figures[f'{way}_trials']:.0f}", f"{figures[f'{way}_minutes']:.1f}"]
+        rows.append([label, *costs, *(f"{figures[f'{way}_{of}']:.3g}" for of in REFERENCES)])
+    for way in ("joint", "joint_longer"):
+        ratios = [figures[f"{way}_{of}"] / figures[f"pipeline_{of}"] for of in REFERENCES]
+        cells = [f"**{ratio:.2f}×**" for ratio in ratios]
+        rows.append([f"{labels[way]}, to the pipeline (goal ≥ 1.3×)", "", "", *cells])
+    return rows
 
 
 def _fixed(spec: Any, chosen: Candidate) -> list[dict[str, Any]]:
@@ -91,23 +127,39 @@ def _fixed(spec: Any, chosen: Candidate) -> list[dict[str, Any]]:
     return rules
 
 
-def _volume(*directories: Path) -> float:
-    """Of the front of all trials of the search or by hand; dense and its baselines aside."""
-    from autocomp.front.view import study_hypervolume
+Trial = tuple[Any, Any]
+"""A trial's record, and that of the dense model it was measured beside."""
+
+
+def _searched(*directories: Path) -> list[Trial]:
+    """The proposals of searches, in the order they ended."""
+    return [trial for trial in _trials(*directories) if trial[0].kind == "search"]
+
+
+def _trials(*directories: Path) -> list[Trial]:
     from autocomp.study.directory import Study
 
     studies = [Study.open(directory) for directory in directories]
-    records = [r for study in studies for r in study.trials() if _counts(r, directories)]
-    return study_hypervolume(records, studies[0].dense()) or 0.0
+    return [(record, study.dense()) for study in studies for record in study.trials()]
 
 
-def _counts(record: Any, directories: tuple[Path, ...]) -> bool:
-    """Proposals of a search; of the uniform ones, all."""
-    return record.kind == "search" or (directories[0].name == "uniform" and record.id != DENSE)
+def _volumes(trials: Sequence[Trial], budget: tuple[float, float]) -> dict[str, float]:
+    """Hypervolume from each of `REFERENCES`; `budget` is in shares of dense."""
+    from autocomp.front.dominance import hypervolume
+    from autocomp.front.pick import OBJECTIVES, objective, rankable, senses
+
+    points = [
+        [(objective(record, name) or 0.0) / (objective(dense, name) or 1.0) for name in OBJECTIVES]
+        for record, dense in trials
+        if rankable(record)
+    ]
+    references = ([0.0, 1.0, 1.0], [WORTH, 1.0, 1.0], [WORTH, *budget])
+    assert OBJECTIVES == ("quality", "latency", "size")
+    return {
+        name: hypervolume(points, reference, senses(OBJECTIVES))
+        for name, reference in zip(REFERENCES, references, strict=True)
+    }
 
 
-def _minutes(directory: Path) -> float:
-    from autocomp.study.directory import Study
-
-    trials = [t for t in Study.open(directory).trials() if t.kind == "search"]
-    return sum(sum(trial.seconds.values()) for trial in trials) / 60
+def _minutes(trials: Sequence[Trial]) -> float:
+    return sum(sum(record.seconds.values()) for record, _ in trials) / 60

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import NAMES, mixer_tables, rivals_dinov2, rivals_llama, rivals_minilm
+from benchmarks import NAMES, mixer_tables, pipeline, rivals_dinov2, rivals_llama, rivals_minilm
 from benchmarks.mixers import CASES as MIXED
 from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
@@ -81,15 +81,6 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
         ("rung_12_quality", "an eighth of the tokens", ""),
         ("rung_25_quality", "a quarter", ""),
         ("rung_50_quality", "half", ""),
-    ],
-    "pipeline": [
-        ("joint_hypervolume", "joint search: hypervolume", ""),
-        ("joint_minutes", "time of its trials, minutes of a core", ""),
-        ("pipeline_hypervolume", "best quantiser, then best pruner: hypervolume", ""),
-        ("pipeline_minutes", "time of their trials, minutes of a core", ""),
-        ("uniform_hypervolume", "uniform, distilled alike: hypervolume", ""),
-        ("ratio_pipeline", "**joint to pipeline**", "≥ 1.3"),
-        ("ratio_uniform", "**joint to uniform**", ""),
     ],
     "controller": [
         ("screened", "screened candidates", ""),
@@ -164,6 +155,7 @@ WIDE: dict[str, Callable[[dict[str, float]], list[list[str]]]] = {
     **{f"mixers_{model}": partial(mixer_tables.quality, model) for model in MIXED},
     "search_quality_enumerated": search_quality.enumerated,
     "search_quality_large": search_quality.large,
+    "pipeline": pipeline.table,
     "rivals_minilm": partial(rivals, rivals_minilm.MATCH, "accuracy"),
     "rivals_llama": partial(rivals, rivals_llama.MATCH, "perplexity"),
     "rivals_dinov2": partial(rivals, rivals_dinov2.MATCH, "accuracy"),

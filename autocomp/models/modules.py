@@ -10,7 +10,7 @@ Activations are quantised as the runtime does it, so that what is evaluated here
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -177,14 +177,13 @@ class _Quantised(nn.Module):
             0 if self.scales.is_inference() else self.scales._version,
         )
 
-    def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; training forgets the cached rounding."""
-        if mode:
-            self._rounded = None
-        return super().train(mode)
-
-    def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and self.weight.requires_grad
+    def _trains(self) -> bool:
+        """Whether a gradient is wanted of this pass. If so the cached rounding is forgotten: fused
+        optimisers write to weights whose version stays."""
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return False
+        self._rounded = None
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rounded": None}
@@ -268,8 +267,7 @@ class QuantLinear(_Quantised):
             x = fake_quantise_static(x, *grid)
         elif self.format.activation_bits == 8:
             x = fake_quantise_per_tensor(x)
-        if self._wants_gradient():
-            self._rounded = None  # fused optimisers write to weights whose version stays
+        if self._trains():
             weight = fake_quantise_weight(self.weight, self.scales, self.format, self.mask)
         else:
             weight = self.dequantised()
@@ -309,6 +307,7 @@ class QuantEmbedding(_Quantised):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Integer `ids` of any shape `(...)` → `(..., width)`."""
+        self._trains()
         rows = F.embedding(ids, self.weight, self.padding_idx)
         return fake_quantise_weight(rows, F.embedding(ids, self.scales), self.format)
 

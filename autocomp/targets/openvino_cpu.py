@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.core.errors import InternalError, StorageError, UserError
+from autocomp.targets.clock import Run
 from autocomp.targets.load_memory import OPENVINO
 from autocomp.targets.protocol import Artifact
 from autocomp.targets.runtime import Array, CpuTarget, Session
@@ -84,7 +85,7 @@ class OpenVinoSession:
         values = self._request.infer(dict(feed))
         return [np.array(values[self._outputs[name]]) for name in names or self._outputs]
 
-    def bind(self, feed: Mapping[str, Array]) -> Callable[[], object]:
+    def bind(self, feed: Mapping[str, Array]) -> Run:
         """See `CpuTarget.bound`: a request of its own, whose inputs are set once."""
         request = self._compiled.create_infer_request()
         for name, array in feed.items():
@@ -141,7 +142,7 @@ class OpenVinoTarget(CpuTarget):
         source = model if isinstance(model, Path) else self._read(model)
         return open_session(source, self.workload.threads)
 
-    def bound(self, session: Session, feed: Mapping[str, Array]) -> Callable[[], object]:
+    def bound(self, session: Session, feed: Mapping[str, Array]) -> Run:
         """See `OpenVinoSession.bind`."""
         assert isinstance(session, OpenVinoSession)
         return session.bind(feed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -20,18 +20,13 @@ from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit, UnitFormat
+from autocomp.targets.clock import Clock, Run
 from autocomp.targets.fingerprint import describe_cpu
 from autocomp.targets.generation import feeds, first_tokens
 from autocomp.targets.load_memory import Loading
 from autocomp.targets.peak_memory import peak_bytes_alone
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
-from autocomp.targets.timing import (
-    Reference,
-    Timing,
-    time_alone,
-    time_interleaved,
-    time_round_robin,
-)
+from autocomp.targets.timing import Reference, Timing
 
 if TYPE_CHECKING:
     import onnx
@@ -88,7 +83,6 @@ class CpuTarget(ABC):
         self.workload = workload
         self.gate = gate
         self.reference = reference
-        self._anchor: Callable[[], object] | None = None
         self._open: tuple[tuple[str, int, int], Session] | None = None
 
     # -- what a runtime adds
@@ -117,7 +111,7 @@ class CpuTarget(ABC):
     def write(self, lowered: onnx.ModelProto, directory: Path) -> Artifact:
         """See `Target.write`."""
 
-    def bound(self, session: Session, feed: Mapping[str, Array]) -> Callable[[], object]:
+    def bound(self, session: Session, feed: Mapping[str, Array]) -> Run:
         """A function that runs a session on `feed`, with as little around it as can be."""
         return partial(session.run, None, feed)
 
@@ -274,7 +268,7 @@ class CpuTarget(ABC):
         prefill = None
         if self.workload.prompt is not None:
             feed = feeds(session, first_tokens(inputs, self.workload.prompt))
-            prefill = self.to_ms(self._time(self.bound(session, feed)))
+            prefill = self.to_ms(self._clock.time(self.bound(session, feed)))
         return Measurement(
             provenance="measured",
             latency_ms=self.to_ms(timing),
@@ -296,14 +290,8 @@ class CpuTarget(ABC):
         self, session: Session, inputs: Mapping[str, Array], **settings: Any
     ) -> Timing:
         """Time an open session against the anchor, a token's run where the workload generates."""
-        return self._time(self.bound(session, self._timed_feed(session, inputs)), **settings)
-
-    def _time(self, run: Callable[[], object], **settings: Any) -> Timing:
-        anchor = self._anchor_run()
-        with nullcontext() if self.gate is None else self.gate.measuring():
-            return time_interleaved(
-                run, anchor, single_threaded=self.workload.threads == 1, **settings
-            )
+        feed = self._timed_feed(session, inputs)
+        return self._clock.time(self.bound(session, feed), **settings)
 
     def _timed_feed(self, session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One token per example and a filled cache, where the workload generates."""
@@ -322,15 +310,7 @@ class CpuTarget(ABC):
         for model, inputs in pieces:
             session = self.open(model)
             runs.append(self.bound(session, self._timed_feed(session, inputs)))
-        anchor = self._anchor_run()
-        with nullcontext() if self.gate is None else self.gate.measuring():
-            return time_round_robin(
-                runs,
-                anchor,
-                single_threaded=self.workload.threads == 1,
-                warm=self.warm_runs,
-                **settings,
-            )
+        return self._clock.time_all(runs, warm=self.warm_runs, **settings)
 
     def to_ms(self, timing: Timing) -> float:
         """Reference milliseconds of a timing; the first one records the reference."""
@@ -339,12 +319,7 @@ class CpuTarget(ABC):
 
     def record_reference(self, seconds: float = 1.0) -> Reference:
         """Time the anchor alone, at the machine's best within `seconds`, and go by it."""
-        anchor = self._anchor_run()
-        with nullcontext() if self.gate is None else self.gate.measuring():
-            anchor_ms = time_alone(
-                anchor, single_threaded=self.workload.threads == 1, seconds=seconds
-            )
-        self.reference = Reference(anchor_ms, self.fingerprint())
+        self.reference = Reference(self._clock.anchor_ms(seconds), self.fingerprint())
         return self.reference
 
     def run_graph(
@@ -402,12 +377,12 @@ class CpuTarget(ABC):
         """The gate held shared."""
         return nullcontext() if self.gate is None else self.gate.working()
 
-    def _anchor_run(self) -> Callable[[], object]:
-        if self._anchor is None:
-            with self._working():
-                model, inputs = self.anchor()
-                self._anchor = self.bound(self.open(model), inputs)
-        return self._anchor
+    @cached_property
+    def _clock(self) -> Clock:
+        with self._working():
+            model, inputs = self.anchor()
+            anchor = self.bound(self.open(model), inputs)
+        return Clock(anchor, self.gate, single_threaded=self.workload.threads == 1)
 
     def _session(self, path: Path) -> Session:
         stat = path.stat()
@@ -417,4 +392,6 @@ class CpuTarget(ABC):
         return self._open[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_anchor": None, "_open": None}
+        state = {**self.__dict__, "_open": None}
+        state.pop("_clock", None)  # holds the anchor's session
+        return state

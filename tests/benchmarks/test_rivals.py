@@ -18,7 +18,7 @@ from autocomp.operators import unit_options
 from autocomp.operators.protocol import Rule
 from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
-from benchmarks.pipeline import _fixed
+from benchmarks.pipeline import _fixed, _volumes
 from benchmarks.rivals import Recipe, _proposals, candidate_of
 from benchmarks.rivals_tables import proposals
 
@@ -110,3 +110,22 @@ def test_the_bits_that_were_chosen_are_fixed_unit_by_unit() -> None:
     assert first["structure"] == {"width": [1.0, 0.5]}
     assert first["bits"]["weights"] == [4]
     assert second == {"match": "layers.1.ffn", "structure": {"width": [1.0, 0.5]}}
+
+
+def test_hypervolumes_are_of_shares_of_dense() -> None:
+    """One model at 98% of the quality, half of the latency and a tenth of the size."""
+
+    def trial(quality: float, latency_ms: float, size_bytes: int) -> TrialRecord:
+        cost = Measurement("measured", latency_ms, size_bytes)
+        candidate = Candidate.of({}, SETTINGS)
+        return TrialRecord(
+            "one", "search", "milp", "complete", candidate, quality=quality, measured=cost
+        )
+
+    pairs = [(trial(0.5 * 0.98, 4.0, 10), trial(0.5, 8.0, 100))]
+    found = _volumes(pairs, (0.6, 0.2))
+    assert found == {
+        "all": pytest.approx(0.98 * 0.5 * 0.9),
+        "worth": pytest.approx(0.03 * 0.5 * 0.9),
+        "budget": pytest.approx(0.03 * 0.1 * 0.1),
+    }

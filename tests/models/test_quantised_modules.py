@@ -225,6 +225,27 @@ def test_copies_and_files_keep_everything(kind: str, tmp_path: Path) -> None:
     assert copy.deepcopy(layer).weight.data_ptr() != layer.weight.data_ptr()
 
 
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_a_fused_optimiser_leaves_no_stale_rounding(kind: str) -> None:
+    """It writes to a weight whose version stays; the module is never told that it trains."""
+    fmt = SiteFormat(4, 8, False, weight_bits=8, embedding=kind == "embedding")
+    weight, scales = torch.linspace(-1, 1, 32).reshape(4, 8), torch.full((4, 1), 1 / 127)
+    if kind == "linear":
+        layer: nn.Module = QuantLinear(weight, None, scales, fmt)
+        x = torch.ones(2, 8)
+    else:
+        layer, x = QuantEmbedding(weight, scales, None, fmt), torch.tensor([0, 3])
+    layer.eval()
+    assert isinstance(layer, QuantLinear | QuantEmbedding)
+    before = layer.dequantised().clone()
+    optimiser = torch.optim.AdamW([layer.weight], lr=0.1, fused=True)
+    layer(x).sum().backward()
+    optimiser.step()
+    expected = layer.codes().float() * scales
+    assert not torch.equal(before, expected)
+    assert torch.equal(layer.dequantised(), expected)
+
+
 def test_cached_rounding_is_not_copied() -> None:
     fmt = SiteFormat(64, 64, False, weight_bits=8)
     layer = QuantLinear(torch.randn(64, 64), None, torch.full((64, 1), 0.1), fmt).eval()
