@@ -26,7 +26,7 @@ from autocomp.targets.generation import feeds, first_tokens
 from autocomp.targets.load_memory import Loading
 from autocomp.targets.peak_memory import peak_bytes_alone
 from autocomp.targets.protocol import Artifact, ExportTask, Workload
-from autocomp.targets.timing import Reference, Timing
+from autocomp.targets.timing import Reference, Timing, undisturbed
 
 if TYPE_CHECKING:
     import onnx
@@ -264,7 +264,9 @@ class CpuTarget(ABC):
         with self._working():
             session = self.open(artifact.path)
         inputs = artifact.feeds(inputs)
-        timing = self.time_session(session, inputs, rounds=10, seconds=1.0)
+        reference = self.reference or self.record_reference()
+        timed = partial(self.time_session, session, inputs, rounds=10, seconds=1.0)
+        timing = undisturbed(timed, reference.anchor_ms)
         prefill = None
         if self.workload.prompt is not None:
             feed = feeds(session, first_tokens(inputs, self.workload.prompt))

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from autocomp.targets import timing
-from autocomp.targets.timing import Reference, fast_mean, time_interleaved, time_round_robin
+from autocomp.targets.timing import (
+    Reference,
+    Timing,
+    fast_mean,
+    time_interleaved,
+    time_round_robin,
+    undisturbed,
+)
 
 
 class Machine:
@@ -95,3 +102,16 @@ def test_a_reference_survives_the_disk(tmp_path: Path):
     reference = Reference(1.5, "abc")
     reference.save(tmp_path / "reference.json")
     assert Reference.load(tmp_path / "reference.json") == reference
+
+
+@pytest.mark.parametrize(
+    ("anchors_ms", "used"),
+    [([10.4, 9.0], 0), ([12.0, 10.1, 9.0], 1), ([12.0, 11.0, 11.5, 9.0], 1)],
+    ids=["calm", "calm the second time", "never calm"],
+)
+def test_a_disturbed_timing_is_repeated(monkeypatch, anchors_ms: list[float], used: int):
+    """While the anchor takes 5% longer than alone, thrice at most; the least disturbed counts."""
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    left = [Timing(1.0 + i, ms, 1.0, 0.1, 40) for i, ms in enumerate(anchors_ms)]
+    assert undisturbed(lambda: left.pop(0), 10.0).ratio == 1.0 + used
+    assert len(left) == 1
