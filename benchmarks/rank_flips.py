@@ -2,7 +2,8 @@
 
 Trials of the quickstart that are looked at on the way and never stopped. Correlated (Spearman) are
 the screening KL, before any training, and the KL at each rung with the KL and the accuracy of the
-exported model. Accuracies are turned round, so that 1 is always perfect.
+exported model. Accuracies are turned round, so that 1 is always perfect. Trials that were proposed
+without screening count at the rungs only.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ def figures(directory: Path) -> dict[str, float]:
         for trial in study.trials()
         if trial.state == "complete" and len(trial.rungs) == len(SHARES)
     ]
-    trials = [trial for trial in trials if screened.get(trial.candidate.stitch_key) is not None]
+    kls = [screened.get(trial.candidate.stitch_key) for trial in trials]
+    early: dict[str, list[Any]] = {"screening": kls}
+    for number, share in enumerate(SHARES):
+        early[f"rung_{round(100 * share)}"] = [t.rungs[number]["teacher_kl"] for t in trials]
     ends: dict[str, list[Any]] = {
         "kl": [trial.teacher_kl for trial in trials],
         "quality": [-(trial.quality or 0.0) for trial in trials],
     }
-    early: dict[str, list[Any]] = {
-        "screening": [screened[trial.candidate.stitch_key] for trial in trials]
-    }
-    for number, share in enumerate(SHARES):
-        early[f"rung_{round(100 * share)}"] = [t.rungs[number]["teacher_kl"] for t in trials]
-    found = {
-        f"{name}_{end}": spearman(values, ends[end])
-        for name, values in early.items()
-        for end in ends
-    }
-    return {"trials": float(len(trials)), **found}
+    found: dict[str, float] = {}
+    for name, values in early.items():
+        seen = [at for at, value in enumerate(values) if value is not None]
+        for end, last in ends.items():
+            pair = [values[at] for at in seen], [last[at] for at in seen]
+            found[f"{name}_{end}"] = spearman(*pair)
+    screens = sum(kl is not None for kl in kls)
+    return {"trials": float(len(trials)), "screened": float(screens), **found}
 
 
 def spearman(left: list[Any], right: list[Any]) -> float:

@@ -73,6 +73,7 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "rank_flips": [
         ("trials", "trials", ""),
+        ("screened", "of which were screened", ""),
         ("screening_kl", "screening, before training: with the KL at the end", ""),
         ("rung_12_kl", "an eighth of the tokens", ""),
         ("rung_25_kl", "a quarter", ""),
