@@ -30,7 +30,7 @@ from autocomp.report.progress import Silent
 from autocomp.spec.loader import parse_overrides
 from autocomp.study.activity import ActivityWriter, read_activities
 from autocomp.study.directory import Study
-from autocomp.targets import open_artifact, runtime
+from autocomp.targets import clock, open_artifact, timing
 from autocomp.trial import runner as runner_module
 from autocomp.trial.runner import CandidateRunner
 
@@ -247,7 +247,8 @@ def test_every_phase_is_told_and_nothing_runs_beside_a_measurement(
         inside(target, name)
     inside(runner.task, "logits")
     inside(subprocess, "run")
-    inside(runtime, "time_interleaved", "measuring")
+    inside(clock, "time_interleaved", "measuring")
+    monkeypatch.setattr(timing, "ATTEMPTS", 1)
     record = runner.run(payload("gated", candidate))
     assert record["state"] == "complete", record["error"]
     assert told == ["teacher", "stitch", "rung", "distil", "rung", "export", "evaluate", "measure"]
