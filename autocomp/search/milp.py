@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from autocomp.core.errors import InfeasibleError
 from autocomp.core.quantities import format_bytes, format_ms
 from autocomp.search.costs import Costs, Limits
+from autocomp.search.quiet import stdout_to_stderr
 from autocomp.search.space import Vector, hamming
 
 logger = logging.getLogger(__name__)
@@ -183,14 +184,15 @@ def _solve_linear(
         same[0, starts[:-1] + np.array(near[0])] = 1.0
         constraints.append(LinearConstraint(same, len(counts) - near[1], np.inf))
     scale = float(flat[allowed].max()) or 1.0
-    result = milp(
-        np.where(allowed, flat, 0.0) / scale,
-        integrality=np.ones(columns),
-        bounds=Bounds(0.0, allowed.astype(float)),
-        constraints=constraints,
-        # with presolve, HiGHS prints to stdout whatever it is told
-        options={"time_limit": seconds, "mip_rel_gap": 1e-4, "presolve": False},
-    )
+    with stdout_to_stderr():  # HiGHS prints a line now and then, whatever it is told
+        result = milp(
+            np.where(allowed, flat, 0.0) / scale,
+            integrality=np.ones(columns),
+            bounds=Bounds(0.0, allowed.astype(float)),
+            constraints=constraints,
+            # with presolve it prints more of them
+            options={"time_limit": seconds, "mip_rel_gap": 1e-4, "presolve": False},
+        )
     if result.x is None:
         return None
     chosen = [int(np.argmax(result.x[starts[u] : starts[u + 1]])) for u in range(len(counts))]

@@ -9,7 +9,7 @@ Truth and what stock samplers make of it are kept; ours is searched anew in ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,8 @@ SEEDS = 20
 MOST = 300
 """Evaluations after which a run is given up; it counts as that many."""
 FRONT_EVALUATIONS = (100, 200, 400)
+FRONT_LIMITS = 40
+"""So many sizes, evenly spread from the cheapest to dense, is a front searched at by limits."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def figures() -> dict[str, float]:
     ]
     with (
         start(None, None) as cluster,
-        ActorPool(Searcher, (truth, tuple(limits["size_bytes"]), place), cluster.workers) as pool,
+        ActorPool(Searcher, (truth, place), cluster.workers) as pool,
     ):
         found = pool.map("search", [*near, *front], progress("searches"))
     results = dict(zip([*near, *front], found, strict=True))
@@ -111,11 +113,11 @@ def ordered(space: Space, costs: AdditiveCosts) -> Space:
     return Space(space.units, options)
 
 
-def limits_of(truth: Truth, metric: str) -> list[float]:
-    """The limits of `SPREAD`, tightest first."""
+def limits_of(truth: Truth, metric: str, spread: Sequence[float] = SPREAD) -> list[float]:
+    """The limits at `spread`, tightest first."""
     costs = truth.cost(metric)
     dense = truth.problem.costs.total(metric, [0] * len(truth.space))
-    return [float(costs.min() + share * (dense - costs.min())) for share in SPREAD]
+    return [float(costs.min() + share * (dense - costs.min())) for share in spread]
 
 
 def optimum(truth: Truth, metric: str, limit: float) -> float:
@@ -126,8 +128,10 @@ def optimum(truth: Truth, metric: str, limit: float) -> float:
 class Searcher:
     """Runs methods on the truth; what others than ours find is kept. Resident in a worker."""
 
-    def __init__(self, truth: Truth, sizes: tuple[float, ...], place: Path) -> None:
-        self._truth, self._sizes, self._directory = truth, sizes, place / "searches"
+    def __init__(self, truth: Truth, place: Path) -> None:
+        self._truth, self._directory = truth, place / "searches"
+        spread = [at / FRONT_LIMITS for at in range(FRONT_LIMITS)]
+        self._sizes = limits_of(truth, "size_bytes", spread)
         size = truth.cost("size_bytes")
         dense, worst = size.max(), float(truth.kl[np.unravel_index(size.argmin(), size.shape)])
         self._scale = (worst, float(dense))
@@ -138,7 +142,8 @@ class Searcher:
         """`evaluations` until near the optimum, or `igd` and `hypervolume_percent` of a front."""
         from autocomp.core.hashing import content_key
 
-        key = content_key([*astuple(wanted), *self._sizes, version("optuna")])
+        sizes = [] if wanted.metric else self._sizes
+        key = content_key([*astuple(wanted), *sizes, version("optuna")])
         find = self._near if wanted.metric else self._distance
         path = self._directory / f"{key}.json"
         return kept(path, lambda: find(wanted), anew=wanted.method in OURS)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,3 +202,38 @@ def test_limits_that_only_clash_together_are_told_so(small: Problem) -> None:
     assert "Within size ≤ 1.5 MB the smallest latency is 4 ms." in text
     assert "Within latency ≤ 2 ms the smallest size is 2 MB." in text
     assert text.endswith("Raise the budget.")
+
+
+NOISY = """
+import ctypes, sys
+from autocomp.search import milp
+from autocomp.search.costs import Costs
+
+plain, c = milp.milp, ctypes.CDLL(None)
+
+def noisy(*arguments, **named):
+    c.puts(b"HighsMipSolverData::something")
+    return plain(*arguments, **named)
+
+milp.milp = noisy
+c.puts(b"before")
+import search_problems
+problem = search_problems.problem(units=5, seed=3)
+costs = Costs(problem.space, problem.predictor)
+assert milp.solve(problem.scores.arrays(problem.space), costs, {"size_bytes": 1e12}) is not None
+print("after")
+"""
+
+
+def test_what_the_solver_prints_stays_off_stdout() -> None:
+    """HiGHS prints through C, whose buffer outlives the call where stdout is a pipe."""
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, "-c", NOISY],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": here},
+        check=True,
+    )
+    assert ended.stdout.split() == ["before", "after"]
+    assert "HighsMipSolverData::something" in ended.stderr
