@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,7 +92,7 @@ def start(
         "logging_level": logging.ERROR,
         "runtime_env": _worker_environment(log),
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _own_signals():
         warnings.simplefilter("ignore")
         if address is None:
             count = _granted("this machine", len(os.sched_getaffinity(0)), workers)
@@ -113,6 +115,24 @@ def start(
         yield Cluster(count, address or "local")
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """This process's handlers of SIGINT and SIGTERM stay: Ray's would end it at once, with a trace.
+
+    Only the main thread can have any.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # set by other than Python
+                signal.signal(number, handler)
 
 
 def _start_here(cores: int, settings: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,9 @@ def test_what_a_proposer_raises_when_told_comes_back_too(cluster: Cluster, tmp_p
 
 SCRIPT = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)  # a background job would ignore it
+from collections.abc import Callable
 from pathlib import Path
 import worker_samples as samples
 from autocomp.workers import RunnerFactory, start
@@ -212,7 +215,15 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_raises_in_the_driver_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "send"),
+    # a terminal tells the whole group, a cluster's manager the command alone
+    [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_being_stopped_raises_in_the_driver_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     driver = subprocess.Popen(
@@ -224,7 +235,7 @@ def test_ctrl_c_raises_in_the_driver_and_leaves_no_process(tmp_path: Path) -> No
     )
     assert driver.stdout is not None
     assert driver.stdout.readline() == "started\n"
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: the whole group
+    send(driver.pid, number)
     output, _ = driver.communicate(timeout=60)
     assert output == "interrupted\n"
     assert driver.returncode == 130
