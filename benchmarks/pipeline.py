@@ -39,7 +39,6 @@ WORTH = 0.95
 """Share of dense's quality below which a model is of no use."""
 REFERENCES = ("all", "worth", "budget")
 """From no quality at dense's costs; from `WORTH` at dense's costs; from `WORTH` at the budget."""
-WAYS = ("joint", "joint_longer", "pipeline", "uniform")
 
 
 def run(options: Any) -> dict[str, float]:

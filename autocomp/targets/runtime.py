@@ -264,9 +264,8 @@ class CpuTarget(ABC):
         with self._working():
             session = self.open(artifact.path)
         inputs = artifact.feeds(inputs)
-        reference = self.reference or self.record_reference()
         timed = partial(self.time_session, session, inputs, rounds=10, seconds=1.0)
-        timing = undisturbed(timed, reference.anchor_ms)
+        timing = undisturbed(timed, self._recorded().anchor_ms)
         prefill = None
         if self.workload.prompt is not None:
             feed = feeds(session, first_tokens(inputs, self.workload.prompt))
@@ -316,8 +315,10 @@ class CpuTarget(ABC):
 
     def to_ms(self, timing: Timing) -> float:
         """Reference milliseconds of a timing; the first one records the reference."""
-        reference = self.reference or self.record_reference()
-        return timing.ratio * reference.anchor_ms
+        return timing.ratio * self._recorded().anchor_ms
+
+    def _recorded(self) -> Reference:
+        return self.reference or self.record_reference()
 
     def record_reference(self, seconds: float = 1.0) -> Reference:
         """Time the anchor alone, at the machine's best within `seconds`, and go by it."""

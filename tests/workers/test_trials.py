@@ -191,7 +191,6 @@ SCRIPT = """
 import signal, sys
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.default_int_handler)  # a background job would ignore it
-from collections.abc import Callable
 from pathlib import Path
 import worker_samples as samples
 from autocomp.workers import RunnerFactory, start
