@@ -11,11 +11,22 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from autocomp.api.session import Measured, Session
+from autocomp.core.candidate import Candidate, Option
 from autocomp.search.costs import Costs
-from autocomp.search.scores import Scores, replace_one
+from autocomp.search.scores import (
+    EACH,
+    LocalError,
+    LocalErrors,
+    Scores,
+    interpolated,
+    replace_one,
+    to_score,
+)
 from autocomp.search.screening import Screened, screen_on_each
+from autocomp.search.space import Space
 
 if TYPE_CHECKING:
+    from autocomp.trial.context import TrialContext
     from autocomp.workers.actors import ActorPool
 
 SCORED_PER_CALL = 4
@@ -42,37 +53,54 @@ class _Screening:
         self._pool: ActorPool | None = None
 
     def score(self) -> Scores:
-        """The replace-one score of every option."""
-        known = self._ledger.read().of("score")
-        wanted = replace_one(self._session.plan.space)
-        missing = [entry for entry in wanted if _score_key(entry[0], entry[1].key) not in known]
+        """The replace-one score of every option: its own, or one between those of its family's."""
+        space = self._session.plan.space
+        options = len(replace_one(space))
+        local = None if options <= EACH else local_errors(self._measured.context, space)
+        missing = to_score(space, self._scored(), local)
         if missing:  # workers load the model before the phase: no part of the pace of scoring
             workers = self._session.cluster().workers
             list(self._screeners().map_unordered("evaluate", [[]] * workers))
-        self._progress.phase("scores", len(wanted))
-        if missing:
-            chunks = _chunks(missing, SCORED_PER_CALL)
-            payloads = [[candidate.to_json() for _, _, candidate in chunk] for chunk in chunks]
-            done = len(wanted) - len(missing)
-            answers = self._screeners().map_unordered("evaluate", payloads)
-            while (answer := self._next(answers)) is not None:
-                index, values = answer
-                self._ledger.append_many(
-                    "score",
-                    [
-                        (
-                            _score_key(unit, option.key),
-                            {"unit": unit, "option": option.key, "kl": kl},
-                        )
-                        for (unit, option, _), kl in zip(chunks[index], values, strict=True)
-                    ],
-                )
-                done += len(values)
-                self._progress.advance(done, len(wanted))
+        wanted = len(missing) + sum(map(len, self._scored().values()))
+        self._progress.phase("scores", wanted)
+        while missing:
+            self._score(missing)
+            missing = to_score(space, self._scored(), local)
+        if local is None:
+            return Scores(self._scored())
+        self._progress.note(
+            f"{wanted:,} of {options:,} options scored, those between by their local errors"
+        )
+        return interpolated(space, self._scored(), local)
+
+    def _scored(self) -> dict[str, dict[str, float | None]]:
+        """Scores of this space's options that are in the ledger: unit → option key → KL."""
+        known = self._ledger.read().of("score")
         rows: dict[str, dict[str, float | None]] = {}
-        for payload in self._ledger.read().of("score").values():
-            rows.setdefault(payload["unit"], {})[payload["option"]] = payload["kl"]
-        return Scores(rows)
+        for unit, option in self._session.plan.space:
+            entry = known.get(_score_key(unit, option.key))
+            if entry is not None:
+                rows.setdefault(unit, {})[option.key] = entry["kl"]
+        return rows
+
+    def _score(self, missing: list[tuple[str, Option, Candidate]]) -> None:
+        """Score these, and keep what is known after each call."""
+        chunks = _chunks(missing, SCORED_PER_CALL)
+        payloads = [[candidate.to_json() for _, _, candidate in chunk] for chunk in chunks]
+        done = sum(map(len, self._scored().values()))
+        total = done + len(missing)
+        answers = self._screeners().map_unordered("evaluate", payloads)
+        while (answer := self._next(answers)) is not None:
+            index, values = answer
+            self._ledger.append_many(
+                "score",
+                [
+                    (_score_key(unit, option.key), {"unit": unit, "option": option.key, "kl": kl})
+                    for (unit, option, _), kl in zip(chunks[index], values, strict=True)
+                ],
+            )
+            done += len(values)
+            self._progress.advance(done, total)
 
     def screen(self, scores: Scores) -> list[Screened]:
         """Candidates within the budget of the runtime they were proposed for, and their KL."""
@@ -131,6 +159,25 @@ class _Screening:
     def _next(self, answers: Iterator[tuple[int, Any]]) -> tuple[int, Any] | None:
         with self._progress.waiting():
             return next(answers, None)
+
+
+def local_errors(context: TrialContext, space: Space) -> LocalErrors:
+    """What the library's items say they do to the outputs of their unit; without an item, 0."""
+    from autocomp.library.store import Library
+    from autocomp.operators import family
+
+    library = Library(context.library_path)
+
+    def local(unit: str, option: Option) -> LocalError:
+        key = context.items.get((unit, option.key))
+        item = library.describe(key) if key else None
+        error = 0.0 if item is None else float(sum(item["error"].values()))
+        return LocalError(family(option).key, error)
+
+    rows: dict[str, dict[str, LocalError]] = {}
+    for unit, option in space:
+        rows.setdefault(unit, {})[option.key] = local(unit, option)
+    return rows
 
 
 def _score_key(unit: str, option: str) -> str:

@@ -61,6 +61,10 @@ OPERATORS: Registry[Operator] = Registry(
 )
 
 
+_COARSENESS = ("weights", "group", "spare", "spare_weights")
+"""Arguments of a quantisation step that say how many bits weights have, and how many a scale."""
+
+
 def rule_of(section: RuleSection) -> Rule:
     """The part of a spec's rule that operators read; axes that were not asked for are dropped."""
     structure = {
@@ -135,6 +139,20 @@ def weight_option(option: Option) -> Option:
     """`option` without the steps that change no weight: what the library builds and stores."""
     steps = [step for step in option.steps if OPERATORS.get(step.operator).stage != "tokens"]
     return Option(tuple(steps))
+
+
+def family(option: Option) -> Option:
+    """`option` without what says how coarsely it keeps weights: its zeros, bits and groups."""
+    kept: list[Step] = []
+    for step in option.steps:
+        stage = OPERATORS.get(step.operator).stage
+        if stage == "bits":
+            rest = {name: value for name, value in step.args if name not in _COARSENESS}
+            if rest not in ({}, {"activations": 32}):
+                kept.append(Step.of(step.operator, **rest))
+        elif stage != "sparsity":
+            kept.append(step)
+    return Option(tuple(kept))
 
 
 def training_step(option: Option) -> Step | None:

@@ -4,12 +4,18 @@ The score of an option is the mean KL(teacher ‖ model) in nats on calibration 
 option at one unit and everything else dense; for an additive estimate they are summed over units.
 Ranks candidates far better than local error (Spearman 0.98 against 0.84 on an enumerated space);
 it degrades where everything is compressed hard, which is why screening follows.
+
+Where options are many, the ends of each *family* are scored. Its options differ in how coarsely
+they keep weights alone; between the one of the least and the one of the largest local error, scores
+are interpolated, linearly in that error: to second order the divergence of a rounded layer is
+proportional to its squared error, and whatever else the options have in common comes on top.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +23,29 @@ from numpy.typing import NDArray
 from autocomp.core.candidate import Candidate, Option
 from autocomp.core.errors import InternalError
 from autocomp.search.space import Space
+
+EACH = 500
+"""Up to so many options, each is scored."""
+
+Table = Mapping[str, Mapping[str, float | None]]
+"""Unit → option key → KL in nats."""
+
+
+@dataclass(frozen=True)
+class LocalError:
+    """What an option does to the outputs of its unit.
+
+    Attributes:
+        family: the same for options that differ in how coarsely they keep weights alone.
+        error: relative and squared, ‖Wx − Ŵx‖² / ‖Wx‖², summed over the layers of the unit.
+    """
+
+    family: str
+    error: float
+
+
+LocalErrors = Mapping[str, Mapping[str, LocalError]]
+"""Unit → option key → local error."""
 
 
 class Scores:
@@ -26,7 +55,7 @@ class Scores:
     A negative score (noise) counts as 0.
     """
 
-    def __init__(self, table: Mapping[str, Mapping[str, float | None]]) -> None:
+    def __init__(self, table: Table) -> None:
         self.table = {unit: dict(row) for unit, row in table.items()}
 
     def of(self, unit: str, option: Option) -> float:
@@ -81,3 +110,66 @@ def replace_one(space: Space) -> list[tuple[str, Option, Candidate]]:
         for name, option in space
         if not option.dense
     ]
+
+
+def to_score(
+    space: Space, known: Table, local: LocalErrors | None = None
+) -> list[tuple[str, Option, Candidate]]:
+    """What of `replace_one` still has to be scored.
+
+    Args:
+        space: the space.
+        known: scores so far.
+        local: local errors of all options; `None` to have every option scored. Otherwise the ends
+            of a family are enough. If the one of the largest error breaks the model, it is the next
+            one's turn: call again once the scores are known.
+    """
+    wanted = replace_one(space)
+    if local is None:
+        return [entry for entry in wanted if entry[1].key not in known.get(entry[0], {})]
+    asked: set[tuple[str, str]] = set()
+    for unit, members in _families(space, local):
+        row = _row(known, unit)
+        broken = [key for key in members if key in row and not _works(row[key])]
+        left = [key for key in members if key not in broken]
+        asked |= {(unit, key) for key in (members[0], *left[-1:]) if key not in row}
+    return [entry for entry in wanted if (entry[0], entry[1].key) in asked]
+
+
+def interpolated(space: Space, known: Table, local: LocalErrors) -> Scores:
+    """Every option's score: known, or on the line through those of its family's ends.
+
+    Args:
+        space: the space.
+        known: scores; nothing is left `to_score`.
+        local: local errors of all options.
+    """
+    table = {unit: _row(known, unit) for unit in space.names}
+    for unit, members in _families(space, local):
+        row = table[unit]
+        works = {key: max(0.0, row[key] or 0.0) for key in members if _works(row.get(key))}
+        if not works:
+            continue  # each was scored, and broke the model
+        errors = [local[unit][key].error for key in works]
+        for key in members:
+            score = np.interp(local[unit][key].error, errors, list(works.values()))
+            row.setdefault(key, float(score))
+    return Scores(table)
+
+
+def _families(space: Space, local: LocalErrors) -> list[tuple[str, list[str]]]:
+    """Unit and options of each family, those of larger errors last, dense first of all."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for unit, options in space.options.items():
+        ranked = [(not option.dense, local[unit][option.key].error, option) for option in options]
+        for _, _, option in sorted(ranked):
+            found.setdefault((unit, local[unit][option.key].family), []).append(option.key)
+    return [(unit, keys) for (unit, _), keys in found.items()]
+
+
+def _row(known: Table, unit: str) -> dict[str, float | None]:
+    return {Option().key: 0.0, **known.get(unit, {})}
+
+
+def _works(score: float | None) -> bool:
+    return score is not None and math.isfinite(score)

@@ -134,8 +134,10 @@ class BitsSection(Section):
         description="Also offer each number of bits with one group of sites (the values, the "
         "output, ...) left at the next higher number.",
     )
-    group: int = Field(
-        32, ge=0, description="Columns that share a scale, below 8-bit weights. 0: a whole row."
+    group: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = Field(
+        32,
+        description="Columns that share a scale, below 8-bit weights; a list offers each. 0: a "
+        "whole row.",
     )
 
 

@@ -1,18 +1,42 @@
-"""A space with an option for every single linear layer, and candidates of it stitched.
+"""A space with options for every single linear layer, and candidates of it stitched.
 
-The spec chooses for whole sublayers. But GPTQ solves each layer of a sublayer on its own, so that
-what the library holds of a sublayer at 4 bits is, layer by layer, what any mixture needs.
+The spec chooses for whole sublayers. But SparseGPT and GPTQ solve each layer of a sublayer on its
+own, so that what the library holds of a sublayer at 4 bits is, layer by layer, what any mixture
+needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autocomp.core.candidate import Candidate, Option
 from autocomp.core.unit import Unit
+from autocomp.search.scores import EACH, LocalError, replace_one
 from autocomp.search.space import Space, Vector
+from benchmarks.search_quality.dimensions import Axes
 from benchmarks.search_quality.problem import AdditiveCosts, Problem
+
+
+def _argument(operator: str, name: str, absent: float) -> Callable[[Option], float]:
+    def read(option: Option) -> float:
+        step = option.step(operator)
+        return absent if step is None else float(step[name])
+
+    return read
+
+
+def _group(option: Option) -> float | None:
+    """Columns that share a scale: no choice of dense and 8-bit weights."""
+    return _argument("gptq", "group", 0.0)(option) or None
+
+
+AXES: Axes = {
+    "zeros": _argument("sparsegpt", "level", 0.0),
+    "bits": _argument("gptq", "weights", 32.0),
+    "group": _group,
+}
+"""The dimensions of a linear layer."""
 
 
 def linear_problem(setting: Any) -> Problem:
@@ -20,23 +44,42 @@ def linear_problem(setting: Any) -> Problem:
 
     Costs are the bytes of these layers alone, as the target stores them.
     """
-    from autocomp.operators import option_formats
+    from autocomp.library.store import Library
+    from autocomp.operators import family, option_formats
 
-    target = setting.context.target(None)
+    context = setting.context
+    target, library = context.target(None), Library(context.library_path)
     units: list[Unit] = []
     options: dict[str, list[Option]] = {}
     sizes: dict[str, dict[str, float]] = {}
+    local: dict[str, dict[str, LocalError]] = {}
     for unit in setting.plan.units:
         offered = setting.plan.options[unit.name]
         if len(offered) == 1:
             continue
         formats = {option: option_formats(unit, option) for option in offered}
+        errors = {
+            option: {} if option.dense else _errors(library, context.items[unit.name, option.key])
+            for option in offered
+        }
         for site in unit.sites:
             units.append(Unit(site.name, unit.kind, (site,), layer=unit.layer))
             row = {o.key: float(target.size_bytes(formats[o][site.name])) for o in offered}
             sizes[site.name] = row
             options[site.name] = sorted(offered, key=lambda option, row=row: -row[option.key])
-    return Problem(Space(units, options), AdditiveCosts({}, {"size_bytes": sizes}))
+            local[site.name] = {
+                o.key: LocalError(family(o).key, errors[o].get(site.name, 0.0)) for o in offered
+            }
+    space = Space(units, options)
+    many = len(replace_one(space)) > EACH
+    costs = AdditiveCosts({}, {"size_bytes": sizes})
+    return Problem(space, costs, axes=AXES, local=local if many else None)
+
+
+def _errors(library: Any, key: str) -> dict[str, float]:
+    """Layer → local error, of an item that was built just now."""
+    errors: dict[str, float] = library.describe(key)["error"]
+    return errors
 
 
 class LinearScreener:

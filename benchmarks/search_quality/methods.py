@@ -27,14 +27,9 @@ from optuna.trial import FrozenTrial, TrialState
 from autocomp.core.candidate import Candidate
 from autocomp.search import screening
 from autocomp.search.costs import TOLERANCE, Limits
-from autocomp.search.evolution import (
-    SwapRepairSampler,
-    distributions,
-    from_params,
-    to_params,
-)
+from autocomp.search.evolution import SwapRepairSampler
 from autocomp.search.repair import Repair
-from autocomp.search.scores import Scores, replace_one
+from autocomp.search.scores import Scores, interpolated, to_score
 from autocomp.search.screening import Screened, screen
 from autocomp.search.space import Space, Vector
 from benchmarks.search_quality.problem import Evaluated, Problem, Recorder, StopError
@@ -200,7 +195,7 @@ class RepairedSampler(BaseSampler):
     """
 
     def __init__(self, inner: BaseSampler, problem: Problem, seed: int) -> None:
-        self._inner, self._space = inner, problem.space
+        self._inner, self._dimensions = inner, problem.dimensions
         self._repair = blind_repair(problem)
         self._rng = np.random.default_rng(seed)
         self._proposed: set[Vector] = set()
@@ -209,7 +204,7 @@ class RepairedSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """All dimensions, always."""
-        return distributions(self._space)
+        return dict(self._dimensions.distributions)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -225,7 +220,7 @@ class RepairedSampler(BaseSampler):
             changed = {**wanted, name: self._drawn(search_space[name])}
             repaired = self._repaired(changed)
         self._proposed.add(repaired)
-        return to_params(self._space, repaired)
+        return dict(self._dimensions.params(repaired))
 
     def _drawn(self, dimension: BaseDistribution) -> int:
         assert isinstance(dimension, IntDistribution)
@@ -233,7 +228,7 @@ class RepairedSampler(BaseSampler):
 
     def _repaired(self, params: dict[str, Any]) -> Vector:
         """One in five is left unfilled, as in our own search: more is not always better."""
-        vector = from_params(self._space, params)
+        vector = self._dimensions.vector(params)
         fill = bool(self._rng.random() < 0.8)
         return self._repair.fit(vector, self._rng, scored=False, fill=fill) or vector
 
@@ -265,13 +260,14 @@ def blind_repair(problem: Problem) -> Repair:
 
 
 def scored(problem: Problem, evaluate: Recorder) -> Scores:
-    """Every option's replace-one score, each an evaluation."""
-    wanted = replace_one(problem.space)
-    values = evaluate([problem.space.encode(candidate) for _, _, candidate in wanted])
+    """Replace-one scores as a search finds them, each an evaluation."""
+    space, local = problem.space, problem.local
     rows: dict[str, dict[str, float | None]] = {}
-    for (unit, option, _), kl in zip(wanted, values, strict=True):
-        rows.setdefault(unit, {})[option.key] = kl
-    return Scores(rows)
+    while wanted := to_score(space, rows, local):
+        values = evaluate([space.encode(candidate) for _, _, candidate in wanted])
+        for (unit, option, _), kl in zip(wanted, values, strict=True):
+            rows.setdefault(unit, {})[option.key] = kl
+    return Scores(rows) if local is None else interpolated(space, rows, local)
 
 
 def _screened(
@@ -301,13 +297,12 @@ def _optuna(
     problem: Problem, evaluate: Recorder, sampler: BaseSampler, *, front: bool = False
 ) -> None:
     """Ask, evaluate, tell; the excess over the limits as constraints, or size as an objective."""
-    costs, space = problem.costs, problem.space
+    costs, dimensions = problem.costs, problem.dimensions
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler, directions=["minimize"] * (2 if front else 1))
-    dimensions = distributions(space)
     while True:
-        trial = study.ask(dimensions)
-        vector = from_params(space, trial.params)
+        trial = study.ask(dict(dimensions.distributions))
+        vector = dimensions.vector(trial.params)
         for metric, excess in costs.excess(vector, problem.limits).items():
             trial.set_constraint(metric, excess if excess > TOLERANCE else min(excess, 0.0))
         [kl] = evaluate([vector])

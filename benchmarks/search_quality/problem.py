@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Option
 from autocomp.core.measurement import Measurement
 from autocomp.search.costs import Costs, Limits
+from autocomp.search.scores import LocalErrors
 from autocomp.search.space import Space, Vector
+from benchmarks.search_quality.dimensions import Axes, Dimensions
 
 REPEATS = 2
 """A run ends after this many proposals per evaluation it may make: the others were repetitions."""
@@ -73,16 +75,25 @@ class Problem:
 
     Attributes:
         limits: one metric, or none where a whole front is looked for.
+        axes: what options are made of, for samplers that do not know of options.
+        local: local errors of all options, where there are more of these than are scored each.
     """
 
     space: Space
     predictor: AdditiveCosts
     limits: Limits = field(default_factory=dict)
+    axes: Axes | None = None
+    local: LocalErrors | None = None
 
     @cached_property
     def costs(self) -> Costs:
         """The costs in arrays."""
         return Costs(self.space, self.predictor)
+
+    @cached_property
+    def dimensions(self) -> Dimensions:
+        """The space as other samplers see it."""
+        return Dimensions(self.space, self.axes)
 
     @property
     def budget(self) -> Budget:
@@ -91,7 +102,7 @@ class Problem:
 
     def within(self, limits: Limits) -> Problem:
         """The same space under other limits."""
-        return Problem(self.space, self.predictor, limits)
+        return replace(self, limits=limits)
 
 
 class StopError(Exception):

@@ -59,13 +59,14 @@ def large(figures: Figures) -> list[list[str]]:
     rows = [[f"regret, %, after {counts} evaluations", *(labels[name] for name in order)]]
     for model in CASES:
         for limit, share in LIMITS.items():
-            linears, scores = figures[f"{model}_linears"], figures[f"{model}_scores"]
-            label = f"{model}, {linears:.0f} layers, {100 * share:.0f}% of their bytes"
+            counts_of = [figures[f"{model}_{what}"] for what in ("dimensions", "options", "scores")]
+            dimensions, options, scores = (f"{count:,.0f}" for count in counts_of)
+            label = f"{model}, {dimensions} dimensions, {100 * share:.0f}% of the bytes"
             cells = []
             for method in order:
                 keys = [f"{model}_{limit}_{method}_{count}" for count in EVALUATIONS]
                 cells.append(" / ".join(_percent(figures, key) for key in keys))
-            rows.append([f"{label} ({scores:.0f} scores)", *cells])
+            rows.append([f"{label} ({scores} of {options} options scored)", *cells])
     return rows
 
 

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from model_examples import EXAMPLES  # noqa: E402
 
 from autocomp.core.candidate import Candidate, Option, Step  # noqa: E402
 from autocomp.core.unit import Unit  # noqa: E402
+from autocomp.library.store import Library  # noqa: E402
 from autocomp.models.surgery import copy_for_surgery, replace_module, skip  # noqa: E402
 from autocomp.search.space import Space, Vector  # noqa: E402
-from benchmarks.search_quality import enumerated, large, measures, tables  # noqa: E402
+from benchmarks.search_quality import enumerated, large, linears, measures, tables  # noqa: E402
+from benchmarks.search_quality.dimensions import Dimensions  # noqa: E402
 from benchmarks.search_quality.enumerate import Truth, Walk  # noqa: E402
 from benchmarks.search_quality.linears import linear_problem  # noqa: E402
 from benchmarks.search_quality.methods import FRONT_METHODS, METHODS, OURS, run, run_front  # noqa: E402
@@ -214,25 +217,90 @@ def test_costs_of_all_candidates_are_those_of_each() -> None:
         assert sizes[vector] == pytest.approx(found.costs.total("size_bytes", vector))
 
 
-def test_a_linear_space_costs_what_its_layers_do() -> None:
+def test_a_linear_space_costs_what_its_layers_do(tmp_path: Path) -> None:
     example = EXAMPLES["llama"]
-    units = example.units()
-    option = Option((Step.of("rtn", weights=8, group=0, activations=32),))
-    offered = {u.name: (Option(), option) if u.layer is not None else (Option(),) for u in units}
+    units = [unit for unit in example.units() if unit.layer is not None]
+    options = [
+        Option((*zeros, *rounding))
+        for zeros in ((), (Step.of("sparsegpt", level=0.5),))
+        for rounding in (
+            (),
+            *(
+                (Step.of("gptq", weights=bits, group=group, activations=32),)
+                for bits, group in ((8, 0), (4, 32), (4, 128))
+            ),
+        )
+    ]
+    offered = {unit.name: options for unit in units}
+    library = Library(tmp_path)
+    items: dict[tuple[str, str], str] = {}
+    for unit in units:
+        for at, option in enumerate(options[1:]):
+            key = items[unit.name, option.key] = f"{unit.name}-{at}"
+            error = {site.name: at + nth / 100 for nth, site in enumerate(unit.sites)}
+            library.put(key, {}, {"error": error})
     target = SimpleNamespace(size_bytes=lambda left: left.weight_bits * left.rows)
     setting = SimpleNamespace(
-        context=SimpleNamespace(target=lambda runtime: target),
+        context=SimpleNamespace(
+            target=lambda runtime: target, library_path=library.root, items=items
+        ),
         plan=SimpleNamespace(units=units, options=offered),
     )
     found = linear_problem(setting)
-    sites = [site for unit in units if unit.layer is not None for site in unit.sites]
+    sites = [site for unit in units for site in unit.sites]
     assert found.space.names == tuple(site.name for site in sites)
-    assert set(found.space.levels) == {2}
-    half = [0] * len(sites)
-    half[3] = 1
+    assert set(found.space.levels) == {8}
+    assert len(found.dimensions) == 3 * len(sites)
+    some = [0] * len(sites)
+    some[3] = found.space.options[sites[3].name].index(options[1])
     expected = sum(site.rows * (8 if at == 3 else 32) for at, site in enumerate(sites))
-    assert found.costs.total("size_bytes", half) == expected
-    assert large.scores_of(found) == len(sites)
+    assert found.costs.total("size_bytes", some) == expected
+    assert found.local is None, "few enough to be scored each"
+    assert large.scores_of(found) == 7 * len(sites)
+
+    with patch.object(linears, "EACH", 7 * len(sites) - 1):
+        found = linear_problem(setting)
+    assert large.scores_of(found) == len(sites), "the coarsest of each"
+    assert found.local is not None
+    last = units[0].sites[-1].name
+    assert found.local[last][options[3].key].error == 2 + (len(units[0].sites) - 1) / 100
+
+
+def test_dimensions_are_what_options_are_made_of() -> None:
+    def option(zeros: float, bits: int, group: int) -> Option:
+        sparse = (Step.of("sparsegpt", level=zeros),) if zeros else ()
+        rounded = (Step.of("gptq", weights=bits, group=group),) if bits < 32 else ()
+        return Option((*sparse, *rounded))
+
+    ways = [(32, 0), (8, 0), (4, 128), (4, 32)]
+    options = [option(zeros, *way) for way in ways for zeros in (0.75, 0.0)]
+    names = ["layers.0.ffn", "layers.1.ffn", "head"]
+    units = [Unit(name, "ffn", (), layer=0) for name in names]
+    space = Space(units, {names[0]: options, names[1]: options})
+    found = Dimensions(space, linears.AXES)
+    assert list(found.distributions) == [
+        f"{unit} {axis}" for unit in names[:2] for axis in ("zeros", "bits", "group")
+    ]
+    levels = [range(one.high + 1) for one in found.distributions.values()]  # type: ignore[attr-defined]
+    assert [len(level) for level in levels] == [2, 3, 2, 2, 3, 2]
+    reached = set()
+    for values in product(*levels):
+        vector = found.vector(dict(zip(found.distributions, values, strict=True)))
+        assert found.vector(found.params(vector)) == vector
+        reached.add(vector)
+    assert reached == set(product(range(8), range(8), [0]))
+    params = dict.fromkeys(found.distributions, 0) | {"layers.1.ffn zeros": 1}
+    assert space.decode(found.vector(params))["layers.1.ffn"] == option(0.75, 4, 32)
+
+    plain = Dimensions(space)
+    assert list(plain.distributions) == names[:2]
+    assert plain.vector({names[0]: 3, names[1]: 5}) == (3, 5, 0)
+    assert plain.params((3, 5, 0)) == {names[0]: 3, names[1]: 5}
+    with pytest.raises(ValueError, match=r"head: 2 options at \(0,\)"):
+        Dimensions(
+            Space([units[2]], {"head": [option(0, 4, 32), option(0, 32, 0)]}),
+            {"zeros": linears.AXES["zeros"]},
+        )
 
 
 def test_regret_is_against_the_best_of_all() -> None:
@@ -271,7 +339,9 @@ def test_tables_have_a_cell_for_each_method() -> None:
     assert label == "latency ≤ 50% of dense, which 50% meet"
     assert (ours, random) == ("31 (30–32)", "> 300 (> 300–> 300)")
     assert (share, stock, others) == ("0.04", "≥ 9.7", "≥ 9.7")
-    some = {f"{model}_{key}": 42.0 for model in large.CASES for key in ("linears", "scores")}
+    counted = ("dimensions", "options", "scores")
+    some = {f"{model}_{key}": 1234.0 for model in large.CASES for key in counted}
     rows = tables.large({**some, "llama_tight_ours_400": 1.234})
     assert {len(row) for row in rows} == {len(METHODS) + 2}
+    assert rows[3][0].startswith("llama, 1,234 dimensions, 8% of the bytes (1,234 of 1,234 options")
     assert rows[3][1:3] == ["– / – / 1.23", "– / – / –"]

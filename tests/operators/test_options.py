@@ -11,7 +11,7 @@ import pytest
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import UserError
 from autocomp.core.unit import SiteFormat
-from autocomp.operators import option_formats, rule_of, unit_options
+from autocomp.operators import family, option_formats, rule_of, unit_options
 from autocomp.operators.protocol import Rule
 from autocomp.spec.space import RuleSection
 from autocomp.testing.operator_examples import attention, embedding, ffn, head
@@ -151,6 +151,8 @@ def test_a_skipped_unit_has_no_format() -> None:
         (head(), {"bits": {"weights": [5]}}, "Allowed: dense, 8, 4, 3, 2"),
         (head(), {"bits": {"weights": [8], "activations": [4]}}, "Allowed: dense, 8"),
         (head(), {"bits": {"weights": [4], "group": 33}}, "power of two"),
+        (head(), {"bits": {"weights": [4], "group": [32, 33]}}, "group 33 is not .* list of these"),
+        (head(), {"bits": {"weights": [4], "group": []}}, r"group \[\] is not supported"),
         (head(), {"bits": {"method": "gptqq", "weights": [8]}}, "Did you mean 'gptq'"),
         (
             head(),
@@ -168,6 +170,37 @@ def test_four_bits_with_a_scale_per_row() -> None:
     (option,) = unit_options(head(), rule(bits={"weights": [4], "group": 0}))
     assert option.label() == "gptq activations=32 group=0 weights=4"
     assert option_formats(head(), option)["classifier"].group is None
+
+
+def test_each_group_of_a_list_below_8_bits() -> None:
+    options = unit_options(head(), rule(bits={"weights": [8, 4, 3], "group": [32, 0, 32]}))
+    assert labels(options) == [
+        "gptq activations=32 group=0 weights=8",
+        "gptq activations=32 group=32 weights=4",
+        "gptq activations=32 group=0 weights=4",
+        "gptq activations=32 group=32 weights=3",
+        "gptq activations=32 group=0 weights=3",
+    ]
+
+
+def test_a_family_is_told_by_all_but_how_coarse_its_weights_are() -> None:
+    plain = Option((Step.of("gptq", weights=4, activations=32, group=16),))
+    sparse = Option((Step.of("wanda", level=0.5), *plain.steps))
+    spared = Option(
+        (Step.of("rtn", weights=4, activations=32, group=0, spare="up", spare_weights=8),)
+    )
+    assert {family(one) for one in (Option(), plain, sparse, spared)} == {Option()}
+    rounded = Option((Step.of("gptq", weights=4, activations=8, group=16),))
+    static = Option((Step.of("gptq", weights=8, activations=8, group=0, range="mse"),))
+    shaped = Option((Step.of("width", keep=32), *sparse.steps))
+    merged = Option((Step.of("tome", ratio=0.1), *rounded.steps))
+    cached = Option((*plain.steps, Step.of("kv_cache", bits=8)))
+    skipped = Option((Step.of("skip"),))
+    found = [family(one) for one in (plain, rounded, static, shaped, merged, cached, skipped)]
+    assert len(set(found)) == 7
+    assert found[3] == Option((Step.of("width", keep=32),))
+    assert found[5] == Option((Step.of("kv_cache", bits=8),))
+    assert found[6] == skipped
 
 
 def test_one_rule_for_both_kinds_of_sublayer() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 from autocomp.calibrate.stats import Need
@@ -58,7 +58,7 @@ def bit_steps(
 
     Dense weights ignore the activation choice (there is no runtime format of float weights and
     integer activations); embeddings have no activations. 8-bit weights have a scale per row, those
-    of fewer bits a scale per `group` columns (0: per row).
+    of fewer bits a scale per `group` columns (0: per row); a list offers each.
 
     Under `per_site`, each number of bits but the highest is also offered with one group of sites
     (see `SPARED`) spared: left at the next higher number. That keeps the product small: as many
@@ -71,7 +71,7 @@ def bit_steps(
     activations = (
         [_Activation()] if unit.kind == "embedding" else _activations(bits, operator, unit)
     )
-    group = _group(bits.get("group", 32), operator, unit) if set(weights) - {None, 8} else 0
+    groups = _groups(bits.get("group", 32), operator, unit) if set(weights) - {None, 8} else [0]
     spared = _spared(weights, unit) if bits.get("per_site") else {}
     steps: dict[Step | None, None] = {}
     for weight in weights:
@@ -79,9 +79,9 @@ def bit_steps(
             steps[None] = None
             continue
         extras: list[dict[str, Scalar]] = [{}, *spared.get(weight, [])]
-        for extra in extras:
+        for extra, group in product(extras, [0] if weight == 8 else groups):
             for activation in activations:
-                args = {"weights": weight, "group": 0 if weight == 8 else group}
+                args = {"weights": weight, "group": group}
                 steps[Step.of(operator, **args, **activation.args(), **extra)] = None
     return list(steps)
 
@@ -216,11 +216,14 @@ def _range(choice: Any, operator: str, unit: Unit) -> str:
     return str(choice)
 
 
-def _group(group: Any, operator: str, unit: Unit) -> int:
-    known = isinstance(group, int) and not isinstance(group, bool)
-    if not known or (group != 0 and (group < 16 or group & (group - 1))):
-        raise UserError(
-            f"{operator} at {unit.name}: bits.group {group!r} is not supported. Allowed: a power "
-            f"of two, 16 or more (32 and 128 are usual), or 0 for a scale per row"
-        )
-    return int(group)
+def _groups(choices: Any, operator: str, unit: Unit) -> list[int]:
+    listed = choices if isinstance(choices, list | tuple) and choices else [choices]
+    for group in listed:
+        known = isinstance(group, int) and not isinstance(group, bool)
+        if not known or (group != 0 and (group < 16 or group & (group - 1))):
+            raise UserError(
+                f"{operator} at {unit.name}: bits.group {group!r} is not supported. Allowed: a "
+                f"power of two, 16 or more (32 and 128 are usual), or 0 for a scale per row; or a "
+                f"list of these"
+            )
+    return list(dict.fromkeys(map(int, listed)))
