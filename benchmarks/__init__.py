@@ -25,6 +25,7 @@ NAMES = (
     "rank_flips",
     "pipeline",
     "rivals_minilm",
+    "rivals_minilm_twentieth",
     "rivals_llama",
     "rivals_dinov2",
 )

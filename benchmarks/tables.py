@@ -12,7 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import NAMES, mixer_tables, pipeline, rivals_dinov2, rivals_llama, rivals_minilm
+from benchmarks import (
+    NAMES,
+    mixer_tables,
+    pipeline,
+    rivals_dinov2,
+    rivals_llama,
+    rivals_minilm,
+    rivals_minilm_twentieth,
+)
 from benchmarks.mixers import CASES as MIXED
 from benchmarks.operators import CASES, GENERATING, RUNTIMES, verdict
 from benchmarks.peer_solvers import METHODS, WIDTHS
@@ -158,6 +166,7 @@ WIDE: dict[str, Callable[[dict[str, float]], list[list[str]]]] = {
     "search_quality_large": search_quality.large,
     "pipeline": pipeline.table,
     "rivals_minilm": partial(rivals, rivals_minilm.MATCH, "accuracy"),
+    "rivals_minilm_twentieth": partial(rivals, rivals_minilm_twentieth.MATCH, "accuracy"),
     "rivals_llama": partial(rivals, rivals_llama.MATCH, "perplexity"),
     "rivals_dinov2": partial(rivals, rivals_dinov2.MATCH, "accuracy"),
 }

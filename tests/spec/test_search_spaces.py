@@ -30,6 +30,7 @@ def test_they_are_all_here():
         "llama_decode_cpu",
         "long_context",
         "minilm_tenth",
+        "minilm_twentieth",
         "quickstart",
         "short_context",
         "tiny",
