@@ -18,6 +18,7 @@ from autocomp.search.scores import (
     LocalError,
     LocalErrors,
     Scores,
+    Table,
     interpolated,
     replace_one,
     to_score,
@@ -57,21 +58,21 @@ class _Screening:
         space = self._session.plan.space
         options = len(replace_one(space))
         local = None if options <= EACH else local_errors(self._measured.context, space)
-        missing = to_score(space, self._scored(), local)
+        known = self._scored()
+        missing = to_score(space, known, local)
         if missing:  # workers load the model before the phase: no part of the pace of scoring
             workers = self._session.cluster().workers
             list(self._screeners().map_unordered("evaluate", [[]] * workers))
-        wanted = len(missing) + sum(map(len, self._scored().values()))
-        self._progress.phase("scores", wanted)
+        self._progress.phase("scores", _count(known) + len(missing))
         while missing:
-            self._score(missing)
-            missing = to_score(space, self._scored(), local)
+            self._score(missing, known)
+            missing = to_score(space, known, local)
         if local is None:
-            return Scores(self._scored())
+            return Scores(known)
         self._progress.note(
-            f"{wanted:,} of {options:,} options scored, those between by their local errors"
+            f"{_count(known):,} of {options:,} options scored, those between by their local errors"
         )
-        return interpolated(space, self._scored(), local)
+        return interpolated(space, known, local)
 
     def _scored(self) -> dict[str, dict[str, float | None]]:
         """Scores of this space's options that are in the ledger: unit → option key → KL."""
@@ -83,24 +84,25 @@ class _Screening:
                 rows.setdefault(unit, {})[option.key] = entry["kl"]
         return rows
 
-    def _score(self, missing: list[tuple[str, Option, Candidate]]) -> None:
-        """Score these, and keep what is known after each call."""
+    def _score(
+        self,
+        missing: list[tuple[str, Option, Candidate]],
+        known: dict[str, dict[str, float | None]],
+    ) -> None:
+        """Score these: into `known`, and into the ledger after each call."""
         chunks = _chunks(missing, SCORED_PER_CALL)
         payloads = [[candidate.to_json() for _, _, candidate in chunk] for chunk in chunks]
-        done = sum(map(len, self._scored().values()))
-        total = done + len(missing)
+        total = _count(known) + len(missing)
         answers = self._screeners().map_unordered("evaluate", payloads)
         while (answer := self._next(answers)) is not None:
             index, values = answer
-            self._ledger.append_many(
-                "score",
-                [
-                    (_score_key(unit, option.key), {"unit": unit, "option": option.key, "kl": kl})
-                    for (unit, option, _), kl in zip(chunks[index], values, strict=True)
-                ],
-            )
-            done += len(values)
-            self._progress.advance(done, total)
+            entries = []
+            for (unit, option, _), kl in zip(chunks[index], values, strict=True):
+                known.setdefault(unit, {})[option.key] = kl
+                payload = {"unit": unit, "option": option.key, "kl": kl}
+                entries.append((_score_key(unit, option.key), payload))
+            self._ledger.append_many("score", entries)
+            self._progress.advance(_count(known), total)
 
     def screen(self, scores: Scores) -> list[Screened]:
         """Candidates within the budget of the runtime they were proposed for, and their KL."""
@@ -178,6 +180,10 @@ def local_errors(context: TrialContext, space: Space) -> LocalErrors:
     for unit, option in space:
         rows.setdefault(unit, {})[option.key] = local(unit, option)
     return rows
+
+
+def _count(known: Table) -> int:
+    return sum(map(len, known.values()))
 
 
 def _score_key(unit: str, option: str) -> str:

@@ -150,10 +150,10 @@ def interpolated(space: Space, known: Table, local: LocalErrors) -> Scores:
         works = {key: max(0.0, row[key] or 0.0) for key in members if _works(row.get(key))}
         if not works:
             continue  # each was scored, and broke the model
-        errors = [local[unit][key].error for key in works]
+        errors, scores = [local[unit][key].error for key in works], list(works.values())
         for key in members:
-            score = np.interp(local[unit][key].error, errors, list(works.values()))
-            row.setdefault(key, float(score))
+            if key not in row:
+                row[key] = float(np.interp(local[unit][key].error, errors, scores))
     return Scores(table)
 
 
