@@ -12,6 +12,9 @@ R = TypeVar("R")
 
 _IN_FLIGHT_PER_WORKER = 2
 
+_GRACE_S = 10.0
+"""How long the calls in flight have to end once another has failed."""
+
 
 def run_tasks(
     function: Callable[[T], R],
@@ -40,8 +43,9 @@ def run_tasks(
         AutocompError: what the function raised, if it is one of ours.
         InternalError: for anything else, with the cause.
 
-    After an error the few calls in flight end by themselves: cancelling one just as it ends makes
-    Ray 2.60 abort the process that cancels.
+    After an error the few calls in flight get ten seconds to end, so that what they were storing is
+    whole; the caller, who ends Ray, kills the rest. None is cancelled: cancelling one just as it
+    ends makes Ray 2.60 abort the process that cancels.
     """
     import ray
 
@@ -62,6 +66,8 @@ def run_tasks(
         try:
             results[at] = ray.get(ready[0])
         except ray.exceptions.RayError as error:
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=_GRACE_S)
             name = getattr(function, "__name__", repr(function))
             raise surfaced(error, f"{name} failed on item {at + 1} of {total}") from error
         if progress is not None:

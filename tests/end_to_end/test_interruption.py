@@ -159,7 +159,7 @@ def test_the_disk_is_full_while_the_library_is_built(
     monkeypatch.setenv("LIBRARY", str(cache / "library"))
     with monkeypatch.context() as patched:
         patched.setenv("PYTHONPATH", str(tmp_path / "full"))
-        # one worker: another would be killed in the middle of a file, which is swept later
+        # one worker: two would count six files at the same time
         ended = mine.search(study, options=("--quiet", "--workers", "1"))
     message = ended.complaint(4)
     assert "No space left on device" in message

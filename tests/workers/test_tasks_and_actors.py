@@ -36,6 +36,15 @@ def test_other_errors_name_function_item_and_cause(cluster: Cluster) -> None:
     assert caught.value.__cause__ is not None
 
 
+def test_what_is_in_flight_when_another_fails_comes_to_its_end(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    paths = ["", *(str(tmp_path / str(at)) for at in range(1, 8))]
+    with pytest.raises(StorageError, match="disk full"):
+        run_tasks(samples.slow_writer, paths, cluster.workers)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}, "two a worker, no more"
+
+
 def test_a_task_whose_process_dies_is_repeated(cluster: Cluster, tmp_path: Path) -> None:
     marker = str(tmp_path / "died")
     assert run_tasks(samples.die_once, [marker], cluster.workers) == ["alive"]

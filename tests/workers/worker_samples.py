@@ -26,6 +26,14 @@ def disk_full(_: int) -> None:
     raise StorageError("cannot write x: disk full")
 
 
+def slow_writer(path: str) -> None:
+    """Fails at once without a path."""
+    if not path:
+        disk_full(0)
+    time.sleep(0.5)
+    Path(path).touch()
+
+
 def odd(value: int) -> int:
     if value == 3:
         raise ValueError("three is odd")
