@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from autocomp.calibrate.replay import (
     site_accumulator,
 )
 from autocomp.calibrate.stats import Need, UnitStats
+from autocomp.core.gate import NO_GATE, Gate
 from autocomp.core.unit import Unit
 from autocomp.models.surgery import blocks as blocks_of
 
@@ -58,7 +59,7 @@ def unit_by_unit(
     batches: Sequence[Batch],
     directory: Path,
     needs: Mapping[str, Collection[Need]],
-    working: Callable[[], AbstractContextManager[None]] = nullcontext,
+    gate: Gate = NO_GATE,
 ) -> Iterator[Seen]:
     """What each unit that `needs` names reads, in model order.
 
@@ -70,7 +71,7 @@ def unit_by_unit(
         batches: keyword arguments of the models; see `stream.calibrate`.
         directory: for the hidden states, while this runs.
         needs: unit name → what of its statistics is gathered. Embeddings have none.
-        working: entered around every piece of work.
+        gate: held shared by every piece of work.
 
     Raises:
         StorageError: if the disk is full or refuses.
@@ -83,7 +84,7 @@ def unit_by_unit(
         scratch = Path(tempfile.mkdtemp(dir=directory, prefix=".sequence."))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         compressed_side, dense_side = (
-            stack.enter_context(_side(its, batches, scratch / name, working))
+            stack.enter_context(_side(its, batches, scratch / name, gate))
             for name, its in (("compressed", model), ("dense", dense))
         )
         for number in range(len(blocks_of(model)) + 1):
@@ -91,7 +92,7 @@ def unit_by_unit(
                 accumulator = site_accumulator(model, [unit], needs)
                 crossed: dict[str, Tensor] = {}
                 for index, mask in enumerate(masks):
-                    with torch.no_grad(), working():
+                    with torch.no_grad(), gate.working():
                         with accumulator.watching(mask), _site_inputs(model, unit) as inputs:
                             compressed_side.run(index, number)
                         with _site_inputs(dense, unit) as wanted:
@@ -100,7 +101,7 @@ def unit_by_unit(
                 names = [site.name for site in unit.sites]
                 yield Seen(unit, accumulator.stats(names), crossed)
             for side in (compressed_side, dense_side):
-                side.advance(number, working)
+                side.advance(number, gate)
 
 
 class _Side:
@@ -119,11 +120,11 @@ class _Side:
         with replayed(chain, self.calls[index]):
             self._model(**self._batches[index])
 
-    def advance(self, number: int, working: Callable[[], AbstractContextManager[None]]) -> None:
+    def advance(self, number: int, gate: Gate) -> None:
         """All batches through a block, for the next one."""
         chain = blocks_of(self._model)
         for call in self.calls if number < len(chain) else ():
-            with torch.no_grad(), working():
+            with torch.no_grad(), gate.working():
                 call.run(chain[number])
 
 
@@ -132,14 +133,14 @@ def _side(
     model: nn.Module,
     batches: Sequence[Batch],
     scratch: Path,
-    working: Callable[[], AbstractContextManager[None]],
+    gate: Gate,
 ) -> Iterator[_Side]:
     scratch.mkdir()
     together = [model_inputs(batch) for batch in batches]
     side = _Side(model, together)
     with frozen(model):
         for index, batch in enumerate(together):
-            with torch.no_grad(), working():
+            with torch.no_grad(), gate.working():
                 first = blocks_of(model)[0]
                 side.calls.append(capture(model, first, batch, scratch / f"{index}"))
         share_tensors(side.calls)

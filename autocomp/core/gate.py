@@ -29,11 +29,11 @@ class Gate:
     """A reader/writer gate on `path`; picklable, each entry opens its own descriptor.
 
     Entering again in the same thread is free, except that `measuring()` inside `working()` is
-    refused: it would wait for itself.
+    refused: it would wait for itself. Without a path it is always open: see `NO_GATE`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -56,6 +56,9 @@ class Gate:
 
     @contextmanager
     def _entered(self, mode: int) -> Iterator[None]:
+        if self.path is None:
+            yield
+            return
         modes: dict[str, int] = _held.__dict__.setdefault("modes", {})
         key = os.path.realpath(self.path)
         if key in modes:
@@ -73,3 +76,7 @@ class Gate:
                 yield
             finally:
                 del modes[key]
+
+
+NO_GATE = Gate(None)
+"""For who is alone on the machine: nobody waits for anybody."""

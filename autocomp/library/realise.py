@@ -15,8 +15,7 @@ the layers were not made for, and errors add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +26,7 @@ from autocomp.calibrate.replay import Batch
 from autocomp.calibrate.sequence import Seen, unit_by_unit
 from autocomp.calibrate.stats import Need
 from autocomp.core.candidate import Candidate, Option
+from autocomp.core.gate import NO_GATE, Gate
 from autocomp.core.unit import Unit
 from autocomp.library.build import load_unit
 from autocomp.library.stitch import stitch
@@ -77,7 +77,7 @@ def realise(
     candidate: Candidate,
     batches: Sequence[Batch],
     scratch: Path,
-    working: Callable[[], AbstractContextManager[None]] = nullcontext,
+    gate: Gate = NO_GATE,
 ) -> Model:
     """As `stitch`, but the units of `realised` are compressed in sequence.
 
@@ -85,7 +85,7 @@ def realise(
         teacher_path: where the teacher's weights are read from.
         batches: of the calibration split.
         scratch: for hidden states, while this runs.
-        working: entered around every piece of work.
+        gate: held shared by every piece of work.
 
     Raises:
         StorageError: if a library item is missing, or the disk refuses.
@@ -93,10 +93,10 @@ def realise(
     """
     needs = realised(candidate, units)
     kept = {name: Option() if name in needs else option for name, option in candidate}
-    with working():
+    with gate.working():
         model = stitch(teacher, units, library, keys, Candidate.of(kept))
-    for seen in unit_by_unit(model, teacher, units, batches, scratch, needs, working):
-        with working():
+    for seen in unit_by_unit(model, teacher, units, batches, scratch, needs, gate):
+        with gate.working():
             unit = seen.unit
             dense = corrected(load_unit(teacher_path, unit), seen)
             state = apply_option(unit, dense, weight_option(candidate[unit.name]), seen.stats)

@@ -13,13 +13,12 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.core.files import write_text_atomic
-from autocomp.core.gate import Gate
+from autocomp.core.gate import NO_GATE, Gate
 from autocomp.core.unit import Unit
 from autocomp.front.view import noise_on_search, study_front
 from autocomp.report.figures import COSTS, quality_name, shown_figure, view_scale
@@ -106,11 +105,8 @@ class Projection:
         self._front = front or (lambda: study_front(self._study))
         self._units = None if units is None else tuple(units)
         self._anew = anew
-        gate = Gate(self._study.paths.gate)
         # A local store takes the processor; a server is waited for, and nothing waits for us.
-        self._working: Callable[[], AbstractContextManager[None]] = (
-            gate.working if is_local(self._uri) else nullcontext
-        )
+        self._gate = Gate(self._study.paths.gate) if is_local(self._uri) else NO_GATE
         self._measure = ""
         self._client: MlflowClient | None = None
         self._cursor = 0
@@ -123,17 +119,17 @@ class Projection:
     def catch_up(self) -> None:
         """Write every trial the ledger has beyond the cursor, then the front if there were any."""
         if self._client is None:
-            with self._working():
+            with self._gate.working():
                 self._client = self._connect()
         entries, cursor = self._study.ledger.follow(self._cursor)
         fresh = False
         for entry in entries:
             if entry.kind == "trial" and (self._anew or entry.key not in self._done):
-                with self._working():
+                with self._gate.working():
                     self._write_trial(entry.key, TrialRecord.from_json(entry.payload))
             fresh = fresh or entry.kind == "trial"
         if fresh:
-            with self._working():
+            with self._gate.working():
                 self._write_front(dict(self._front()))
         self._cursor = cursor
 

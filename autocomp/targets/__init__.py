@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocomp.core.gate import Gate
+from autocomp.core.gate import NO_GATE, Gate
 from autocomp.core.registry import Registry
 from autocomp.spec.schema import TargetSection
 
@@ -25,7 +25,7 @@ TARGETS: Registry[Callable[..., Target]] = Registry(
 
 
 def make_target(
-    section: TargetSection, gate: Gate | None = None, reference: Mapping[str, Any] | None = None
+    section: TargetSection, gate: Gate = NO_GATE, reference: Mapping[str, Any] | None = None
 ) -> Target:
     """The target of a spec.
 

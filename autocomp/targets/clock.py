@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,32 +18,29 @@ class Clock:
 
     Attributes:
         anchor: runs the anchor once.
-        gate: held by every timing; without one, others are not asked to hold still.
+        gate: held by every timing.
         single_threaded: whether what is timed runs on one thread.
     """
 
     anchor: Run
-    gate: Gate | None
+    gate: Gate
     single_threaded: bool
 
     def time(self, run: Run, **settings: Any) -> Timing:
         """One run against the anchor; `settings` go to `time_interleaved`."""
-        with self._measuring():
+        with self.gate.measuring():
             return time_interleaved(
                 run, self.anchor, single_threaded=self.single_threaded, **settings
             )
 
     def time_all(self, runs: Sequence[Run], **settings: Any) -> list[Timing]:
         """Many runs against each other and the anchor; `settings` go to `time_round_robin`."""
-        with self._measuring():
+        with self.gate.measuring():
             return time_round_robin(
                 runs, self.anchor, single_threaded=self.single_threaded, **settings
             )
 
     def anchor_ms(self, seconds: float) -> float:
         """The anchor alone, at the machine's best within `seconds`."""
-        with self._measuring():
+        with self.gate.measuring():
             return time_alone(self.anchor, single_threaded=self.single_threaded, seconds=seconds)
-
-    def _measuring(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.gate is None else self.gate.measuring()

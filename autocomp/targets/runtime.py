@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from autocomp.core.errors import InternalError
-from autocomp.core.gate import Gate
+from autocomp.core.gate import NO_GATE, Gate
 from autocomp.core.hashing import content_key
 from autocomp.core.measurement import Measurement
 from autocomp.core.tokens import TokenReduction
@@ -75,7 +74,7 @@ class CpuTarget(ABC):
         self,
         workload: Workload,
         device: str = "cpu",
-        gate: Gate | None = None,
+        gate: Gate = NO_GATE,
         reference: Reference | None = None,
     ) -> None:
         if device != "cpu":
@@ -261,7 +260,7 @@ class CpuTarget(ABC):
 
     def measure(self, artifact: Artifact, inputs: Mapping[str, Array]) -> Measurement:
         """Latency at the workload, alone on the machine while the gate is held; and size."""
-        with self._working():
+        with self.gate.working():
             session = self.open(artifact.path)
         inputs = artifact.feeds(inputs)
         timed = partial(self.time_session, session, inputs, rounds=10, seconds=1.0)
@@ -371,18 +370,14 @@ class CpuTarget(ABC):
         if self.workload.prompt is not None:
             feed = first_tokens(feed, self.workload.prompt)
         opener, tokens = type(self).open.__module__, self.workload.generate or 0
-        with self._working():  # seconds, but nothing that can be interrupted
+        with self.gate.working():  # seconds, but nothing that can be interrupted
             return peak_bytes_alone(
                 opener, artifact.path, feed, threads=self.workload.threads, tokens=tokens
             )
 
-    def _working(self) -> AbstractContextManager[None]:
-        """The gate held shared."""
-        return nullcontext() if self.gate is None else self.gate.working()
-
     @cached_property
     def _clock(self) -> Clock:
-        with self._working():
+        with self.gate.working():
             model, inputs = self.anchor()
             anchor = self.bound(self.open(model), inputs)
         return Clock(anchor, self.gate, single_threaded=self.workload.threads == 1)

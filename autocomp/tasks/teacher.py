@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from torch import nn
 
 from autocomp.core.errors import ModelError, StorageError, UserError
 from autocomp.core.files import sync_directory
-from autocomp.core.gate import Gate
+from autocomp.core.gate import NO_GATE, Gate
 from autocomp.core.hashing import content_key, file_digest
 from autocomp.models.conversion import save_model
 from autocomp.models.load import load_model, quiet
@@ -111,13 +110,13 @@ def teacher_logits(
     *,
     batch: int = 32,
     progress: Progress | None = None,
-    gate: Gate | None = None,
+    gate: Gate = NO_GATE,
 ) -> Array:
     """Logits of a model for a whole split, in its order: float32 `(N, C)` or `(N, T, V)`.
 
     With `cache` (a `.npy` path the caller names by content) they are written there once, streamed,
     and memory-mapped read-only: language-model logits may exceed memory. A damaged file is made
-    again. Each batch holds `gate` shared, if there is one.
+    again. Each batch holds `gate` shared.
 
     Raises:
         StorageError: if the disk is full.
@@ -137,11 +136,11 @@ def _logit_batches(
     split: Split,
     batch: int,
     progress: Progress | None,
-    gate: Gate | None,
+    gate: Gate,
 ) -> Iterator[Array]:
     done, count = 0, len(task.splits[split])
     for inputs in task.batches(split, batch):
-        with torch.inference_mode(), nullcontext() if gate is None else gate.working():
+        with torch.inference_mode(), gate.working():
             logits = task.logits(model, inputs).float().numpy()
         yield logits
         done += len(logits)

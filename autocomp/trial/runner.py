@@ -16,7 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +30,7 @@ from torch import nn
 from autocomp.core.candidate import Candidate, Runtime
 from autocomp.core.errors import AutocompError, MachineError, StorageError
 from autocomp.core.files import storage_error
-from autocomp.core.gate import Gate
+from autocomp.core.gate import NO_GATE, Gate
 from autocomp.core.measurement import Measurement
 from autocomp.distill.known import known_side
 from autocomp.distill.trainer import DivergedError, Trainer
@@ -77,13 +77,13 @@ def teacher_side(
     split: Split,
     cache: Path,
     *,
-    gate: Gate | None = None,
+    gate: Gate = NO_GATE,
     progress: Progress | None = None,
 ) -> Array | Run:
     """What `Task.evaluate` compares with: the teacher's logits, stored in `cache` where they fit.
 
     A vocabulary at every position of a long split is more than a disk should hold; then the
-    teacher runs on each batch again. Each batch holds `gate` shared, if there is one.
+    teacher runs on each batch again. Each batch holds `gate` shared.
     """
     encoded = task.splits[split]
     run = torch_run(model, task, gate)
@@ -93,13 +93,13 @@ def teacher_side(
     return teacher_logits(model, task, split, cache, gate=gate, progress=progress)
 
 
-def torch_run(model: nn.Module, task: Task, gate: Gate | None) -> Run:
-    """A model in torch, to be evaluated as artifacts are; a batch holds `gate`, if there is one."""
+def torch_run(model: nn.Module, task: Task, gate: Gate) -> Run:
+    """A model in torch, to be evaluated as artifacts are; a batch holds `gate` shared."""
 
     @torch.inference_mode()
     def run(inputs: dict[str, Array]) -> Array:
         feeds = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        with nullcontext() if gate is None else gate.working():
+        with gate.working():
             logits: Array = task.logits(model, feeds).float().numpy()
         return logits
 
@@ -334,7 +334,7 @@ class CandidateRunner:
             candidate,
             list(self.task.batches("calibrate", CALIBRATED, trim=True)),
             self.paths.work,
-            gate.working,
+            gate,
         )
 
     def _look(self, student: nn.Module, task: Task, expected: Array | Run) -> Evaluation:

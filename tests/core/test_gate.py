@@ -10,7 +10,7 @@ import time
 import pytest
 
 from autocomp.core.errors import InternalError
-from autocomp.core.gate import Gate
+from autocomp.core.gate import NO_GATE, Gate
 
 PRELUDE = """
 import sys, time
@@ -137,4 +137,10 @@ def test_released_on_an_exception(tmp_path):
     with pytest.raises(ZeroDivisionError), gate.measuring():
         raise ZeroDivisionError
     with gate.measuring():
+        pass
+
+
+def test_without_a_path_nobody_waits():
+    gate = pickle.loads(pickle.dumps(NO_GATE))
+    with gate.working(), gate.measuring(), NO_GATE.measuring():
         pass
