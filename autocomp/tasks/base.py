@@ -209,10 +209,15 @@ class Classification(EncodedTask):
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of `(B, C)` logits, nats."""
-        from torch.nn import functional as F
+        return cross_entropy(logits, labels)
 
-        total = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
-        return total / (labels != NO_LABEL).sum().clamp(min=1)
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over what has a label, nats, of logits `(N, C)` and labels `(N,)`; 0 if nothing has."""
+    from torch.nn import functional as F
+
+    total = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
+    return total / (labels != NO_LABEL).sum().clamp(min=1)
 
 
 def index_batches(

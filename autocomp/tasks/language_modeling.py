@@ -16,7 +16,7 @@ import numpy as np
 from autocomp.models.sources import read_config
 from autocomp.spec.schema import WorkloadSection
 from autocomp.spec.task import TaskSection
-from autocomp.tasks.base import EncodedTask, check_sequence, tiled
+from autocomp.tasks.base import EncodedTask, check_sequence, cross_entropy, tiled
 from autocomp.tasks.data import load_corpus, split_sizes
 from autocomp.tasks.divergence import log_softmax
 from autocomp.tasks.protocol import Array, Encoded, Split
@@ -94,9 +94,7 @@ class LanguageModeling(EncodedTask):
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the next token, `(B, T, V)` logits against `(B, T)` labels, nats."""
-        from torch.nn import functional as F
-
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     def tokens(self, batch: Mapping[str, torch.Tensor]) -> int:
         """All tokens are real."""

@@ -1,4 +1,4 @@
-"""Image classification: preprocessing, lazy splits, tokens."""
+"""Image classification beyond its contract: preprocessing, lazy splits, tokens."""
 
 from __future__ import annotations
 

@@ -1,16 +1,15 @@
-"""Text classification: encoding, batches, scores, evaluation."""
+"""Text classification beyond its contract: encoding, widths, scores, errors, vocabularies."""
 
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from scipy.special import rel_entr, softmax
+from scipy.special import softmax
 from transformers import PreTrainedTokenizerFast
 
 from autocomp.core.errors import DataError, InternalError, UserError
@@ -74,38 +73,14 @@ def named(task, encoded):
     return [task.label_names[i] for i in encoded.labels]
 
 
-def test_same_spec_same_task_in_every_process(bert_path, text_csv, spec_of, task):
-    spec = spec_of("text-classification", text_csv)
-    again, other = make_task(spec, bert_path), pickle.loads(pickle.dumps(task))
-    for name in DRAWN:
-        assert task.fingerprint(name) == again.fingerprint(name) == other.fingerprint(name)
-    assert len({task.fingerprint(name) for name in DRAWN}) == 4
-    seeded = make_task(spec_of("text-classification", text_csv, seed=1), bert_path)
-    assert seeded.fingerprint("search") != task.fingerprint("search")
-
-
-def test_batches_cover_the_split_once(task):
-    encoded = task.splits["distil"]
+def test_a_batch_is_as_wide_as_its_longest_text(task):
+    mask = task.splits["distil"].inputs["attention_mask"]
     for seed in (None, 0):
         batches = list(task.batches("distil", 7, seed=seed, index=True))
-        order = torch.cat([batch["index"] for batch in batches]).numpy()
-        assert np.array_equal(np.sort(order), np.arange(60))
-        assert np.array_equal(order, np.arange(60)) == (seed is None)
-        assert (
-            sum(task.tokens(batch) for batch in batches) == encoded.inputs["attention_mask"].sum()
-        )
+        assert sum(task.tokens(batch) for batch in batches) == mask.sum()
         for batch in batches:
-            index = batch["index"].numpy()
-            width = batch["input_ids"].shape[1]
-            assert width == encoded.inputs["attention_mask"][index].sum(axis=1).max()
-            assert np.array_equal(batch["input_ids"], encoded.inputs["input_ids"][index, :width])
-            assert np.array_equal(batch["labels"], encoded.labels[index])
+            assert batch["input_ids"].shape[1] == mask[batch["index"].numpy()].sum(axis=1).max()
     assert {b["input_ids"].shape[1] for b in task.batches("distil", 7, trim=False)} == {10}
-    assert "index" not in next(task.batches("distil", 7))
-    for seed in (None, 5):
-        some = list(task.batches("distil", 7, seed=seed, index=True, limit=16))
-        assert sorted(torch.cat([batch["index"] for batch in some]).tolist()) == list(range(16))
-    assert len(list(task.batches("distil", 7, limit=1000))) == 9
 
 
 def test_shuffled_batches_waste_little_and_differ_by_seed(task):
@@ -120,13 +95,6 @@ def test_shuffled_batches_waste_little_and_differ_by_seed(task):
     assert order != padded(1)[1]
 
 
-def test_padding_never_changes_a_score(task, model):
-    with torch.no_grad():
-        full = [task.logits(model, b) for b in task.batches("search", 6, trim=False)]
-        cut = [task.logits(model, b) for b in task.batches("search", 6)]
-    torch.testing.assert_close(torch.cat(full), torch.cat(cut), rtol=1e-5, atol=1e-5)
-
-
 def test_score_counts_right_answers(task):
     labels = task.splits["report"].labels
     perfect = np.eye(3, dtype=np.float32)[labels]
@@ -138,30 +106,6 @@ def test_score_counts_right_answers(task):
     assert quality.per_example.tolist() == [0.0] * 5 + [1.0] * 15
     assert quality.metric_json() == {"name": "accuracy", "value": 0.75}
     assert task.aggregate(quality.per_example[:10]) == 0.5
-
-
-def test_evaluate_feeds_fixed_shapes_and_equals_score(task, model):
-    shapes = set()
-    run = runner(model)
-
-    def recorded(inputs):
-        shapes.add(tuple(array.shape for array in inputs.values()))
-        return run(inputs)
-
-    teacher = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    evaluation = task.evaluate(recorded, "search", teacher=teacher)
-    assert shapes == {((3, 10), (3, 10))}  # the workload's batch, though 20 = 6 · 3 + 2
-    with torch.no_grad():
-        whole = model(
-            **{k: torch.from_numpy(v) for k, v in task.splits["search"].inputs.items()}
-        ).logits.numpy()
-    np.testing.assert_allclose(evaluation.logits, whole, atol=1e-5)
-    assert evaluation.quality.value == task.score(whole, "search").value
-    expected = rel_entr(softmax(teacher, axis=1), softmax(whole, axis=1)).sum(axis=1)
-    np.testing.assert_allclose(evaluation.kl_per_example, expected, rtol=1e-4)
-    assert evaluation.teacher_kl == pytest.approx(expected.mean(), rel=1e-4)
-    assert task.evaluate(run, "search").teacher_kl is None
-    assert task.evaluate(run, "search", batch=20, teacher=run).teacher_kl == 0
 
 
 def test_broken_logits_are_refused(task):
@@ -180,14 +124,6 @@ def test_loss_is_the_negative_log_probability_of_the_label(task):
     labels = torch.tensor([0, 2, 1, 1])
     expected = -np.log(softmax(logits.numpy(), axis=1)[range(4), labels.numpy()]).mean()
     assert task.loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_example_inputs_have_the_asked_shape(task, model):
-    for batch, sequence in ((1, 10), (25, 4), (2, 17)):
-        inputs = task.example_inputs(batch, sequence)
-        assert tuple(inputs) == task.input_names
-        assert {tuple(t.shape) for t in inputs.values()} == {(batch, sequence)}
-        assert task.logits(model, inputs).shape == (batch, 3)
 
 
 def test_errors_name_what_is_wrong(bert_path, text_csv, spec_of, task):
