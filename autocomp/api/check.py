@@ -6,7 +6,7 @@ import fnmatch
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,11 @@ def _without_effect(plan: Plan, size_limit_bytes: float | None) -> list[str]:
                 f"matches a unit holds, and space{later} hold for all {len(matched)} of its units"
             )
     limits = spec.budget.limits()
-    if limits == RelativeBudget():
+    if replace(limits, quality=None) == RelativeBudget():
         notes.append(
-            "budget: no limit is set: the search looks for quality alone, whatever it costs"
+            "budget: no cost is limited: the search looks for quality alone, whatever it costs. "
+            "Limit latency, size or peak_memory; of what was measured then, "
+            "autocomp pick --quality tells how little a quality costs"
         )
     if limits.latency is not None and limits.latency.relative and limits.latency.value >= 1:
         notes.append("budget.latency: the dense model meets it")

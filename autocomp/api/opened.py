@@ -10,11 +10,11 @@ from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import StudyError, UserError
 from autocomp.core.gate import Gate
-from autocomp.core.metric import floor_problem
-from autocomp.core.quantities import parse_limit
+from autocomp.core.metric import parse_floor
+from autocomp.core.quantities import Dimension, parse_limit
 from autocomp.front.choice import Choice, choose
 from autocomp.front.comparison import compare
-from autocomp.front.pick import front
+from autocomp.front.pick import absolute, front
 from autocomp.front.view import (
     noise_on_report,
     noise_on_search,
@@ -79,25 +79,32 @@ class OpenStudy:
         latency: str | None = None,
         size: str | None = None,
         peak_memory: str | None = None,
-        quality: float | None = None,
+        quality: float | str | None = None,
         *,
         best: bool = False,
+        least: Dimension | None = None,
     ) -> Picked:
         """The measured trial to take within a budget; without limits, within the study's own.
 
         Of the best and those whose quality the examples do not tell apart from it, that is the one
         closest to the teacher, or a simpler one as close which costs no more (`front.choice`); with
-        `best` the one of highest quality.
+        `best` the one of highest quality, with `least` the one that costs least of that ("latency",
+        "size", "peak_memory"), as it is with a floor on quality and no other limit: in latency.
 
-        Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%"); `quality` is a
-        floor in (0, 1]: an accuracy, or of a language model 1 / perplexity.
+        Limits are absolute ("4 ms", "12 MB") or relative to the dense trial ("25%"). `quality` is a
+        floor: in (0, 1] an accuracy, or of a language model 1 / perplexity; relative to the dense
+        trial ("98%"); or "perplexity 50".
 
         Raises:
-            UserError: for a limit that cannot be read.
+            UserError: for a limit that cannot be read, or `best` and `least` together.
             NothingFitsError: if no measured trial fits, with the nearest one.
         """
-        if quality is not None and (problem := floor_problem(quality)) is not None:
-            raise UserError(f"quality: {problem}")
+        if best and least is not None:
+            raise UserError(
+                "best takes the highest quality and least the lowest cost: give one of them"
+            )
+        if not best and quality is not None and latency is size is peak_memory is None:
+            least = least or "latency"
         if all(limit is None for limit in (latency, size, peak_memory, quality)):
             budget = study_budget(self.study)
         else:
@@ -107,17 +114,18 @@ class OpenStudy:
                     f"{self.path}: the dense model is not measured yet, so nothing can be picked. "
                     f"Start its search again"
                 )
-            budget = RelativeBudget(
+            limits = RelativeBudget(
                 latency=None if latency is None else parse_limit(latency, "latency"),
                 size=None if size is None else parse_limit(size, "size"),
                 peak_memory=None
                 if peak_memory is None
                 else parse_limit(peak_memory, "peak_memory"),
-                quality=quality,
-            ).resolve(dense.measured)
+                quality=None if quality is None else parse_floor(quality),
+            )
+            budget = absolute(limits, dense)
         records = self.trials()
         noise = noise_on_search(self.study, records)
-        return Picked(self, choose(records, budget, noise, plain=best), budget)
+        return Picked(self, choose(records, budget, noise, plain=best, least=least), budget)
 
 
 @dataclass(frozen=True)

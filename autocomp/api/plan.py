@@ -15,6 +15,7 @@ from typing import Any
 from autocomp.api.offered import Exclusions, offer
 from autocomp.core.candidate import Option, Runtime
 from autocomp.core.errors import UserError
+from autocomp.core.metric import wrong_metric
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import SiteFormat, Unit
 from autocomp.distill.losses import LOSSES, leads
@@ -166,6 +167,7 @@ def make_plan(path: Path | str, overrides: Mapping[str, Any] | None = None) -> P
         runtimes, notes = usable_runtimes(spec.target)
     except UserError as error:
         raise loaded.source.error_at(("target", "runtime"), str(error)) from error
+    check_floor(loaded)
     model_path = resolve_source(spec.model.source, spec.model.revision)
     config = read_config(model_path)
     if config.get("auto_map") and not spec.model.trust_remote_code:
@@ -225,6 +227,18 @@ def check_on_policy(loaded: LoadedSpec) -> None:
                 f"{share:g} of the batches would be text that the student writes itself, and task "
                 f"{task!r} writes none. Leave on_policy out, or use language-modeling",
             )
+
+
+def check_floor(loaded: LoadedSpec) -> None:
+    """A floor on quality may speak of the task's own metric.
+
+    Raises:
+        SpecError: if it speaks of another.
+    """
+    floor = loaded.spec.budget.limits().quality
+    metric = TASKS.get(loaded.spec.task.name).metric_name
+    if floor is not None and floor.metric not in (None, metric):
+        raise loaded.source.error_at(("budget", "quality"), wrong_metric(str(floor.metric)))
 
 
 def _refuse_tied(loaded: LoadedSpec, unit: Unit, rule: int | None, units: tuple[Unit, ...]) -> None:

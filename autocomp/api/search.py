@@ -21,7 +21,7 @@ from autocomp.core.budget import Budget
 from autocomp.core.candidate import Runtime
 from autocomp.core.errors import InfeasibleError
 from autocomp.front.choice import choose
-from autocomp.front.pick import scale_of
+from autocomp.front.pick import absolute, scale_of
 from autocomp.front.view import noise_on_search
 from autocomp.study.directory import Study
 from autocomp.study.log import LogFile, logging_to
@@ -136,7 +136,7 @@ class _Search:
         context = prepare.prepare_context(plan, study, teacher)
         dense, context = prepare.measure_dense(plan, study, context, progress)
         assert dense.measured is not None
-        budget = spec.budget.limits().resolve(dense.measured)
+        budget = absolute(spec.budget.limits(), dense)
         progress.header(budget=budget)
         _note_high_floor(budget, dense, progress)
         try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import click
 
 from autocomp.cli.output import print_json, stderr_console, stdout_console
-from autocomp.cli.values import Quantity
+from autocomp.cli.values import Quality, Quantity
 from autocomp.core.errors import UserError
 from autocomp.core.files import write_text_atomic
+from autocomp.core.quantities import Dimension
 
 _STUDY = click.argument("study", type=click.Path(path_type=Path))
 
@@ -53,10 +55,16 @@ def front(
 @click.option("--size", type=Quantity("size"), help='Upper limit: "12 MB" or "25%" of dense.')
 @click.option("--peak-memory", type=Quantity("peak_memory"), help='Upper limit: "200 MB", "50%".')
 @click.option(
-    "--quality", type=float, help="Lower limit: an accuracy (0.9), or 1 / perplexity (0.02)."
+    "--quality", type=Quality(), help='Lower limit: 0.9, "98%" of dense, or "perplexity 50".'
 )
 @click.option(
     "--best", is_flag=True, help="Take the highest quality, not what is as good within its noise."
+)
+@click.option(
+    "--least",
+    type=click.Choice(["latency", "size", "peak-memory"]),
+    help="Take what costs least of this, of all that meet the limits [latency where --quality is "
+    "the only one].",
 )
 @click.option(
     "--export",
@@ -76,8 +84,9 @@ def pick(
     latency: str | None,
     size: str | None,
     peak_memory: str | None,
-    quality: float | None,
+    quality: str | None,
     best: bool,
+    least: str | None,
     export: Path | None,
     format: str | None,
     as_json: bool,
@@ -86,7 +95,7 @@ def pick(
 
     Models whose quality differs from the best's by no more than noise count as tied. Of these it is
     the one whose outputs are closest to the teacher's, even if another is faster, or a simpler one
-    that is as close and costs no more.
+    that is as close and costs no more. With --least it is the one that costs least.
     Answers from what was measured; runs no new trial.
     """
     from autocomp import api
@@ -95,7 +104,12 @@ def pick(
         _check_format(format, export)
     opened = api.open_study(study)
     picked = opened.pick(
-        latency=latency, size=size, peak_memory=peak_memory, quality=quality, best=best
+        latency=latency,
+        size=size,
+        peak_memory=peak_memory,
+        quality=quality,
+        best=best,
+        least=None if least is None else cast(Dimension, least.replace("-", "_")),
     )
     exported = None if export is None else picked.export(export, format)
     trial = picked.to_json()
@@ -110,6 +124,7 @@ def pick(
         ("--size", size),
         ("--peak-memory", peak_memory),
         ("--quality", quality),
+        ("--least", least),
     ):
         if value is not None:
             command += f' {flag} "{value}"'

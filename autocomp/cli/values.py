@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from autocomp.core.errors import UserError
+from autocomp.core.metric import parse_floor
 from autocomp.core.quantities import Dimension, parse_limit
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -44,6 +45,20 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]
         """The text, if it parses."""
         try:
             parse_limit(value, self.dimension)
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+class Quality(click.ParamType):  # type: ignore[type-arg]
+    """A floor on quality; checked here, passed on as written."""
+
+    name = "quality"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, if it parses."""
+        try:
+            parse_floor(str(value))
         except UserError as error:
             self.fail(str(error), param, ctx)
         return str(value)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autocomp.core.measurement import Measurement
-from autocomp.core.metric import Scale
+from autocomp.core.metric import Floor, Scale
 from autocomp.core.quantities import Limit, format_bytes, format_ms
 
 
@@ -74,12 +74,19 @@ class RelativeBudget:
     latency: Limit | None = None
     size: Limit | None = None
     peak_memory: Limit | None = None
-    quality: float | None = None
+    quality: Floor | None = None
 
-    def resolve(self, dense: Measurement) -> Budget:
+    def resolve(
+        self, dense: Measurement, quality: float | None = None, scale: Scale | None = None
+    ) -> Budget:
         """Absolute limits, given the dense model measured on the same target.
 
+        Args:
+            quality: dense's.
+            scale: what qualities of the task are shown on.
+
         Raises:
+            UserError: if the floor is one of another metric.
             ValueError: if a relative limit has no measured dense figure to refer to.
         """
 
@@ -94,5 +101,7 @@ class RelativeBudget:
             latency_ms=absolute(self.latency, dense.latency_ms, "latency"),
             size_bytes=absolute(self.size, dense.size_bytes, "size"),
             peak_memory_bytes=absolute(self.peak_memory, dense.peak_memory_bytes, "peak memory"),
-            quality=self.quality,
+            quality=None
+            if self.quality is None
+            else self.quality.resolve(quality, scale or Scale()),
         )

@@ -8,12 +8,17 @@ the metric. No torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autocomp.core.errors import UserError
+
 _TOLERANCE = 1e-3
 """Relative; metrics written by hand are rounded."""
+_FLOOR = re.compile(r"(?:(perplexity)\s+)?(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(%?)")
+_FLOORS = "0.9, '98%' of dense, or of a language model 'perplexity 50'"
 _LEAST = 1e-200
 """What a quality of 0 is drawn at."""
 
@@ -66,6 +71,61 @@ class Scale:
         return f"{self.name} {'≤' if self.reciprocal else '≥'} {self.value(quality):.4g}"
 
 
+@dataclass(frozen=True)
+class Floor:
+    """A lower limit on quality, as a person writes it.
+
+    Attributes:
+        value: a quality, or a share of the dense model's.
+        relative: which of the two.
+        metric: the metric that was written, of which quality is the reciprocal: `perplexity 50`.
+    """
+
+    value: float
+    relative: bool = False
+    metric: str | None = None
+
+    def resolve(self, dense: float | None, scale: Scale) -> float:
+        """The quality that is asked for, given dense's and the scale the task is shown on.
+
+        Raises:
+            UserError: if the task has no such metric.
+            ValueError: if it is relative to a quality that is not known.
+        """
+        if self.metric is not None and (scale.name != self.metric or not scale.reciprocal):
+            raise UserError(f"quality: {wrong_metric(self.metric)}")
+        if not self.relative:
+            return self.value
+        if dense is None:
+            raise ValueError("quality is relative to dense, but dense quality was not measured")
+        return self.value * dense
+
+
+def wrong_metric(metric: str) -> str:
+    """What is wrong with a floor that speaks of another metric than the task's."""
+    return f"this task is not scored by {metric}. Write {_FLOORS}"
+
+
+def parse_floor(text: str | float) -> Floor:
+    """Parse a floor on quality: `0.9`, `98%` of dense, `perplexity 50`.
+
+    Raises:
+        UserError: if it is none, or none that a model can be held against.
+    """
+    match = _FLOOR.fullmatch(text.strip()) if isinstance(text, str) else None
+    if isinstance(text, str) and match is None:
+        raise UserError(f"{text!r} is no floor on quality: write {_FLOORS}")
+    metric, number, unit = match.groups() if match else ("", text, "")
+    value = float(number)
+    if metric or unit:
+        if (metric and unit) or not 0 < value < math.inf:
+            raise UserError(f"{text!r} is no floor on quality: write {_FLOORS}")
+        return Floor(1 / value, metric=metric) if metric else Floor(value / 100, relative=True)
+    if (problem := floor_problem(value)) is not None:
+        raise UserError(problem)
+    return Floor(value)
+
+
 def floor_problem(quality: float) -> str | None:
     """What is wrong with a floor on quality, or `None`: every task's lies in (0, 1]."""
     if 0 < quality <= 1:
@@ -73,11 +133,14 @@ def floor_problem(quality: float) -> str | None:
     problem = f"a floor on quality lies above 0 and at most at 1, got {quality:g}"
     hints = []
     if 1 < quality <= 100:
-        hints.append(f"an accuracy of {quality:g}% is {quality / 100:g}")
+        hints.append(
+            f"an accuracy of {quality:g}% is {quality / 100:g}, and {quality:g}% of dense's is "
+            f"'{quality:g}%'"
+        )
     if 1 < quality < math.inf:
         hints.append(
-            f"of a language model quality is 1 / perplexity, so a perplexity of {quality:g} at "
-            f"most is {1 / quality:.4g}"
+            f"of a language model quality is 1 / perplexity: write 'perplexity {quality:g}' for "
+            f"one of {quality:g} at most"
         )
     return f"{problem}: {'; '.join(hints)}" if hints else f"{problem}. Leave it out to have none"
 

@@ -15,6 +15,9 @@ these the metric says little more. Two things do:
 
 Of those the one with the fewest distinct options is taken, then the closest. Where there are no
 per-example scores it is the best, as it is when that is asked for.
+
+A floor on quality turns the question round: what is the least that it can be had for? Then the
+trial that meets every limit at the lowest of one cost is taken, whatever is closer to the teacher.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any
 
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate
+from autocomp.core.quantities import Dimension
 from autocomp.front.noise import Noise
 from autocomp.front.pick import FIELDS, divergence, feasible, objective, pick, preference
 from autocomp.study.records import TrialRecord
@@ -47,6 +51,8 @@ class Choice:
         closest: the finalist that diverges least from the teacher.
         finalists: the best, then in order of quality the feasible trials that the examples do not
             tell apart from it: the 95% interval of the difference holds 0.
+        least: the cost that the trial taken is the lowest in, where that was asked for.
+        fitting: how many trials meet the budget.
     """
 
     record: TrialRecord
@@ -54,9 +60,11 @@ class Choice:
     closest: TrialRecord
     finalists: tuple[TrialRecord, ...]
     noise: Noise = field(repr=False)
+    fitting: int
+    least: Dimension | None = None
 
     def to_json(self) -> dict[str, Any] | None:
-        """`chosen`, `best`, `closest`, `examples` (how many), `finalists`.
+        """`chosen`, `best`, `closest`, `least`, `fitting`, `examples` (how many), `finalists`.
 
         A finalist has `id`, `quality` and its interval, `difference` and `ratio` to the best with
         theirs (null for the best), `teacher_kl`, `distinct_options`. `None` without per-example
@@ -69,6 +77,8 @@ class Choice:
             "chosen": self.record.id,
             "best": self.best.id,
             "closest": self.closest.id,
+            "least": self.least,
+            "fitting": self.fitting,
             "examples": examples,
             "finalists": [self._finalist(record) for record in self.finalists],
         }
@@ -101,22 +111,23 @@ def choose(
     noise: Noise | None = None,
     *,
     plain: bool = False,
+    least: Dimension | None = None,
 ) -> Choice:
     """Choose among the trials that meet an absolute budget.
 
     Args:
         noise: of their qualities on the search split.
         plain: take the best, whatever is as good and closer or simpler.
+        least: take the lowest in this cost.
 
     Raises:
         NothingFitsError: as `pick`.
     """
     noise = noise or Noise()
     best = pick(records, budget)
+    fitting = [record for record in records if feasible(record, budget)]
     finalists = [
-        record
-        for record in records
-        if record is not best and feasible(record, budget) and _as_good(record, best, noise)
+        record for record in fitting if record is not best and _as_good(record, best, noise)
     ]
     finalists = [best, *sorted(finalists, key=preference)]
     closest = min(
@@ -124,10 +135,13 @@ def choose(
         key=lambda record: (_distance(record), *preference(record)),
     )
     taken = best
-    if not plain:
+    if least is not None:
+        cost = least
+        taken = min(fitting, key=lambda record: (objective(record, cost), *preference(record)))
+    elif not plain:
         simpler = [record for record in finalists if _stands_in(record, closest, noise)]
         taken = min([closest, *simpler], key=_simplicity)
-    return Choice(taken, best, closest, tuple(finalists), noise)
+    return Choice(taken, best, closest, tuple(finalists), noise, len(fitting), least)
 
 
 def _simplicity(record: TrialRecord) -> tuple[Any, ...]:

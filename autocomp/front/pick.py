@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from autocomp.core.budget import Budget
+from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.errors import InfeasibleError
 from autocomp.core.metric import Scale, round_down
 from autocomp.core.quantities import Dimension, format_bytes, format_limit, format_ms
@@ -142,6 +142,16 @@ def pick(records: Sequence[TrialRecord], budget: Budget) -> TrialRecord:
     nearest = min(ranked, key=lambda record: (_worst(record, budget)[1], preference(record)))
     binding, excess = _worst(nearest, budget)
     raise NothingFitsError(_message(nearest, budget, binding, excess, scale), nearest, binding)
+
+
+def absolute(limits: RelativeBudget, dense: TrialRecord) -> Budget:
+    """The limits, given the dense trial, which is measured.
+
+    Raises:
+        UserError: if the floor on quality is one of a metric that the task does not have.
+    """
+    assert dense.measured is not None
+    return limits.resolve(dense.measured, dense.quality, scale_of([dense]))
 
 
 def scale_of(records: Iterable[TrialRecord]) -> Scale:

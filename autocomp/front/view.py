@@ -21,6 +21,7 @@ from autocomp.front.pick import (
     OBJECTIVES,
     NothingFitsError,
     Objective,
+    absolute,
     feasible,
     front,
     objective,
@@ -221,8 +222,9 @@ def study_budget(study: Study) -> Budget:
     dense = study.dense()
     limits = study.spec.budget.limits()
     if dense is None or dense.measured is None:
-        return Budget(quality=limits.quality)
-    return limits.resolve(dense.measured)
+        floor = limits.quality
+        return Budget(quality=None if floor is None or floor.relative else floor.value)
+    return absolute(limits, dense)
 
 
 def study_target(study: Study) -> dict[str, Any]:

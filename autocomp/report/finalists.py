@@ -52,6 +52,14 @@ def _signed(value: float) -> str:
 
 def selection_line(selection: Mapping[str, Any], scale: Scale) -> str:
     """Why the trial that is chosen was: `a is within noise of b (…) and simpler: …`."""
+    if selection["least"] is not None:
+        cost, others = selection["least"].replace("_", " "), selection["fitting"] - 1
+        if not others:
+            return f"{selection['chosen']} is the only one that fits"
+        return (
+            f"{selection['chosen']} has the lowest {cost} of the {selection['fitting']} that fit; "
+            f"{selection['best']} has the highest quality"
+        )
     rows = {row["id"]: row for row in selection["finalists"]}
     chosen, best, closest = (rows[selection[name]] for name in ("chosen", "best", "closest"))
     if chosen is not best:

@@ -91,7 +91,7 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _out_of_range(source: SpecSource) -> list[tuple[Parts, str]]:
-    """A floor on quality that no model can be held against.
+    """A floor on quality, a number, that no model can be held against.
 
     Not the schema's business: studies that were made with one shall still open.
     """

@@ -15,6 +15,7 @@ from pydantic import (
 from autocomp.core.budget import RelativeBudget
 from autocomp.core.errors import UserError
 from autocomp.core.hashing import content_key
+from autocomp.core.metric import Floor, parse_floor
 from autocomp.core.quantities import Dimension, parse_limit
 from autocomp.spec.section import Section
 from autocomp.spec.space import RuleSection
@@ -35,6 +36,16 @@ def _limit(dimension: Dimension) -> Any:
         return value
 
     return BeforeValidator(check)
+
+
+def _floor(value: Any) -> Any:
+    """Numbers are the loader's business: studies made with one out of range shall still open."""
+    if isinstance(value, str):
+        try:
+            parse_floor(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+    return value
 
 
 class ModelSection(Section):
@@ -145,10 +156,11 @@ class BudgetSection(Section):
     peak_memory: Annotated[str | None, _limit("peak_memory")] = Field(
         None, description="Of a process that loads and runs the model: 200 MB, 50%."
     )
-    quality: float | None = Field(
+    quality: Annotated[float | str | None, BeforeValidator(_floor)] = Field(
         None,
-        description="Floor on quality, optional, above 0 and at most 1: an accuracy as a share "
-        "(0.9); of a language model 1 / perplexity (0.02 for a perplexity of 50 at most).",
+        description="Floor on quality, optional: an accuracy as a share (0.9), relative to dense "
+        "(98%), or of a language model the highest perplexity (perplexity 50). A number, above 0 "
+        "and at most 1, is of a language model 1 / perplexity.",
         json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
     )
 
@@ -160,8 +172,13 @@ class BudgetSection(Section):
             peak_memory=(
                 None if self.peak_memory is None else parse_limit(self.peak_memory, "peak_memory")
             ),
-            quality=self.quality,
+            quality=None if self.quality is None else _stored_floor(self.quality),
         )
+
+
+def _stored_floor(floor: float | str) -> Floor:
+    """A number is taken as it is."""
+    return parse_floor(floor) if isinstance(floor, str) else Floor(floor)
 
 
 class FloatRange(Section):

@@ -52,7 +52,8 @@ def test_a_rule_that_others_replace_is_noted() -> None:
     [
         ({"latency": "150%"}, "budget.latency: the dense model meets it"),
         ({"size": "2 GB"}, "budget.size: the dense model meets it"),
-        ({}, "budget: no limit is set"),
+        ({}, "budget: no cost is limited"),
+        ({"quality": "98%"}, "budget: no cost is limited"),
     ],
 )
 def test_limits_that_limit_nothing_are_noted(budget: dict[str, str], note: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from autocomp.api.plan import Plan, check_generation, check_on_policy
+from autocomp.api.plan import Plan, check_floor, check_generation, check_on_policy
 from autocomp.api.predictor import TablePredictor
 from autocomp.core.candidate import Option, Step
 from autocomp.core.errors import SpecError
@@ -161,6 +161,16 @@ def test_a_workload_that_generates_needs_positions_and_a_language_model(tmp_path
     other = load_spec(tmp_path / "spec.yaml", {"task.name": "text-classification"})
     with pytest.raises(SpecError, match=f"{place}task 'text-classification' generates no tokens"):
         check_generation(other, {})
+
+
+def test_a_floor_speaks_of_the_metric_of_its_task(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(GENERATES)
+    floor = {"budget.quality": "perplexity 50"}
+    check_floor(load_spec(tmp_path / "spec.yaml", floor))
+    other = {"task.name": "text-classification"}
+    check_floor(load_spec(tmp_path / "spec.yaml", {**other, "budget.quality": "98%"}))
+    with pytest.raises(SpecError, match=r"budget\.quality: this task is not scored by perplexity"):
+        check_floor(load_spec(tmp_path / "spec.yaml", {**other, **floor}))
 
 
 def test_only_a_language_model_is_trained_on_its_own_text(tmp_path: Path) -> None:

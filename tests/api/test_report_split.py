@@ -16,6 +16,7 @@ import pytest
 from autocomp.api.finish import open_report_split
 from autocomp.api.opened import open_study
 from autocomp.core.candidate import Candidate, Option, Step
+from autocomp.core.errors import UserError
 from autocomp.core.measurement import Measurement
 from autocomp.report.progress import Silent
 from autocomp.spec.schema import Spec
@@ -136,6 +137,13 @@ def test_pick_says_what_it_did(finished: Any) -> None:
     assert plain.to_json()["selection"]["chosen"] == "best"
     assert plain.to_json()["report"] is None, "the split was not opened for it"
     assert opened.pick(latency="40%").record.id == "simple"
+    limits = {"latency": "40%", "quality": "97%"}
+    assert opened.pick(**limits).record.id == "best", "the other keeps 96.9% of dense"
+    assert opened.pick(quality="96%").record.id == "best", "a floor alone: the fastest"
+    assert opened.pick(quality="96%").to_json()["selection"]["least"] == "latency"
+    assert opened.pick(quality="96%", best=True).record.id == "dense"
+    with pytest.raises(UserError, match="give one of them"):
+        opened.pick(best=True, least="size")
 
 
 def forget(study: Study) -> None:

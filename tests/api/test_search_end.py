@@ -113,8 +113,18 @@ def test_the_front_is_written_when_nothing_is_within_reach(search: Any) -> None:
     assert json.loads((study.paths.root / "front.json").read_text())["dense"] == "dense"
 
 
-@pytest.mark.parametrize(("floor", "noted"), [(1 / 45, True), (1 / 50, False), (1 / 90, False)])
-def test_a_floor_above_the_teacher_is_noted(search: Any, floor: float, noted: bool) -> None:
+@pytest.mark.parametrize(
+    ("floor", "noted"),
+    [
+        (1 / 45, True),
+        (1 / 50, False),
+        (1 / 90, False),
+        ("perplexity 45", True),
+        (f"{5000 / 45}%", True),
+        ("100%", False),
+    ],
+)
+def test_a_floor_above_the_teacher_is_noted(search: Any, floor: float | str, noted: bool) -> None:
     def then(study: Study) -> TrialRecord:
         raise InfeasibleError("the end of this test")
 

@@ -240,16 +240,25 @@ class TestPick:
     def test_limits_are_passed_on_as_written(self, api: FakeApi) -> None:
         result = run(
             "pick", "runs/tiny", "--latency", "35%", "--size", "12 MB", "--peak-memory", "1 GiB",
-            "--quality", "0.8", "--json",
+            "--quality", "98%", "--json",
         )  # fmt: skip
-        limits = {"latency": "35%", "size": "12 MB", "peak_memory": "1 GiB", "quality": 0.8}
-        assert api.calls[1] == ("pick", {**limits, "best": False})
+        limits = {"latency": "35%", "size": "12 MB", "peak_memory": "1 GiB", "quality": "98%"}
+        assert api.calls[1] == ("pick", {**limits, "best": False, "least": None})
         assert json.loads(result.stdout) == {**TRIAL, "export": None}
 
     def test_the_plain_best_is_asked_for_and_stays_asked_for(self, api: FakeApi) -> None:
         result = run("pick", "runs/tiny", "--best")
         assert api.calls[1][1]["best"] is True
         assert "  autocomp pick runs/tiny --best --export out/\n" in result.stdout
+
+    def test_what_costs_least_is_asked_for_and_stays_asked_for(self, api: FakeApi) -> None:
+        result = run("pick", "runs/tiny", "--quality", "98%", "--least", "peak-memory")
+        assert api.calls[1][1]["least"] == "peak_memory"
+        command = 'autocomp pick runs/tiny --quality "98%" --least "peak-memory" --export out/'
+        assert f"  {command}\n" in result.stdout
+        result = run("pick", "runs/tiny", "--quality", "good")
+        assert result.exit_code == 2
+        assert "'good' is no floor on quality" in result.stderr
 
     def test_export(self, api: FakeApi) -> None:
         result = run("pick", "runs/tiny", "--export", "out", "--json")

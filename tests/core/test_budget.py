@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.measurement import Measurement
+from autocomp.core.metric import parse_floor
 from autocomp.core.quantities import parse_limit
 
 COSTS = ("latency_ms", "size_bytes", "peak_memory_bytes")
@@ -54,17 +55,17 @@ def test_relative_limits_refer_to_dense():
         latency=parse_limit("20%", "latency"),
         size=parse_limit("10 MB", "size"),
         peak_memory=parse_limit("50%", "peak_memory"),
-        quality=0.875,
+        quality=parse_floor("98%"),
     )
-    budget = written.resolve(cost(6.5, 91_600_000, 300_000_000))
+    budget = written.resolve(cost(6.5, 91_600_000, 300_000_000), 0.9)
     assert budget.to_json() == {
         "latency_ms": pytest.approx(1.3),
         "size_bytes": 10_000_000,
         "peak_memory_bytes": 150_000_000,
-        "quality": 0.875,
+        "quality": pytest.approx(0.882),
     }
     assert budget.describe() == (
-        "latency ≤ 1.3 ms, size ≤ 10 MB, peak memory ≤ 150 MB, quality ≥ 0.875"
+        "latency ≤ 1.3 ms, size ≤ 10 MB, peak memory ≤ 150 MB, quality ≥ 0.882"
     )
 
 

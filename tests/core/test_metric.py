@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocomp.core.metric import Scale, floor_problem, round_down
+from autocomp.core.errors import UserError
+from autocomp.core.metric import Floor, Scale, floor_problem, parse_floor, round_down
 
 qualities = st.floats(1e-6, 1.0, exclude_max=True)
 
@@ -72,7 +73,42 @@ def test_floors_that_can_be_met(quality: float) -> None:
 
 def test_floors_that_cannot_say_what_was_meant() -> None:
     assert "an accuracy of 97% is 0.97" in str(floor_problem(97))
-    assert "a perplexity of 97 at most is 0.01031" in str(floor_problem(97))
+    assert "97% of dense's is '97%'" in str(floor_problem(97))
+    assert "write 'perplexity 97' for one of 97 at most" in str(floor_problem(97))
     assert "accuracy" not in str(floor_problem(250.0))
     for quality in (0.0, -0.5, math.nan, math.inf):
         assert str(floor_problem(quality)).endswith("Leave it out to have none")
+
+
+@pytest.mark.parametrize(
+    ("text", "quality"),
+    [
+        (0.9, 0.9),
+        ("0.9", 0.9),
+        ("1", 1.0),
+        ("98%", 0.98 * 0.025),
+        (" 102.5 % ", 1.025 * 0.025),
+        ("perplexity 50", 0.02),
+        ("perplexity  5e1", 0.02),
+    ],
+)
+def test_a_floor_as_a_person_writes_it(text: str | float, quality: float) -> None:
+    assert parse_floor(text).resolve(0.025, Scale("perplexity", True)) == pytest.approx(quality)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "good", "-1", "1.2.3", "0%", "perplexity", "perplexity 0", "perplexity 50%", "accuracy 1"],
+)
+def test_what_is_no_floor(text: str) -> None:
+    with pytest.raises(UserError, match=r"'98%' of dense, or of a language model 'perplexity 50'"):
+        parse_floor(text)
+
+
+def test_a_floor_needs_what_it_refers_to() -> None:
+    with pytest.raises(UserError, match=r"this task is not scored by perplexity\. Write 0\.9"):
+        Floor(0.02, metric="perplexity").resolve(0.9, Scale())
+    with pytest.raises(ValueError, match="dense quality was not measured"):
+        Floor(0.98, relative=True).resolve(None, Scale())
+    with pytest.raises(UserError, match=r"an accuracy of 97% is 0\.97"):
+        parse_floor("97")

@@ -45,7 +45,7 @@ def test_a_search_over_both_runtimes_exports_either(command: Command, tmp_path: 
     for runtime in RUNTIMES:
         found = next(t for t in opened.trials() if t.candidate.runtime == runtime and t.artifact)
         out = tmp_path / runtime
-        choice = Choice(found, found, found, (found,), Noise.of({}, {}))
+        choice = Choice(found, found, found, (found,), Noise.of({}, {}), 1)
         report = Picked(opened, choice, Budget()).export(out)
         assert report["max_difference"] == 0
         exported |= {file.suffix for file in out.iterdir() if file.stem == "model"}

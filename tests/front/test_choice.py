@@ -11,8 +11,10 @@ import pytest
 from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.measurement import Measurement
+from autocomp.core.metric import Scale
 from autocomp.front import Noise, NothingFitsError, choose, front_json
 from autocomp.front.choice import distinct_options
+from autocomp.report.finalists import selection_line
 from autocomp.study.per_example import ExampleScores
 from autocomp.study.records import TrialRecord
 
@@ -236,3 +238,26 @@ def test_the_report_s_ratio_is_paired_with_dense() -> None:
     assert report["ratio_low"] < report["ratio"] < report["ratio_high"] < 1
     assert report["examples"] == COUNT
     assert report["ratio_high"] - report["ratio_low"] < 0.02, "paired: ten examples differ"
+
+
+def test_what_costs_least_is_taken_when_asked() -> None:
+    fast, small = trial("fast", 150, 9, latency=1.0), trial("small", 160, 9, size=5)
+    wrong = trial("wrong", 400, 1, latency=0.1, size=1)
+    trials, floor = [BEST, fast, small, wrong], Budget(quality=0.8)
+    known = noise(*trials)
+    chosen = choose(trials, floor, known, least="latency")
+    assert (chosen.record, chosen.best, chosen.fitting) == (fast, BEST, 3)
+    data = chosen.to_json()
+    assert data is not None
+    assert (data["chosen"], data["least"]) == ("fast", "latency")
+    assert selection_line(data, Scale()) == (
+        "fast has the lowest latency of the 3 that fit; best has the highest quality"
+    )
+    assert choose(trials, floor, least="size").record is small
+    twin = trial("twin", 140, 9, latency=1.0)
+    assert choose([*trials, twin], floor, least="latency").record is twin, "the better of two"
+    with pytest.raises(NothingFitsError):
+        choose(trials, Budget(quality=0.95), least="latency")
+    only = choose(trials, Budget(latency_ms=0.5), known, least="size").to_json()
+    assert only is not None
+    assert selection_line(only, Scale()) == "wrong is the only one that fits"

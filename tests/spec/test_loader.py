@@ -38,10 +38,18 @@ def test_a_floor_on_quality(write, floor):
     assert spec.budget.quality == float(floor)
 
 
+@pytest.mark.parametrize("floor", ["98%", "perplexity 50"])
+def test_a_floor_beside_other_figures_is_kept_as_written(write, floor):
+    path = write(("size: 12 MB", f"quality: {floor}"))
+    assert load_spec(path).spec.budget.quality == floor
+    assert load_stored_spec(path).budget.quality == floor
+    assert "budget.quality: '98 %%' is no floor" in complaint(write(), {"budget.quality": "98 %%"})
+
+
 @pytest.mark.parametrize(
     ("floor", "hint"),
     [
-        ("97", "an accuracy of 97% is 0.97; of a language model quality is 1 / perplexity"),
+        ("97", "an accuracy of 97% is 0.97, and 97% of dense's is '97%'; of a language model"),
         ("0", "got 0. Leave it out to have none"),
         (".nan", "got nan. Leave it out to have none"),
     ],
