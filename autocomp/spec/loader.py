@@ -21,7 +21,12 @@ from autocomp.spec.problems import schema_problems
 from autocomp.spec.schema import Spec
 from autocomp.spec.source import Parts, SpecSource, parse_scalar
 
-_SOURCES: tuple[Parts, ...] = (("model", "source"), ("task", "data", "source"))
+_SOURCES: tuple[Parts, ...] = (
+    ("model", "source"),
+    ("task", "data", "source"),
+    ("task", "data", "transfer", "source"),
+    ("task", "data", "held_out", "source"),
+)
 _DATA_ENDINGS = {".csv", ".json", ".jsonl", ".npz", ".parquet", ".tsv", ".txt"}
 
 

@@ -28,6 +28,18 @@ class TransferSection(Section):
     text: str = Field("text", description="Column (or npz array) with the text.")
 
 
+class HeldOutSection(Section):
+    """Where the search and the report split are drawn from, if not from the data itself."""
+
+    source: str | None = Field(
+        None,
+        description="As task.data.source. By default the same, for another split of the hub's.",
+    )
+    format: Format = Field("auto", description="As task.data.format.")
+    subset: str | None = Field(None, description="Hub dataset configuration.")
+    split: str = Field("test", description="Hub dataset split to read.")
+
+
 class DataSection(Section):
     """Where the examples come from and how they are split."""
 
@@ -50,6 +62,16 @@ class DataSection(Section):
     unique: bool = Field(
         True, description="Drop examples whose full text or image was seen before."
     )
+    group: str | None = Field(
+        None,
+        description="Column (or npz array) that says which examples belong together (of one "
+        "document, user or patient): all of them are in one split.",
+    )
+    held_out: HeldOutSection | None = Field(
+        None,
+        description="A validation or test set: search and report are drawn from it, calibrate and "
+        "distil from source.",
+    )
     calibrate: int = Field(128, gt=0, description="Examples for activation statistics.")
     distil: int = Field(1000, gt=0, description="Examples for teacher fitting and distillation.")
     search: int = Field(300, gt=0, description="Examples the search is steered by.")
@@ -66,6 +88,17 @@ class DataSection(Section):
                 "transfer: without lines every text is read whole, so nothing is left of it to "
                 "learn from. Name a source of texts: transfer: {source: …, examples: …}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_is_another(self) -> DataSection:
+        if self.held_out is not None and self.held_out.source is None:
+            same = (self.held_out.subset or self.subset, self.held_out.split)
+            if same == (self.subset, self.split):
+                raise ValueError(
+                    "held_out: this is the data itself. Name another source, or another split of a "
+                    "hub dataset: held_out: {source: test.jsonl}, held_out: {split: test}"
+                )
         return self
 
 
@@ -88,6 +121,15 @@ class TaskSection(Section):
     name: str = Field(description=f"One of {', '.join(TASKS)}, or a registered task.")
     data: DataSection
     teacher: TeacherSection = TeacherSection()
+
+    @model_validator(mode="after")
+    def _groups_are_of_examples(self) -> TaskSection:
+        if self.data.group is not None and self.name == "language-modeling":
+            raise ValueError(
+                "data.group: running text has no examples that belong together. To be judged on "
+                "other texts, name them: held_out: {source: …}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _transfer_is_text(self) -> TaskSection:

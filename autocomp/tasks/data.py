@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from autocomp.core.errors import DataError, did_you_mean
 from autocomp.spec.task import DataSection
 from autocomp.tasks.protocol import Split
 from autocomp.tasks.readers import EncodedImages, Records, read_records
+from autocomp.tasks.splits import Indices, split_indices
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Examples:
         digests: SHA-256 of each example's full content.
         origin: how messages name the data.
         further: of each text the lines that `data.lines` leaves out; empty for images.
+        groups: which examples belong together; `None` where each stands for itself.
+        held_out: so many examples at the end are from `data.held_out`.
     """
 
     contents: Sequence[Any]
@@ -38,9 +41,28 @@ class Examples:
     digests: tuple[str, ...] = field(repr=False)
     origin: str
     further: Sequence[Sequence[str]] = field(default=(), repr=False)
+    groups: Sequence[Any] | None = field(default=None, repr=False)
+    held_out: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def split(self, data: DataSection, seed: int) -> dict[Split, Indices]:
+        """Positions of the examples of each split.
+
+        Raises:
+            DataError: if there are too few of them.
+        """
+        return split_indices(
+            len(self),
+            split_sizes(data),
+            seed=seed,
+            labels=self.labels,
+            groups=self.groups,
+            held_out=self.held_out,
+            label_names=self.label_names,
+            origin=self.origin,
+        )
 
 
 def split_sizes(data: DataSection) -> dict[Split, int]:
@@ -54,13 +76,76 @@ def split_sizes(data: DataSection) -> dict[Split, int]:
 
 
 def load_examples(data: DataSection, content: Literal["text", "image"]) -> Examples:
-    """Read, check and deduplicate labelled text or images.
+    """Read, check and deduplicate labelled text or images; those that are held out come last.
 
     Raises:
         DataError: for a missing file or column, an empty text, a label that cannot be read.
     """
+    examples = _load(data, content)
+    if data.held_out is None:
+        return examples
+    return _followed(examples, _load(held_out_section(data), content), unique=data.unique)
+
+
+def held_out_section(data: DataSection) -> DataSection:
+    """Where the held-out examples are, as a section of its own."""
+    assert data.held_out is not None
+    given = data.held_out.model_dump(exclude_none=True)
+    if data.held_out.source is None:
+        del given["format"]
+    return data.model_copy(update={**given, "held_out": None})
+
+
+def _followed(examples: Examples, held_out: Examples, *, unique: bool) -> Examples:
+    """The examples and then the held-out ones; what is in both is held out.
+
+    Raises:
+        DataError: for a held-out label that the others do not have.
+    """
+    position = {name: i for i, name in enumerate(examples.label_names)}
+    for name in held_out.label_names:
+        if name not in position:
+            raise DataError(
+                f"{held_out.origin}: label {name!r} is none of those in {examples.origin}, where "
+                f"it would be learnt.{did_you_mean(name, examples.label_names)} Rename it, or "
+                f"remove its examples"
+            )
+    renumbered = np.asarray([position[name] for name in held_out.label_names])[held_out.labels]
+    seen = set(held_out.digests) if unique else set()
+    kept = [i for i, digest in enumerate(examples.digests) if digest not in seen]
+    also = "" if len(kept) == len(examples) else f", {len(examples) - len(kept)} of them held out"
+    return Examples(
+        contents=_joined(pick(examples.contents, kept), held_out.contents),
+        labels=np.concatenate([examples.labels[kept], renumbered]),
+        label_names=examples.label_names,
+        digests=(*(examples.digests[i] for i in kept), *held_out.digests),
+        origin=f"{examples.origin}{also}, with {held_out.origin}",
+        further=[*(examples.further[i] for i in kept), *held_out.further]
+        if examples.further
+        else (),
+        groups=None
+        if examples.groups is None or held_out.groups is None
+        else [*(examples.groups[i] for i in kept), *held_out.groups],
+        held_out=len(held_out),
+    )
+
+
+def _joined(one: Sequence[Any], other: Sequence[Any]) -> Sequence[Any]:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        if one.shape[1:] != other.shape[1:]:
+            raise DataError(
+                f"task.data.held_out: its images have the shape {other.shape[1:]}, those of "
+                f"task.data.source {one.shape[1:]}"
+            )
+        return np.concatenate([one, other])
+    if isinstance(one, EncodedImages) and isinstance(other, EncodedImages):
+        return EncodedImages([part.stored(i) for part in (one, other) for i in range(len(part))])
+    return [*one, *other]
+
+
+def _load(data: DataSection, content: Literal["text", "image"]) -> Examples:
     column = data.text if content == "text" else data.image
-    records = read_records(data, column, data.label)
+    records = read_records(data, column, data.label, data.group)
     if len(records.contents) == 0:
         raise DataError(f"{data.source} has no examples")
     assert records.labels is not None
@@ -87,6 +172,7 @@ def load_examples(data: DataSection, content: Literal["text", "image"]) -> Examp
         digests=tuple(digests[i] for i in kept),
         origin=f"{data.source} ({dropped} duplicates dropped)" if dropped else data.source,
         further=further,
+        groups=None if records.groups is None else [records.groups[i] for i in kept],
     )
 
 
@@ -136,14 +222,8 @@ def align_labels(examples: Examples, id2label: Mapping[str, str] | None) -> Exam
             f"The model's labels: {', '.join(names[:20])}. Rename the labels, or fit a head for "
             f"them with task.teacher.fit: full (or head)"
         )
-    return Examples(
-        contents=examples.contents,
-        labels=np.asarray(mapping, dtype=np.int64)[examples.labels],
-        label_names=names,
-        digests=examples.digests,
-        origin=examples.origin,
-        further=examples.further,
-    )
+    labels = np.asarray(mapping, dtype=np.int64)[examples.labels]
+    return replace(examples, labels=labels, label_names=names)
 
 
 def _parse_labels(records: Records) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

@@ -16,9 +16,9 @@ from autocomp.models.sources import read_config
 from autocomp.spec.schema import WorkloadSection
 from autocomp.spec.task import TaskSection
 from autocomp.tasks.base import Classification, LazySplits, tiled
-from autocomp.tasks.data import Examples, align_labels, load_examples, pick, split_sizes
+from autocomp.tasks.data import Examples, align_labels, load_examples, pick
 from autocomp.tasks.protocol import Array, Encoded, Split
-from autocomp.tasks.splits import Indices, split_indices
+from autocomp.tasks.splits import Indices
 
 if TYPE_CHECKING:
     import torch
@@ -158,14 +158,7 @@ class ImageClassification(Classification):
         config = read_config(model_path)
         if section.teacher.fit == "none":
             examples = align_labels(examples, config.get("id2label"))
-        indices = split_indices(
-            len(examples),
-            split_sizes(section.data),
-            seed=seed,
-            labels=examples.labels,
-            label_names=examples.label_names,
-            origin=examples.origin,
-        )
+        indices = examples.split(section.data, seed)
         preprocessing = Preprocessing.of_model(model_path, workload.image)
         patch = _patch(config)
         fixed = config.get("image_size") if config.get("model_type") in _FIXED_SIZE else None

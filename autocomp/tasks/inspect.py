@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autocomp.spec.schema import Spec
-from autocomp.tasks.data import load_corpus, load_examples, split_sizes
-from autocomp.tasks.splits import split_indices
+from autocomp.tasks.data import held_out_section, load_corpus, load_examples
 from autocomp.tasks.transfer import transfer_texts
 
 
@@ -19,11 +18,15 @@ class DataSummary:
         examples: labelled examples after deduplication, or documents of running text.
         label_names: in the order of the logits; empty for language modelling.
         transfer: texts without labels that distillation learns from as well.
+        held_out: examples of those, or documents beside them, that models are judged on alone.
+        groups: how many groups of examples are kept together; `None` where none are.
     """
 
     examples: int
     label_names: tuple[str, ...]
     transfer: int = 0
+    held_out: int = 0
+    groups: int | None = None
 
     @property
     def num_labels(self) -> int | None:
@@ -31,10 +34,14 @@ class DataSummary:
         return len(self.label_names) or None
 
     def describe(self) -> str:
-        """`2127 examples, 5 labels`, and `5000 texts without labels` if there are some."""
-        if not self.label_names:
-            return f"{self.examples} documents"
+        """`2127 examples, 5 labels`; what is held out, groups and unlabelled texts if any."""
         more = f", {self.transfer} texts without labels" if self.transfer else ""
+        if self.groups is not None:
+            more = f" in {self.groups} groups{more}"
+        if self.held_out:
+            more = f", {self.held_out} held out{more}"
+        if not self.label_names:
+            return f"{self.examples} documents{more}"
         return f"{self.examples} examples, {len(self.label_names)} labels{more}"
 
 
@@ -53,18 +60,13 @@ def inspect_data(spec: Spec) -> DataSummary:
     data = spec.task.data
     content = _CONTENT.get(spec.task.name)
     if content is None:
-        return DataSummary(len(load_corpus(data)), ())
+        apart = 0 if data.held_out is None else len(load_corpus(held_out_section(data)))
+        return DataSummary(len(load_corpus(data)), (), held_out=apart)
     examples = load_examples(data, content)
-    indices = split_indices(
-        len(examples),
-        split_sizes(data),
-        seed=spec.search.seed,
-        labels=examples.labels,
-        label_names=examples.label_names,
-        origin=examples.origin,
-    )
+    indices = examples.split(data, spec.search.seed)
     further = transfer_texts(data, examples, indices["distil"], spec.search.seed)
-    return DataSummary(len(examples), examples.label_names, len(further))
+    groups = None if examples.groups is None else len(set(examples.groups))
+    return DataSummary(len(examples), examples.label_names, len(further), examples.held_out, groups)
 
 
 def sample_texts(spec: Spec, count: int = 32) -> list[str]:

@@ -17,10 +17,10 @@ from autocomp.models.sources import read_config
 from autocomp.spec.schema import WorkloadSection
 from autocomp.spec.task import TaskSection
 from autocomp.tasks.base import EncodedTask, check_sequence, cross_entropy, tiled
-from autocomp.tasks.data import load_corpus, split_sizes
+from autocomp.tasks.data import held_out_section, load_corpus, split_sizes
 from autocomp.tasks.divergence import log_softmax
-from autocomp.tasks.protocol import Array, Encoded, Split
-from autocomp.tasks.splits import split_indices
+from autocomp.tasks.protocol import DRAWN, Array, Encoded, Split
+from autocomp.tasks.splits import JUDGED, LEARNT, split_indices
 
 if TYPE_CHECKING:
     import torch
@@ -50,22 +50,37 @@ class LanguageModeling(EncodedTask):
 
         continued = section.teacher.fit == "full"
         check_sequence(workload.sequence, read_config(model_path), trained=continued)
-        sizes = split_sizes(section.data)
+        sizes, tokenizer = split_sizes(section.data), load_tokenizer(model_path)
+        apart = section.data.held_out is not None
         chunks = chunk_corpus(
             load_corpus(section.data),
-            load_tokenizer(model_path),
+            tokenizer,
             workload.sequence,
-            _SURPLUS * sum(sizes.values()),
+            _SURPLUS * sum(sizes[name] for name in (LEARNT if apart else DRAWN)),
             seed,
             unique=section.data.unique,
         )
+        held_out = chunks[:0]
+        if apart:
+            held_out = chunk_corpus(
+                load_corpus(held_out_section(section.data)),
+                tokenizer,
+                workload.sequence,
+                _SURPLUS * sum(sizes[name] for name in JUDGED),
+                seed,
+                unique=section.data.unique,
+            )
+            judged = {chunk.tobytes() for chunk in held_out}
+            chunks = np.stack([chunk for chunk in chunks if chunk.tobytes() not in judged])
         indices = split_indices(
-            len(chunks),
+            len(chunks) + len(held_out),
             sizes,
             seed=seed,
+            held_out=len(held_out),
             origin=section.data.source,
             unit=f"chunks of {workload.sequence} tokens",
         )
+        chunks = np.concatenate([chunks, held_out])
         splits: dict[Split, Encoded] = {
             name: Encoded({"input_ids": chunks[chosen]}, chunks[chosen])
             for name, chosen in indices.items()

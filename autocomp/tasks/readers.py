@@ -39,6 +39,7 @@ class Records:
     Attributes:
         contents: text, or images (an array `(N, H, W[, C])`, or a sequence of encoded images).
         labels: as stored, or `None` when no label was asked for.
+        groups: as stored, or `None` when no column of groups was asked for.
         class_names: names of integer labels, where the source declares them.
         locate: position → how a person finds the example ("row 17", a path).
     """
@@ -47,6 +48,7 @@ class Records:
     labels: Sequence[Any] | None
     class_names: tuple[str, ...] | None
     locate: Callable[[int], str]
+    groups: Sequence[Any] | None = None
 
 
 def locate_source(data: DataSection) -> tuple[str, Path | None]:
@@ -102,13 +104,20 @@ def _format_of(path: Path) -> str:
         ) from None
 
 
-def read_records(data: DataSection, content: str, label: str | None) -> Records:
-    """Read the `content` column and, if asked for, the `label` column.
+def read_records(
+    data: DataSection, content: str, label: str | None, group: str | None = None
+) -> Records:
+    """Read the `content` column and, if asked for, those of the labels and of the groups.
 
     Raises:
         DataError: for a missing file or column, or a file that cannot be read.
     """
     form, path = locate_source(data)
+    if group is not None and form in ("text-folders", "text"):
+        raise DataError(
+            f"task.data.group: {path} has no columns, so none that says what belongs together. Use "
+            f"csv, jsonl, parquet, npz or a hub dataset"
+        )
     if form == "text-folders":
         assert path is not None
         return _read_folders(path)
@@ -122,8 +131,8 @@ def read_records(data: DataSection, content: str, label: str | None) -> Records:
         return _read_text(path)
     if form == "npz":
         assert path is not None
-        return _read_npz(path, content, label)
-    return _read_table(data, form, path, content, label)
+        return _read_npz(path, content, label, group)
+    return _read_table(data, form, path, content, label, group)
 
 
 def read_text_file(path: Path) -> str:
@@ -163,35 +172,41 @@ def _read_text(path: Path) -> Records:
     return Records([read_text_file(file) for file in files], None, None, lambda i: str(files[i]))
 
 
-def _read_npz(path: Path, content: str, label: str | None) -> Records:
+def _read_npz(path: Path, content: str, label: str | None, group: str | None) -> Records:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
-            wanted = [name for name in (content, label) if name is not None]
+            wanted = [name for name in (content, label, group) if name is not None]
             for name in wanted:
                 _check_column(name, names, str(path), "array")
             arrays = {name: archive[name] for name in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"task.data: cannot read {path} as npz: {error}") from error
-    contents = arrays[content]
-    labels = None if label is None else arrays[label]
-    if labels is not None and labels.shape != (len(contents),):
-        raise DataError(
-            f"{path}: array {label!r} has shape {labels.shape}, but {content!r} has "
-            f"{len(contents)} examples; expected ({len(contents)},)"
-        )
+    contents = arrays.pop(content)
+    for name, array in arrays.items():
+        if array.shape != (len(contents),):
+            raise DataError(
+                f"{path}: array {name!r} has shape {array.shape}, but {content!r} has "
+                f"{len(contents)} examples; expected ({len(contents)},)"
+            )
     if contents.dtype.kind == "U":
         contents = contents.tolist()
     return Records(
         contents,
-        None if labels is None else labels.tolist(),
+        None if label is None else arrays[label].tolist(),
         None,
         lambda i: f"{path.name} row {i}",
+        None if group is None else arrays[group].tolist(),
     )
 
 
 def _read_table(
-    data: DataSection, form: str, path: Path | None, content: str, label: str | None
+    data: DataSection,
+    form: str,
+    path: Path | None,
+    content: str,
+    label: str | None,
+    group: str | None,
 ) -> Records:
     import datasets
 
@@ -225,7 +240,7 @@ def _read_table(
         ) from error
     finally:
         datasets.logging.set_verbosity(level)
-    for name in (content, label):
+    for name in (content, label, group):
         if name is not None:
             _check_column(name, table.column_names, origin, "column")
     class_names = None
@@ -244,6 +259,7 @@ def _read_table(
         None if label is None else table[label][:],
         class_names,
         lambda i: f"{origin} row {i}",
+        None if group is None else table[group][:],
     )
 
 
@@ -290,7 +306,7 @@ def _check_column(name: str, names: Sequence[str], origin: str, what: str) -> No
     if name not in names:
         raise DataError(
             f"{origin} has no {what} {name!r}.{did_you_mean(name, names)} Its {what}s: "
-            f"{', '.join(names)}. Set task.data.text, .image or .label to the one that is meant"
+            f"{', '.join(names)}. Set task.data.text, .image, .label or .group to the one you mean"
         )
 
 

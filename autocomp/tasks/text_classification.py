@@ -12,9 +12,8 @@ from autocomp.models.sources import read_config
 from autocomp.spec.schema import WorkloadSection
 from autocomp.spec.task import TaskSection
 from autocomp.tasks.base import Classification, check_sequence, tiled
-from autocomp.tasks.data import align_labels, load_examples, split_sizes
+from autocomp.tasks.data import align_labels, load_examples
 from autocomp.tasks.protocol import NO_LABEL, Array, Encoded, Split
-from autocomp.tasks.splits import split_indices
 from autocomp.tasks.transfer import transfer_texts
 
 if TYPE_CHECKING:
@@ -53,14 +52,7 @@ class TextClassification(Classification):
         examples = load_examples(section.data, "text")
         if section.teacher.fit == "none":
             examples = align_labels(examples, config.get("id2label"))
-        indices = split_indices(
-            len(examples),
-            split_sizes(section.data),
-            seed=seed,
-            labels=examples.labels,
-            label_names=examples.label_names,
-            origin=examples.origin,
-        )
+        indices = examples.split(section.data, seed)
         if tokenizer is None:
             from autocomp.models.load import load_tokenizer
 

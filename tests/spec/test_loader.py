@@ -79,14 +79,20 @@ def test_reads_sparsity_levels_with_and_without_quotes(write):
             "label: topic",
             "lable: topic",
             "7 task.data.lable: unknown key. Did you mean 'label'? Allowed: source, "
-            "format, subset, split, text, image, label, lines, unique, calibrate, distil, search, "
-            "report, transfer",
+            "format, subset, split, text, image, label, lines, unique, group, held_out, calibrate, "
+            "distil, search, report, transfer",
         ),
         (
             "label: topic",
             "transfer: {examples: 10}",
             "5 task.data: transfer: without lines every text is read whole, so nothing is left of "
             "it to learn from. Name a source of texts: transfer: {source: …, examples: …}",
+        ),
+        (
+            "label: topic",
+            "held_out: {split: train}",
+            "5 task.data: held_out: this is the data itself. Name another source, or another split "
+            "of a hub dataset: held_out: {source: test.jsonl}, held_out: {split: test}",
         ),
         (
             "method: [gptq, rtn]",
@@ -506,3 +512,19 @@ def test_a_stored_spec_is_taken_as_it_is(write, files):
     assert (spec.model.source, spec.task.data.source) == ("./gone", "some")
     with pytest.raises(SpecError, match=r"spec.yaml:1 version: expected 1, got 2"):
         load_stored_spec(write(("version: 1", "version: 2")))
+
+
+def test_every_source_is_relative_to_the_spec(write):
+    path = write(("label: topic", "transfer: {source: more.txt, examples: 9}"))
+    for name in ("more.txt", "test.jsonl"):
+        (path.parent / name).touch()
+    path.write_text(
+        path.read_text().replace(
+            "    transfer:", "    held_out: {source: test.jsonl}\n    transfer:"
+        )
+    )
+    data = load_spec(path).spec.task.data
+    assert data.transfer.source == str(path.parent / "more.txt")
+    assert data.held_out.source == str(path.parent / "test.jsonl")
+    (path.parent / "test.jsonl").unlink()
+    assert "task.data.held_out.source: no such file or directory" in complaint(path)

@@ -236,3 +236,86 @@ def test_labels_are_numbered_as_the_model_has_them(tmp_path: Path):
     same = align_labels(numbered, {str(i): f"LABEL_{i}" for i in range(9)})
     assert same.labels.tolist() == list(range(6))
     assert len(same.label_names) == 9
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("form", ["jsonl", "npz"])
+def test_groups_are_read_as_they_are_stored(tmp_path: Path, form: str):
+    rows = [{"text": f"t{i % 5}", "label": i % 2, "doc": f"d{i // 2}"} for i in range(8)]
+    path = tmp_path / f"data.{form}"
+    if form == "npz":
+        np.savez(path, **{key: np.array([row[key] for row in rows]) for key in rows[0]})
+    else:
+        write_table(path, rows)
+    examples = load_examples(section(path, group="doc"), "text")
+    assert examples.contents == ["t0", "t1", "t2", "t3", "t4"]
+    assert examples.groups == ["d0", "d0", "d1", "d1", "d2"]
+    assert load_examples(section(path), "text").groups is None
+    with pytest.raises(DataError, match=r"'dox'\. Did you mean 'doc'\?"):
+        load_examples(section(path, group="dox"), "text")
+
+
+def test_folders_have_no_groups(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_text(f"text {name}")
+    with pytest.raises(DataError, match=r"task\.data\.group: .* has no columns"):
+        load_examples(section(tmp_path, group="doc"), "text")
+
+
+def test_held_out_examples_come_last_and_are_not_learnt_from(tmp_path: Path):
+    """What is in both is held out; labels are those of the data, whatever their order there."""
+    rows = [{"text": f"text {i}", "label": "abc"[i % 3]} for i in range(9)]
+    path = write_table(tmp_path / "train.jsonl", rows)
+    test = tmp_path / "test.csv"
+    test.write_text("text,label\nnew,c\ntext 4,b\n")
+    examples = load_examples(section(path, held_out={"source": str(test)}), "text")
+    assert examples.contents == [*(f"text {i}" for i in range(9) if i != 4), "new", "text 4"]
+    assert examples.labels.tolist() == [0, 1, 2, 0, 2, 0, 1, 2, 2, 1]
+    assert examples.held_out == 2
+    assert "1 of them held out, with" in examples.origin
+    assert examples.label_names == ("a", "b", "c")
+    splits = examples.split(section(path, calibrate=2, distil=5, search=1, report=1), 0)
+    assert set(splits["search"]) | set(splits["report"]) == {8, 9}
+    both = section(path, held_out={"source": str(test)}, unique=False)
+    assert len(load_examples(both, "text")) == 11
+    test.write_text("text,label\nnew,c\nold,bb\n")
+    with pytest.raises(
+        DataError, match=r"test\.csv: label 'bb' is none of those in .*train\.jsonl"
+    ):
+        load_examples(section(path, held_out={"source": str(test)}), "text")
+
+
+def test_another_split_of_the_hub_is_held_out(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def fake(name: str, subset: str | None, split: str):
+        asked.append((name, subset, split))
+        rows = [{"text": f"{split} {i}", "label": i % 2} for i in range(4)]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", fake)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    data = section("some/news", subset="en", format="hub", held_out={"split": "test"})
+    examples = load_examples(data, "text")
+    assert asked == [("some/news", "en", "train"), ("some/news", "en", "test")]
+    assert examples.contents[-1] == "test 3"
+    assert examples.held_out == 4
+
+
+def test_held_out_images_have_the_shape_of_the_others(tmp_path: Path):
+    def write(name: str, count: int, side: int) -> Path:
+        path = tmp_path / name
+        images = np.arange(count * side * side, dtype=np.uint8).reshape(count, side, side)
+        np.savez(path, image=images, label=np.arange(count) % 2)
+        return path
+
+    train, test, other = write("a.npz", 6, 4), write("b.npz", 4, 4), write("c.npz", 2, 3)
+    examples = load_examples(section(train, held_out={"source": str(test)}, unique=False), "image")
+    assert examples.contents.shape == (10, 4, 4)
+    with pytest.raises(DataError, match=r"shape \(3, 3\), those of task\.data\.source \(4, 4\)"):
+        load_examples(section(train, held_out={"source": str(other)}, unique=False), "image")
