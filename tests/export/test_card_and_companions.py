@@ -9,95 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
+from small_trial import RECORD, SPEC, QuickTarget, companions, runnable, small_trial
 
-from autocomp.core.candidate import Candidate
 from autocomp.core.errors import InternalError, UserError
-from autocomp.core.measurement import Measurement
 from autocomp.export import EXPORTERS, own_format
 from autocomp.export.artifact import ONNX, OPENVINO, reloaded_logits
 from autocomp.export.card import model_card
 from autocomp.export.companions import Companions
 from autocomp.export.protocol import ExportRequest
-from autocomp.spec.schema import Spec
-from autocomp.study.records import TrialRecord
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
 from autocomp.targets.protocol import Artifact, Target
-
-SPEC = Spec.model_validate(
-    {
-        "version": 1,
-        "model": {"source": "package:shop/model"},
-        "task": {"name": "text-classification", "data": {"source": "data.jsonl"}},
-        "budget": {"latency": "50%"},
-        "space": [{"match": "*"}],
-    }
-)
-DENSE = Measurement("measured", 4.0, 10_000_000, 100_000_000)
-RECORD = TrialRecord(
-    id="6fc4fb7607",
-    kind="search",
-    proposed_by="milp",
-    state="complete",
-    candidate=Candidate.of({}),
-    quality=0.875,
-    teacher_kl=0.0123,
-    metric={"name": "accuracy", "value": 0.875},
-    measured=Measurement("measured", 1.0, 5, 75_000_000),
-    estimated=Measurement("estimated", 1.1, 2_400_000),
-    artifact="artifacts/6fc4fb7607",
-)
-
-
-def companions(path: Path, labels: tuple[str, ...], inputs: dict[str, Any]) -> Companions:
-    source = path / "source"
-    source.mkdir(exist_ok=True)
-    (source / "tokenizer.json").write_text("{}")
-    (source / "secrets.txt").write_text("not for shipping")
-    kept = Companions(path / "companions")
-    assert not kept.complete
-    kept.write(source, labels, inputs)
-    assert kept.complete
-    return kept
 
 
 @pytest.fixture
 def request_(tmp_path: Path) -> ExportRequest:
-    artifact = tmp_path / "artifact" / "model.onnx"
-    artifact.parent.mkdir()
-    artifact.write_bytes(b"graph")
-    return ExportRequest(
-        SPEC,
-        RECORD,
-        Artifact(artifact, 5),
-        companions(tmp_path, ("bad", "good"), {"input_ids": np.arange(4)[None]}),
-        replace(RECORD, id="dense", kind="dense", measured=DENSE),
-        {"quality": 0.8125, "teacher_quality": 0.84},
-    )
-
-
-def tiny_classifier() -> onnx.ModelProto:
-    """Logits 0 and the sum of the ids that are not masked."""
-    make = helper.make_node
-    nodes = [
-        make("Mul", ["input_ids", "attention_mask"], ["kept"]),
-        make("Cast", ["kept"], ["real"], to=1),
-        make("ReduceSum", ["real", "axes"], ["sum"], keepdims=1),
-        make("Mul", ["sum", "weights"], ["logits"]),
-    ]
-    ints = [
-        helper.make_tensor_value_info(name, 7, ["batch", "sequence"])
-        for name in ("input_ids", "attention_mask")
-    ]
-    constants = [
-        numpy_helper.from_array(np.array([1], np.int64), "axes"),
-        numpy_helper.from_array(np.array([0, 1], np.float32), "weights"),
-    ]
-    logits = helper.make_tensor_value_info("logits", 1, ["batch", 2])
-    graph = helper.make_graph(nodes, "tiny", ints, [logits], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return small_trial(tmp_path)
 
 
 def test_companions_are_what_was_given(tmp_path: Path) -> None:
@@ -198,21 +126,11 @@ def test_another_runtimes_format_is_refused(request_: ExportRequest, tmp_path: P
     assert own_format(Artifact(Path("model.xml"), 1)) == "openvino"
 
 
-class QuickTarget(OnnxRuntimeTarget):
-    """ONNX Runtime, where nobody waits for the latency."""
-
-    def measure(self, artifact: Artifact, inputs: Any) -> Measurement:
-        return Measurement("measured", 1.02, artifact.size_bytes)
-
-
 @pytest.fixture
 def real(request_: ExportRequest, tmp_path: Path) -> tuple[ExportRequest, Target]:
     """A request of a model that runs, and its target."""
     target = QuickTarget(SPEC.target.workload)
-    artifact = target.write(tiny_classifier(), tmp_path / "real")
-    inputs = {name: np.ones((2, 4), np.int64) for name in ("input_ids", "attention_mask")}
-    kept = companions(tmp_path / "source", ("bad", "good"), inputs)
-    return replace(request_, artifact=artifact, companions=kept), target
+    return runnable(request_, target, tmp_path), target
 
 
 def test_export_is_whole_and_verified(
@@ -315,11 +233,8 @@ def test_openvino_is_exported_and_its_card_runs(request_: ExportRequest, tmp_pat
 
     exporter = EXPORTERS.get("openvino")
     target = make_target(TargetSection(runtime="openvino"))
-    artifact = target.write(tiny_classifier(), tmp_path / "artifact-openvino")
-    names = ("input_ids", "attention_mask")
-    inputs = {name: np.ones((1, 4), np.int64) for name in names}
-    kept = companions(tmp_path / "source", ("bad", "good"), inputs)
-    request = replace(request_, artifact=artifact, companions=kept)
+    request = runnable(request_, target, tmp_path)
+    artifact = request.artifact
     out = tmp_path / "out"
     exporter.write(request, out)
     assert {"model.xml", "model.bin", "README.md"} <= {file.name for file in out.iterdir()}

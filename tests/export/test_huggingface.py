@@ -169,15 +169,10 @@ def reloaded(directory: Path, task: str) -> nn.Module:
     return model
 
 
-def test_written_and_reloaded_in_a_clean_process(tmp_path: Path) -> None:
+def test_the_card_says_what_the_format_does_not(tmp_path: Path) -> None:
     trial = finished(tmp_path, "bert", ragged)
     out = tmp_path / "out"
-    exporter = HuggingFaceExporter()
-    exporter.write(trial.request, out)
-    verified = exporter.verify(trial.request, out, TARGET)
-    assert verified.size_bytes == (out / "model.safetensors").stat().st_size
-    assert verified.measured is None
-    assert 0 < verified.max_difference < 1e-3
+    HuggingFaceExporter().write(trial.request, out)
     card = (out / "README.md").read_text()
     assert "those of float weights" in card
     assert "rounds activations" in card
