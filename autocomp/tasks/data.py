@@ -150,6 +150,7 @@ def _load(data: DataSection, content: Literal["text", "image"]) -> Examples:
         raise DataError(f"{data.source} has no examples")
     assert records.labels is not None
     labels, names = _parse_labels(records)
+    _check_groups(records)
     if content == "text":
         _check_text(records)
         digests = tuple(_digest(text.encode()) for text in records.contents)
@@ -267,6 +268,15 @@ def _label(value: Any, index: int, records: Records) -> int | str:
         f"{records.locate(index)}: label {value!r} cannot be read. A label is a text or a whole "
         f"number, one per example"
     )
+
+
+def _check_groups(records: Records) -> None:
+    for i, group in enumerate(records.groups or ()):
+        if not isinstance(group, str | int | float):
+            raise DataError(
+                f"{records.locate(i)}: group {group!r} cannot be read. A group is a text or a "
+                f"number, one per example"
+            )
 
 
 def _check_text(records: Records) -> None:

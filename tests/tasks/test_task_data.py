@@ -259,6 +259,15 @@ def test_groups_are_read_as_they_are_stored(tmp_path: Path, form: str):
         load_examples(section(path, group="dox"), "text")
 
 
+@pytest.mark.parametrize("group", [None, ["a"]])
+def test_what_is_no_group_is_named(tmp_path: Path, group: object):
+    rows = [{"text": f"t{i}", "label": i % 2, "doc": ["d"] if group else "d"} for i in range(4)]
+    rows[2]["doc"] = group
+    path = write_table(tmp_path / "data.jsonl", rows)
+    with pytest.raises(DataError, match=r"row \d: group .* cannot be read"):
+        load_examples(section(path, group="doc"), "text")
+
+
 def test_folders_have_no_groups(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
