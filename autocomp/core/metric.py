@@ -17,7 +17,9 @@ from autocomp.core.errors import UserError
 
 _TOLERANCE = 1e-3
 """Relative; metrics written by hand are rounded."""
-_FLOOR = re.compile(r"(?:(perplexity)\s+)?(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(%?)")
+PERPLEXITY = "perplexity"
+"""The metric that a floor may be written in."""
+_FLOOR = re.compile(rf"(?:({PERPLEXITY})\s+)?(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(%?)")
 _FLOORS = "0.9, '98%' of dense, or of a language model 'perplexity 50'"
 _LEAST = 1e-200
 """What a quality of 0 is drawn at."""
@@ -69,6 +71,17 @@ class Scale:
     def floor(self, quality: float) -> str:
         """A floor on quality: `quality ≥ 0.9`, `perplexity ≤ 55.6`."""
         return f"{self.name} {'≤' if self.reciprocal else '≥'} {self.value(quality):.4g}"
+
+    def written(self, quality: float) -> str:
+        """A floor that `quality` just meets, as `parse_floor` reads it: `0.8833`, `perplexity 56`.
+
+        A reciprocal other than the perplexity is written as the quality.
+        """
+        if not self.reciprocal or self.name != PERPLEXITY or quality <= 0:
+            return f"{_round_down(quality):.4g}"
+        limit = 1 / quality
+        text = f"{limit:.4g}"
+        return f"{self.name} {text if float(text) >= limit else f'{1.0005 * limit:.4g}'}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ def _reciprocal(metric: Mapping[str, Any], quality: float | None) -> bool:
     return math.isclose(value * quality, 1.0, rel_tol=_TOLERANCE)
 
 
-def round_down(quality: float, digits: int = 4) -> float:
+def _round_down(quality: float, digits: int = 4) -> float:
     """To so many significant digits, never above: a floor of this, `quality` itself meets."""
     if quality <= 0 or not math.isfinite(quality):
         return quality

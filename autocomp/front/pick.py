@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from autocomp.core.budget import Budget, RelativeBudget
 from autocomp.core.errors import InfeasibleError
-from autocomp.core.metric import Scale, round_down
+from autocomp.core.metric import Scale
 from autocomp.core.quantities import Dimension, format_bytes, format_limit, format_ms
 from autocomp.front.dominance import Sense, non_dominated
 from autocomp.study.records import TrialRecord
@@ -185,9 +185,7 @@ def _message(record: TrialRecord, budget: Budget, binding: str, excess: float, s
     elif binding == "quality":
         assert budget.quality is not None
         why = f"{scale.floor(budget.quality)} binds"
-        relax = f"lower the floor on quality to {round_down(quality):.4g}"
-        if scale.reciprocal:
-            relax += f", that is {shown}"
+        relax = f"move the floor on quality to {scale.written(quality)}"
     else:
         over = f"{excess:.1%}" if excess >= 0.0005 else "less than 0.1%"
         why = f"{name} is {over} over, the limit it misses by most"

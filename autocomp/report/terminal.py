@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autocomp.core.metric import round_down
+from autocomp.core.metric import Scale
 from autocomp.core.quantities import format_limit
 from autocomp.front.pick import FIELDS
 from autocomp.report.figures import (
@@ -244,4 +244,5 @@ def _relaxed(budget: Mapping[str, Any], trial: Mapping[str, Any]) -> Iterator[st
             limit = format_limit(max(budget[name], trial[name]), dimension)
             yield f' --{dimension.replace("_", "-")} "{limit}"'
     if budget.get("quality") is not None:
-        yield f" --quality {round_down(min(budget['quality'], trial['quality'])):.4g}"
+        scale = Scale.of([(trial.get("metric") or {}, trial["quality"])])
+        yield f' --quality "{scale.written(min(budget["quality"], trial["quality"]))}"'

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autocomp.core.errors import UserError
-from autocomp.core.metric import Floor, Scale, floor_problem, parse_floor, round_down
+from autocomp.core.metric import Floor, Scale, floor_problem, parse_floor
 
 qualities = st.floats(1e-6, 1.0, exclude_max=True)
 
@@ -59,11 +59,13 @@ def test_better_is_above_on_every_scale(one: float, other: float) -> None:
     assert Scale("perplexity", True).value(0.0) == math.inf
 
 
-@given(st.floats(1e-12, 1.0))
-def test_rounded_down_is_met(quality: float) -> None:
-    floor = float(f"{round_down(quality):.4g}")
-    assert floor <= quality
-    assert floor == pytest.approx(quality, rel=2e-3)
+@given(st.floats(1e-9, 1.0))
+def test_a_floor_that_is_written_is_met(quality: float) -> None:
+    for scale in (Scale(), Scale("perplexity", True), Scale("bits", True)):
+        floor = parse_floor(scale.written(quality)).resolve(None, scale)
+        assert floor <= quality * (1 + 1e-12)
+        assert floor == pytest.approx(quality, rel=2e-3)
+    assert Scale("perplexity", True).written(1 / 56) == "perplexity 56"
 
 
 @pytest.mark.parametrize("quality", [1e-9, 0.02, 0.9, 1.0])

@@ -14,6 +14,7 @@ from autocomp.core.budget import Budget
 from autocomp.core.candidate import Candidate, Option, Step
 from autocomp.core.errors import InfeasibleError
 from autocomp.core.measurement import Measurement
+from autocomp.core.metric import Scale, parse_floor
 from autocomp.core.quantities import parse_limit
 from autocomp.front import NothingFitsError, front, front_json, pick, study_hypervolume
 from autocomp.study.records import TrialRecord
@@ -121,7 +122,7 @@ def test_nothing_fits_names_the_nearest_and_what_binds() -> None:
 
 
 def test_the_quality_floor_can_bind() -> None:
-    with pytest.raises(NothingFitsError, match=r"lower the floor on quality to 0\.9,") as caught:
+    with pytest.raises(NothingFitsError, match=r"move the floor on quality to 0\.9,") as caught:
         pick([DENSE, GOOD], Budget(quality=0.99))
     assert "No measured trial meets quality ≥ 0.99." in str(caught.value)
     assert pick([DENSE, GOOD], Budget(quality=0.9)) is DENSE
@@ -139,9 +140,10 @@ def test_a_language_model_is_told_of_in_perplexity() -> None:
     assert "No measured trial meets latency ≤ 5 ms, perplexity ≤ 55. Nearest: near" in message
     assert "(perplexity 56, latency 4 ms" in message
     assert "perplexity ≤ 55 binds" in message
-    named = re.search(r"lower the floor on quality to ([0-9.]+), that is perplexity 56", message)
+    named = re.search(r"move the floor on quality to (perplexity [0-9.]+),", message)
     assert named is not None
-    assert pick(trials, Budget(latency_ms=5.0, quality=float(named[1]))).id == "near"
+    floor = parse_floor(named[1]).resolve(None, Scale("perplexity", True))
+    assert pick(trials, Budget(latency_ms=5.0, quality=floor)).id == "near"
 
 
 def test_hypervolume_is_normalised_by_dense() -> None:
