@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 import subprocess
 import sys
@@ -15,16 +14,15 @@ import torch
 from reduced import keep_heads, keep_width
 from target_examples import ImageTask, TextTask, quantise_unit, small_model
 
-from autocomp.core.errors import InternalError, StudyError, UserError
+from autocomp.core.errors import UserError
 from autocomp.core.tokens import TokenReduction
 from autocomp.core.unit import dense_format
 from autocomp.models.surgery import skip
 from autocomp.models.tokens import install_tokens
 from autocomp.spec.schema import TargetSection, WorkloadSection
-from autocomp.targets import TARGETS, make_target, open_artifact
+from autocomp.targets import TARGETS, make_target
 from autocomp.targets.generation import generate
 from autocomp.targets.profile import check_table, lower_formats, profile, random_choice
-from autocomp.targets.timing import Reference
 
 pytest.importorskip("openvino", reason="the runtime is an extra")
 
@@ -131,16 +129,6 @@ def small(exported, tmp_path):
     return target().write(lowered, tmp_path), arrays(task), model, lowered
 
 
-def test_size_is_the_bytes_on_disk_and_it_opens_again(small):
-    artifact, *_ = small
-    directory = artifact.path.parent
-    assert sorted(path.name for path in directory.iterdir()) == ["model.bin", "model.xml"]
-    assert artifact.size_bytes == sum(path.stat().st_size for path in directory.iterdir())
-    assert open_artifact(directory) == artifact
-    with pytest.raises(StudyError, match="holds no model"):
-        open_artifact(directory / "nothing")
-
-
 def test_the_file_says_how_activations_are_grouped(small):
     import openvino
 
@@ -149,36 +137,6 @@ def test_the_file_says_how_activations_are_grouped(small):
     assert int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) == 128
     assert "\n\t" not in artifact.path.read_text()  # nothing is spent on white space
     assert [one.name for one in target().open(artifact.path).get_inputs()] == list(inputs)
-
-
-def test_measuring_twice_agrees_in_reference_milliseconds(small):
-    artifact, inputs, *_ = small
-    runtime = target(reference={"anchor_ms": 1.0, "device": "x"})
-    once, twice = (runtime.measure(artifact, inputs) for _ in range(2))
-    assert once.provenance == "measured"
-    assert once.size_bytes == artifact.size_bytes
-    assert once.device == runtime.fingerprint()
-    assert once.latency_ms == pytest.approx(twice.latency_ms, rel=0.3)
-    runtime.reference = Reference(10.0, "x")
-    again = runtime.measure(artifact, inputs)
-    assert again.latency_ms == pytest.approx(10 * once.latency_ms, rel=0.3)
-
-
-def test_peak_memory_is_that_of_a_process_of_its_own(small):
-    artifact, inputs, *_ = small
-    assert 20e6 < target().peak_memory(artifact, inputs) < 400e6
-    with pytest.raises(InternalError, match=r"peak memory failed: [\s\S]*attention_mask"):
-        target().peak_memory(artifact, {"input_ids": inputs["input_ids"]})
-
-
-def test_a_used_target_can_be_pickled(small):
-    artifact, inputs, *_ = small
-    runtime = target()
-    runtime.record_reference(0.02)
-    found = runtime.run(artifact, inputs)
-    again = pickle.loads(pickle.dumps(runtime))
-    np.testing.assert_array_equal(again.run(artifact, inputs), found)
-    assert again.reference == runtime.reference
 
 
 def test_runtimes_and_workloads_have_fingerprints_of_their_own():
