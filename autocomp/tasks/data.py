@@ -16,7 +16,7 @@ import numpy.typing as npt
 from autocomp.core.errors import DataError, did_you_mean
 from autocomp.spec.task import DataSection
 from autocomp.tasks.protocol import Split
-from autocomp.tasks.readers import EncodedImages, Records, read_records
+from autocomp.tasks.readers import EncodedImages, Records, locate_source, read_records
 from autocomp.tasks.splits import Indices, split_indices
 
 
@@ -32,7 +32,7 @@ class Examples:
         origin: how messages name the data.
         further: of each text the lines that `data.lines` leaves out; empty for images.
         groups: which examples belong together; `None` where each stands for itself.
-        held_out: so many examples at the end are from `data.held_out`.
+        held_out: so many examples at the end are from `data.held_out`; `None` without it.
     """
 
     contents: Sequence[Any]
@@ -42,7 +42,7 @@ class Examples:
     origin: str
     further: Sequence[Sequence[str]] = field(default=(), repr=False)
     groups: Sequence[Any] | None = field(default=None, repr=False)
-    held_out: int = 0
+    held_out: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,10 +88,19 @@ def load_examples(data: DataSection, content: Literal["text", "image"]) -> Examp
 
 
 def held_out_section(data: DataSection) -> DataSection:
-    """Where the held-out examples are, as a section of its own."""
+    """Where the held-out examples are, as a section of its own.
+
+    Raises:
+        DataError: if it names no source, and the data is no dataset of the hub.
+    """
     assert data.held_out is not None
     given = data.held_out.model_dump(exclude_none=True)
     if data.held_out.source is None:
+        if locate_source(data)[0] != "hub":
+            raise DataError(
+                f"task.data.held_out names no source, and {data.source} has no splits to choose "
+                f"from: only datasets of the hub do. Write held_out: {{source: …}}"
+            )
         del given["format"]
     return data.model_copy(update={**given, "held_out": None})
 

@@ -18,14 +18,15 @@ class DataSummary:
         examples: labelled examples after deduplication, or documents of running text.
         label_names: in the order of the logits; empty for language modelling.
         transfer: texts without labels that distillation learns from as well.
-        held_out: examples of those, or documents beside them, that models are judged on alone.
+        held_out: examples of those, or documents beside them, that models are judged on alone;
+            `None` without a test set.
         groups: how many groups of examples are kept together; `None` where none are.
     """
 
     examples: int
     label_names: tuple[str, ...]
     transfer: int = 0
-    held_out: int = 0
+    held_out: int | None = None
     groups: int | None = None
 
     @property
@@ -60,7 +61,7 @@ def inspect_data(spec: Spec) -> DataSummary:
     data = spec.task.data
     content = _CONTENT.get(spec.task.name)
     if content is None:
-        apart = 0 if data.held_out is None else len(load_corpus(held_out_section(data)))
+        apart = None if data.held_out is None else len(load_corpus(held_out_section(data)))
         return DataSummary(len(load_corpus(data)), (), held_out=apart)
     examples = load_examples(data, content)
     indices = examples.split(data, spec.search.seed)

@@ -60,7 +60,7 @@ class LanguageModeling(EncodedTask):
             seed,
             unique=section.data.unique,
         )
-        held_out = chunks[:0]
+        held_out = None
         if apart:
             held_out = chunk_corpus(
                 load_corpus(held_out_section(section.data)),
@@ -70,17 +70,17 @@ class LanguageModeling(EncodedTask):
                 seed,
                 unique=section.data.unique,
             )
-            judged = {chunk.tobytes() for chunk in held_out}
-            chunks = np.stack([chunk for chunk in chunks if chunk.tobytes() not in judged])
+            judged = {row.tobytes() for row in held_out} if section.data.unique else set()
+            chunks = chunks[np.array([row.tobytes() not in judged for row in chunks], dtype=bool)]
+            chunks = np.concatenate([chunks, held_out])
         indices = split_indices(
-            len(chunks) + len(held_out),
+            len(chunks),
             sizes,
             seed=seed,
-            held_out=len(held_out),
+            held_out=None if held_out is None else len(held_out),
             origin=section.data.source,
             unit=f"chunks of {workload.sequence} tokens",
         )
-        chunks = np.concatenate([chunks, held_out])
         splits: dict[Split, Encoded] = {
             name: Encoded({"input_ids": chunks[chosen]}, chunks[chosen])
             for name, chosen in indices.items()

@@ -58,7 +58,7 @@ def split_indices(
     seed: int,
     labels: npt.NDArray[Any] | None = None,
     groups: Sequence[Any] | None = None,
-    held_out: int = 0,
+    held_out: int | None = None,
     label_names: Sequence[str] = (),
     origin: str = "the data",
     unit: str = "examples",
@@ -69,7 +69,7 @@ def split_indices(
         labels: int64 `(count,)`; every split has them in proportion.
         groups: `(count,)`; examples of one group are in one split, or in none.
         held_out: the search and the report split are drawn from so many examples at the end, the
-            others from those before.
+            others from those before; `None` where all are drawn from all.
 
     Raises:
         DataError: if there are too few examples, or a label would occur only in evaluation splits.
@@ -77,8 +77,8 @@ def split_indices(
     generator = np.random.default_rng(seed)
     if labels is None:
         labels = np.zeros(count, dtype=np.int64)
-    learnt_from = count - held_out
-    if held_out:
+    learnt_from = count - (held_out or 0)
+    if held_out is not None:
         _check_count(learnt_from, sizes, LEARNT, origin, unit)
         _check_count(held_out, sizes, JUDGED, origin, f"held-out {unit}")
     else:
@@ -89,7 +89,7 @@ def split_indices(
     splits: dict[Split, Indices] = {}
     reserve = sizes["distil"] >= len(learnt)
     for name in _DRAWN_IN_ORDER:
-        apart = held_out > 0 and name in JUDGED
+        apart = held_out is not None and name in JUDGED
         pools = judged if apart else learnt
         splits[name] = pools.draw(name, sizes[name], origin, reserve=reserve and not apart)
     splits["distil"] = learnt.draw("distil", sizes["distil"], origin, each=reserve)

@@ -316,6 +316,13 @@ def test_another_split_of_the_hub_is_held_out(monkeypatch: pytest.MonkeyPatch):
     assert examples.held_out == 4
 
 
+def test_a_file_has_no_split_to_hold_out(tmp_path: Path):
+    path = write_table(tmp_path / "data.jsonl", ROWS)
+    data = section(path, label="kind", held_out={"split": "test"})
+    with pytest.raises(DataError, match=r"held_out names no source, and .*data\.jsonl has no"):
+        load_examples(data, "text")
+
+
 def test_held_out_images_have_the_shape_of_the_others(tmp_path: Path):
     def write(name: str, count: int, side: int) -> Path:
         path = tmp_path / name

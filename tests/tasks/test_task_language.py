@@ -61,6 +61,18 @@ def test_evaluation_keeps_no_logits(task, model):
     assert task.evaluate(run, "search").logits is None
 
 
+def test_held_out_text_too_short_is_not_replaced_by_other(
+    llama_path, corpus_txt, spec_of, tmp_path
+):
+    (tmp_path / "few.txt").write_text("w1 w2 w3")
+    few = {"source": str(tmp_path / "few.txt")}
+    with pytest.raises(DataError, match=r"has 0 held-out chunks of 10 tokens, but"):
+        make_task(spec_of("language-modeling", corpus_txt, held_out=few), llama_path)
+    same = {"source": str(corpus_txt)}
+    with pytest.raises(DataError, match=r"has \d+ chunks of 10 tokens, but .*calibrate"):
+        make_task(spec_of("language-modeling", corpus_txt, held_out=same, search=70), llama_path)
+
+
 def test_too_little_text_says_how_many_chunks_there_are(llama_path, corpus_txt, spec_of):
     with pytest.raises(DataError, match=r"has 270 chunks of 10 tokens, but"):
         make_task(spec_of("language-modeling", corpus_txt, distil=999), llama_path)
