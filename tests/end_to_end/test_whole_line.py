@@ -64,6 +64,8 @@ SELECTION = shape(
         "chosen": {"type": "string"},
         "best": {"type": "string"},
         "closest": {"type": "string"},
+        "least": {"enum": [None, "latency", "size", "peak_memory"]},
+        "fitting": {"type": "integer", "minimum": 1},
         "examples": {"type": "integer"},
         "finalists": {"type": "array", "items": {"type": "object"}, "minItems": 1},
     }
@@ -222,6 +224,13 @@ def test_pick_answers_from_what_was_measured(
     ]
     assert picked["quality"] == max(trial["quality"] for trial in fitting)
     assert picked["size_bytes"] <= 0.35 * dense["size_bytes"]
+    smallest = command.run("pick", finished, "--quality", "50%", "--least", "size", "--json").json
+    check_shape(smallest, shape({**PICKED, "export": {"type": "null"}}))
+    assert smallest["size_bytes"] == min(
+        trial["size_bytes"]
+        for trial in view["trials"]
+        if trial["quality"] >= 0.5 * dense["quality"]
+    )
     assert stamps(finished) == before
 
 
