@@ -103,9 +103,10 @@ class OpenStudy:
             raise UserError(
                 "best takes the highest quality and least the lowest cost: give one of them"
             )
-        if not best and quality is not None and latency is size is peak_memory is None:
+        free = all(limit is None for limit in (latency, size, peak_memory))
+        if free and quality is not None and not best:
             least = least or "latency"
-        if all(limit is None for limit in (latency, size, peak_memory, quality)):
+        if free and quality is None:
             budget = study_budget(self.study)
         else:
             dense = self.study.dense()

@@ -8,7 +8,7 @@ from typing import cast
 import click
 
 from autocomp.cli.output import print_json, stderr_console, stdout_console
-from autocomp.cli.values import Quality, Quantity
+from autocomp.cli.values import QUALITY, quantity
 from autocomp.core.errors import UserError
 from autocomp.core.files import write_text_atomic
 from autocomp.core.quantities import Dimension
@@ -51,11 +51,11 @@ def front(
 
 @click.command()
 @_STUDY
-@click.option("--latency", type=Quantity("latency"), help='Upper limit: "4 ms" or "25%" of dense.')
-@click.option("--size", type=Quantity("size"), help='Upper limit: "12 MB" or "25%" of dense.')
-@click.option("--peak-memory", type=Quantity("peak_memory"), help='Upper limit: "200 MB", "50%".')
+@click.option("--latency", type=quantity("latency"), help='Upper limit: "4 ms" or "25%" of dense.')
+@click.option("--size", type=quantity("size"), help='Upper limit: "12 MB" or "25%" of dense.')
+@click.option("--peak-memory", type=quantity("peak_memory"), help='Upper limit: "200 MB", "50%".')
 @click.option(
-    "--quality", type=Quality(), help='Lower limit: 0.9, "98%" of dense, or "perplexity 50".'
+    "--quality", type=QUALITY, help='Lower limit: 0.9, "98%" of dense, or "perplexity 50".'
 )
 @click.option(
     "--best", is_flag=True, help="Take the highest quality, not what is as good within its noise."

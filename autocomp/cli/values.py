@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -34,31 +36,26 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         return seconds
 
 
-class Quantity(click.ParamType):  # type: ignore[type-arg]
-    """A budget entry; checked here, passed on as written."""
+class Written(click.ParamType):  # type: ignore[type-arg]
+    """What `parse` can read; checked here, passed on as written."""
 
-    def __init__(self, dimension: Dimension) -> None:
-        self.dimension = dimension
-        self.name = dimension
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text, if it parses."""
         try:
-            parse_limit(value, self.dimension)
+            self._parse(str(value))
         except UserError as error:
             self.fail(str(error), param, ctx)
         return str(value)
 
 
-class Quality(click.ParamType):  # type: ignore[type-arg]
-    """A floor on quality; checked here, passed on as written."""
+def quantity(dimension: Dimension) -> Written:
+    """A limit of a budget."""
+    return Written(dimension, partial(parse_limit, dimension=dimension))
 
-    name = "quality"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text, if it parses."""
-        try:
-            parse_floor(str(value))
-        except UserError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
+QUALITY = Written("quality", parse_floor)
+"""A floor on quality."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -25,12 +27,14 @@ AUTO = "auto"
 """As `target.runtime`: every installed runtime of the device."""
 
 
-def _limit(dimension: Dimension) -> Any:
+def _written(parse: Callable[[Any], object]) -> Any:
+    """What `parse` can read, kept as it is written."""
+
     def check(value: Any) -> Any:
         if value is None:
             return None
         try:
-            parse_limit(value, dimension)
+            parse(value)
         except UserError as error:
             raise ValueError(str(error)) from None
         return value
@@ -38,14 +42,13 @@ def _limit(dimension: Dimension) -> Any:
     return BeforeValidator(check)
 
 
-def _floor(value: Any) -> Any:
+def _limit(dimension: Dimension) -> Any:
+    return _written(partial(parse_limit, dimension=dimension))
+
+
+def _floor(written: float | str) -> Floor:
     """Numbers are the loader's business: studies made with one out of range shall still open."""
-    if isinstance(value, str):
-        try:
-            parse_floor(value)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-    return value
+    return parse_floor(written) if isinstance(written, str) else Floor(written)
 
 
 class ModelSection(Section):
@@ -156,7 +159,7 @@ class BudgetSection(Section):
     peak_memory: Annotated[str | None, _limit("peak_memory")] = Field(
         None, description="Of a process that loads and runs the model: 200 MB, 50%."
     )
-    quality: Annotated[float | str | None, BeforeValidator(_floor)] = Field(
+    quality: Annotated[float | str | None, _written(_floor)] = Field(
         None,
         description="Floor on quality, optional: an accuracy as a share (0.9), relative to dense "
         "(98%), or of a language model the highest perplexity (perplexity 50). A number, above 0 "
@@ -172,13 +175,8 @@ class BudgetSection(Section):
             peak_memory=(
                 None if self.peak_memory is None else parse_limit(self.peak_memory, "peak_memory")
             ),
-            quality=None if self.quality is None else _stored_floor(self.quality),
+            quality=None if self.quality is None else _floor(self.quality),
         )
-
-
-def _stored_floor(floor: float | str) -> Floor:
-    """A number is taken as it is."""
-    return parse_floor(floor) if isinstance(floor, str) else Floor(floor)
 
 
 class FloatRange(Section):

@@ -7,7 +7,7 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from autocomp.models.sources import read_config
 from autocomp.spec.schema import WorkloadSection
-from autocomp.spec.task import TaskSection
+from autocomp.spec.task import DataSection, TaskSection
 from autocomp.tasks.base import EncodedTask, check_sequence, cross_entropy, tiled
 from autocomp.tasks.data import held_out_section, load_corpus, split_sizes
 from autocomp.tasks.divergence import log_softmax
@@ -51,25 +51,19 @@ class LanguageModeling(EncodedTask):
         continued = section.teacher.fit == "full"
         check_sequence(workload.sequence, read_config(model_path), trained=continued)
         sizes, tokenizer = split_sizes(section.data), load_tokenizer(model_path)
-        apart = section.data.held_out is not None
-        chunks = chunk_corpus(
-            load_corpus(section.data),
-            tokenizer,
-            workload.sequence,
-            _SURPLUS * sum(sizes[name] for name in (LEARNT if apart else DRAWN)),
-            seed,
-            unique=section.data.unique,
-        )
-        held_out = None
-        if apart:
-            held_out = chunk_corpus(
-                load_corpus(held_out_section(section.data)),
-                tokenizer,
-                workload.sequence,
-                _SURPLUS * sum(sizes[name] for name in JUDGED),
-                seed,
-                unique=section.data.unique,
+
+        def chunked(data: DataSection, names: Sequence[Split]) -> Array:
+            wanted = _SURPLUS * sum(sizes[name] for name in names)
+            return chunk_corpus(
+                load_corpus(data), tokenizer, workload.sequence, wanted, seed, unique=data.unique
             )
+
+        held_out = None
+        if section.data.held_out is None:
+            chunks = chunked(section.data, DRAWN)
+        else:
+            chunks = chunked(section.data, LEARNT)
+            held_out = chunked(held_out_section(section.data), JUDGED)
             judged = {row.tobytes() for row in held_out} if section.data.unique else set()
             chunks = chunks[np.array([row.tobytes() not in judged for row in chunks], dtype=bool)]
             chunks = np.concatenate([chunks, held_out])

@@ -85,13 +85,14 @@ def split_indices(
         _check_count(count, sizes, DRAWN, origin, unit)
     large = min(sizes[name] for name in _DRAWN_IN_ORDER)
     learnt = _Pools(np.arange(learnt_from), labels, groups, large, generator)
-    judged = _Pools(np.arange(learnt_from, count), labels, groups, large, generator)
+    judged = learnt
+    if held_out is not None:
+        judged = _Pools(np.arange(learnt_from, count), labels, groups, large, generator)
     splits: dict[Split, Indices] = {}
     reserve = sizes["distil"] >= len(learnt)
     for name in _DRAWN_IN_ORDER:
-        apart = held_out is not None and name in JUDGED
-        pools = judged if apart else learnt
-        splits[name] = pools.draw(name, sizes[name], origin, reserve=reserve and not apart)
+        pools = judged if name in JUDGED else learnt
+        splits[name] = pools.draw(name, sizes[name], origin, reserve=reserve and pools is learnt)
     splits["distil"] = learnt.draw("distil", sizes["distil"], origin, each=reserve)
     _check_labels(splits, labels, label_names, origin)
     return {name: splits[name] for name in DRAWN}
@@ -160,7 +161,7 @@ class _Pools:
             _leave_none_empty(shares)
         drawn = [pool[:share] for pool, share in zip(self._pools, shares, strict=True)]
         self._pools = [self._rest(*both) for both in zip(self._pools, shares, strict=True)]
-        return self._generator.permutation(np.concatenate([np.empty(0, np.int64), *drawn]))
+        return self._generator.permutation(np.concatenate(drawn))
 
     def _last(self, pool: Indices) -> int:
         """Examples in the last group."""
@@ -204,7 +205,7 @@ def _check_labels(
     origin: str,
 ) -> None:
     learnt = set(labels[splits["distil"]].tolist())
-    for name in ("search", "report"):
+    for name in JUDGED:
         unseen = sorted(set(labels[splits[name]].tolist()) - learnt)
         if unseen:
             shown = ", ".join(repr(label_names[i]) if label_names else str(i) for i in unseen[:5])

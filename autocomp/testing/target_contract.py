@@ -56,9 +56,12 @@ _exported: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Sentences:
-    """Token ids of several lengths, padded on the right."""
+    """An export task: token ids of several lengths, padded on the right."""
 
-    dynamic_axes: Mapping[str, Mapping[int, str]]
+    @property
+    def dynamic_axes(self) -> Mapping[str, Mapping[int, str]]:
+        """Both axes of both inputs vary."""
+        return {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
 
     def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
         """Inputs of this shape."""
@@ -70,9 +73,7 @@ class Sentences:
         return {"input_ids": ids, "attention_mask": mask}
 
 
-SENTENCES = Sentences(
-    {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
-)
+SENTENCES = Sentences()
 
 
 @cache

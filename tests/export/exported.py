@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_trial import spec_of
 from torch import nn
 
 from autocomp.core.candidate import Candidate
@@ -25,7 +26,6 @@ from autocomp.models.surgery import copy_for_surgery, install
 from autocomp.operators.protocol import SiteState, UnitState
 from autocomp.operators.prune.groups import pool
 from autocomp.operators.quantize.grid import round_to_grid, search_scales
-from autocomp.spec.schema import Spec
 from autocomp.study.records import TrialRecord
 from autocomp.targets.protocol import Artifact
 
@@ -77,15 +77,6 @@ def finished(root: Path, model_type: str, edit: Edit, **changes: Any) -> Finishe
     names = () if labels is None else tuple(f"label{i}" for i in range(labels))
     inputs = {name: tensor.numpy() for name, tensor in example.inputs().items()}
     kept.write(root, names, inputs)
-    spec = Spec.model_validate(
-        {
-            "version": 1,
-            "model": {"source": "package:shop/model"},
-            "task": {"name": task, "data": {"source": "data.jsonl"}},
-            "budget": {"latency": "50%"},
-            "space": [{"match": "*"}],
-        }
-    )
     record = TrialRecord(
         id="a",
         kind="search",
@@ -94,7 +85,7 @@ def finished(root: Path, model_type: str, edit: Edit, **changes: Any) -> Finishe
         candidate=Candidate.of({}),
         artifact="artifacts/a",
     )
-    request = ExportRequest(spec, record, Artifact(artifact, 5), kept, None, None, path)
+    request = ExportRequest(spec_of(task), record, Artifact(artifact, 5), kept, None, None, path)
     return Finished(request, student, teacher, units)
 
 

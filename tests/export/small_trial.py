@@ -19,15 +19,21 @@ from autocomp.study.records import TrialRecord
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
 from autocomp.targets.protocol import Artifact, Target
 
-SPEC = Spec.model_validate(
-    {
-        "version": 1,
-        "model": {"source": "package:shop/model"},
-        "task": {"name": "text-classification", "data": {"source": "data.jsonl"}},
-        "budget": {"latency": "50%"},
-        "space": [{"match": "*"}],
-    }
-)
+
+def spec_of(task: str) -> Spec:
+    """A spec of the model that is exported."""
+    return Spec.model_validate(
+        {
+            "version": 1,
+            "model": {"source": "package:shop/model"},
+            "task": {"name": task, "data": {"source": "data.jsonl"}},
+            "budget": {"latency": "50%"},
+            "space": [{"match": "*"}],
+        }
+    )
+
+
+SPEC = spec_of("text-classification")
 DENSE = Measurement("measured", 4.0, 10_000_000, 100_000_000)
 RECORD = TrialRecord(
     id="6fc4fb7607",

@@ -19,32 +19,27 @@ from autocomp.models.surgery import replace_module
 from autocomp.spec.schema import TargetSection, WorkloadSection
 from autocomp.targets import make_target
 from autocomp.targets.onnxruntime_cpu import OnnxRuntimeTarget
+from autocomp.testing.target_contract import Sentences
 
 SEQUENCE = 12
 RUNTIMES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(Sentences):
     """Export task of a text model; without `masked` there is no padding to speak of."""
 
-    vocabulary: int = 50
     masked: bool = True
 
     @property
     def dynamic_axes(self) -> Mapping[str, Mapping[int, str]]:
-        names = ("input_ids", "attention_mask") if self.masked else ("input_ids",)
-        return {name: {0: "batch", 1: "sequence"} for name in names}
+        return self._given(super().dynamic_axes)
 
     def example_inputs(self, batch: int, sequence: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(batch * 100 + sequence)
-        ids = torch.randint(1, self.vocabulary, (batch, sequence), generator=generator)
-        if not self.masked:
-            return {"input_ids": ids}
-        mask = torch.ones_like(ids)
-        for row in range(1, batch):
-            mask[row, max(1, sequence - row) :] = 0
-        return {"input_ids": ids, "attention_mask": mask}
+        return self._given(super().example_inputs(batch, sequence))
+
+    def _given(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: named[name] for name in named if self.masked or name == "input_ids"}
 
 
 @dataclass(frozen=True)
